@@ -1,0 +1,106 @@
+"""Cures for defects of the pinned libraries. Import this before Paddle: ``import compat`` comes first in every script.
+
+Each cure states its reason; tests/test_compat.py shows, in fresh processes, what happens without it.
+"""
+
+import contextlib
+import io
+import os
+import sys
+import tempfile
+import warnings
+
+# paddle 2.6.2: libpaddle exports its own zlib symbols, and a zlib that is loaded after it binds to them and crashes
+# while inflating. A zlib that is loaded first is safe. Do not let an import sorter move this line below paddle.
+import zlib  # noqa: F401  isort: skip
+
+# Importing paddle sets OMP_NUM_THREADS=1, which leaves all other cores idle in training. Processes that
+# paddle.distributed.launch starts on one machine share its cores.
+_cores = len(os.sched_getaffinity(0))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores // int(os.environ.get("PADDLE_LOCAL_SIZE", "1")))))
+
+# jieba (of PaddleNLP) and distutils (of Paddle) warn at every import, which buries what the user should read.
+warnings.filterwarnings("ignore", message=".*pkg_resources is deprecated.*")
+warnings.filterwarnings("ignore", message=".*Setuptools is replacing distutils.*")
+warnings.filterwarnings("ignore", message=".*No ccache found.*")
+
+# Paddle's own advice about OMP_NUM_THREADS assumes OpenBLAS; these wheels carry MKL.
+try:
+    with contextlib.redirect_stderr(io.StringIO()):
+        import paddle  # noqa: E402
+except ModuleNotFoundError as error:
+    if error.name != "paddle":
+        raise
+    print(f"{sys.executable} has no Paddle: run `sh setup_env.sh`, then use .venv/bin/python", file=sys.stderr)
+    sys.exit(2)
+
+
+def paddleslim_ofa():
+    """PaddleSlim's OFA classes, with its two defects on Paddle 2.6.2 cured.
+
+    Returns: a namespace with ``OFA``, ``Convert``, ``supernet``, ``reorder_head`` and ``reorder_neuron``.
+    """
+    from types import SimpleNamespace
+
+    attention_forward = paddle.nn.MultiHeadAttention.forward
+    from paddleslim.nas.ofa import OFA
+    from paddleslim.nas.ofa.convert_super import Convert, supernet
+    from paddleslim.nas.ofa.layers import SuperLayerNorm
+    from paddleslim.nas.ofa.utils import nlp_utils
+
+    # Importing nlp_utils replaces the attention of every model in the process by one without the 1/sqrt(head_dim)
+    # scale. Nothing fails; the models are silently wrong.
+    if paddle.nn.MultiHeadAttention.forward is nlp_utils._mha_forward:
+        paddle.nn.MultiHeadAttention.forward = attention_forward
+    # SuperLayerNorm unpacks three values where Paddle 2.6.2 returns one. Width pruning leaves the hidden size alone,
+    # so the ordinary layer normalization is all that is needed.
+    SuperLayerNorm.forward = paddle.nn.LayerNorm.forward
+    return SimpleNamespace(
+        OFA=OFA,
+        Convert=Convert,
+        supernet=supernet,
+        reorder_head=nlp_utils.reorder_head,
+        reorder_neuron=nlp_utils.reorder_neuron,
+    )
+
+
+def quant_post_static(*args, **kwargs):
+    """``paddleslim.quant.quant_post_static`` with ``algo='avg'`` cured: it indexes the shape of 0-D activations."""
+    import numpy as np
+    from paddle.static.quantization import PostTrainingQuantization
+    from paddle.static.quantization import post_training_quantization as ptq
+    from paddleslim.quant import quant_post_static as library_call
+
+    load, sample_avg = ptq.utils.load_variable_data, PostTrainingQuantization._sample_avg
+
+    def sample_avg_at_least_1d(self):
+        ptq.utils.load_variable_data = lambda scope, name: np.atleast_1d(load(scope, name))
+        try:
+            sample_avg(self)
+        finally:
+            ptq.utils.load_variable_data = load
+
+    PostTrainingQuantization._sample_avg = sample_avg_at_least_1d
+    try:
+        return library_call(*args, **kwargs)
+    finally:
+        PostTrainingQuantization._sample_avg = sample_avg
+
+
+@contextlib.contextmanager
+def away_from_directory(name):
+    """While this is entered, ``from_pretrained(name)`` finds the built-in model of that name.
+
+    PaddleNLP looks for a directory ``name`` in the working directory before it looks at its built-in names, and the
+    documented commands create exactly such a directory (finetuning/ppminilm-6l-768h) to save models in.
+    """
+    if not os.path.isdir(name):
+        yield
+        return
+    here = os.getcwd()
+    with tempfile.TemporaryDirectory() as empty:
+        os.chdir(empty)
+        try:
+            yield
+        finally:
+            os.chdir(here)

@@ -1,0 +1,22 @@
+#!/bin/sh
+# Makes the lock files anew from pyproject.toml:  sh requirements/relock.sh   (needs uv on PATH, or UV=path)
+# One version of every package for all supported Pythons; what only an older Python needs carries a marker.
+set -e
+cd "$(dirname "$0")"
+linux="platform_machine == 'x86_64' and platform_python_implementation == 'CPython' and sys_platform == 'linux'"
+
+lock() { # NAME ARGUMENTS...: the locks are for Linux x86-64 CPython anyway, so the marker that says so goes
+    name=$1
+    shift
+    "${UV:-uv}" pip compile "$@" --universal --python-version 3.9 --fork-strategy fewest --generate-hashes \
+        --no-header --no-annotate --quiet --output-file "$name.new" > /dev/null
+    sed -e "s/ and $linux//" -e "s/ ; $linux//" "$name.new" > "$name.txt"
+    rm "$name.new"
+}
+
+lock build --group build
+lock cpu pyproject.toml --extra cpu --constraints build.txt
+lock gpu pyproject.toml --extra gpu --constraints cpu.txt
+lock serving --group serving --constraints cpu.txt
+lock serving-wheels --group serving-wheels --no-deps
+lock serving-wheels-gpu --group serving-wheels-gpu --no-deps

@@ -1,0 +1,108 @@
+#!/bin/sh
+# Makes .venv beside this file from the lock files in requirements/. A second run finds it up to date and does nothing.
+#
+#   sh setup_env.sh [--python PATH] [--gpu | --cpu] [--serving]
+#
+#   --python PATH  base interpreter, CPython 3.9-3.12 (default: the newest usable one on PATH)
+#   --gpu, --cpu   paddlepaddle-gpu or paddlepaddle (default: what .venv has, else paddlepaddle)
+#   --serving      adds the Paddle Serving packages
+set -e
+root=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
+venv=$root/.venv
+stamp=$venv/installed
+
+fail() {
+    echo "setup_env.sh: $1" >&2
+    exit 2
+}
+
+python= flavour= serving=
+while [ $# -gt 0 ]; do
+    case $1 in
+        --python) [ $# -gt 1 ] || fail "--python needs the path of an interpreter"; python=$2; shift ;;
+        --gpu) flavour=gpu ;;
+        --cpu) flavour=cpu ;;
+        --serving) serving=serving ;;
+        -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        *) fail "unknown argument '$1'; there are --python PATH, --gpu, --cpu and --serving" ;;
+    esac
+    shift
+done
+
+# Prints "MINOR BASE_INTERPRETER" of a usable interpreter, or the reason why it is none (and fails). The version is
+# asked by running it, because a version manager's shim can stand on PATH and fail; a virtual environment's
+# interpreter is resolved to its base, so that ours does not die with another environment.
+probe() {
+    "$1" -c '
+import os, platform, sys
+if sys.platform != "linux" or platform.machine() != "x86_64" or platform.python_implementation() != "CPython":
+    sys.exit("is not CPython on Linux x86-64")
+if not (3, 9) <= sys.version_info[:2] <= (3, 12):
+    sys.exit("is Python %d.%d; 3.9 to 3.12 are supported" % sys.version_info[:2])
+base = getattr(sys, "_base_executable", None) or sys.executable
+if sys.prefix != sys.base_prefix:
+    base = os.path.join(sys.base_prefix, "bin", "python%d.%d" % sys.version_info[:2])
+try:
+    import ensurepip, venv
+except ImportError:
+    sys.exit("has no venv module; on Debian and Ubuntu: apt-get install python%d.%d-venv" % sys.version_info[:2])
+print(sys.version_info[1], base)' 2>&1
+}
+
+digest() { # of the lock files that make up the environment
+    cat "$root/requirements/build.txt" "$root/requirements/$1.txt" \
+        $([ -z "$2" ] || ls "$root"/requirements/serving*.txt) | sha256sum | cut -c 1-16
+}
+
+# What .venv holds, if it was finished: flavour, "serving" or "-", digest of its lock files, base interpreter.
+if [ -f "$stamp" ] && "$venv/bin/python" -c '' 2> /dev/null; then
+    read -r had_flavour had_serving had_digest had_base < "$stamp"
+    flavour=${flavour:-$had_flavour}
+    [ "$had_serving" = - ] || serving=serving
+fi
+flavour=${flavour:-cpu}
+
+if [ -n "$python" ]; then
+    command -v "$python" > /dev/null || fail "--python $python: there is no such interpreter"
+    found=$(probe "$python") || fail "--python $python: ${found:-does not run}"
+    base=${found#* }
+fi
+if [ -n "$had_digest" ] && [ "$had_flavour" = "$flavour" ] && [ "${had_serving#-}" = "$serving" ] &&
+    [ "$had_digest" = "$(digest "$flavour" "$serving")" ] && [ "${base:-$had_base}" = "$had_base" ]; then
+    echo "setup_env.sh: .venv is up to date ($flavour${serving:+, serving})"
+    exit 0
+fi
+
+if [ -z "$python" ]; then
+    minor=0 reasons=
+    for candidate in python3.12 python3.11 python3.10 python3.9 python3 python; do
+        command -v "$candidate" > /dev/null || continue
+        if found=$(probe "$candidate"); then
+            [ "${found%% *}" -le "$minor" ] || { minor=${found%% *}; base=${found#* }; }
+        else
+            reasons="$reasons
+  $candidate: $(echo "${found:-does not run}" | head -n 1)"
+        fi
+    done
+    [ "$minor" -gt 0 ] || fail "no usable Python 3.9-3.12 was found. On Debian and Ubuntu: apt-get install python3 \
+python3-venv; or name one with --python PATH$reasons"
+fi
+
+# Anything unfinished or different is made anew: a half-unpacked package cannot be told from a whole one.
+echo "setup_env.sh: making .venv ($flavour${serving:+, serving}) with $("$base" --version)"
+rm -rf "$venv"
+"$base" -m venv "$venv"
+install() { # LOCK: every package is listed there with its hashes, so nothing is resolved and nothing else fetched
+    echo "setup_env.sh: installing requirements/$1.txt"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+        --require-hashes --requirement "$root/requirements/$1.txt"
+}
+install build
+install "$flavour"
+if [ -n "$serving" ]; then
+    install serving
+    install serving-wheels
+    [ "$flavour" = cpu ] || install serving-wheels-gpu
+fi
+echo "$flavour ${serving:--} $(digest "$flavour" "$serving") $base" > "$stamp"
+echo "setup_env.sh: done; the launchers use .venv by themselves, for your own commands: . .venv/bin/activate"

@@ -1,0 +1,167 @@
+"""BERT tokenization for Chinese: PaddleNLP's tokenizer as the reference, and a fast one that gives the same ids."""
+
+import json
+import os
+import re
+import tempfile
+import unicodedata
+
+from utils import UserError
+
+
+class _BasicTokens(dict):
+    """A table for str.translate that does what BERT's basic tokenizer does, character by character: drops control
+    characters, makes white space a space, lower-cases and strips accents, and puts spaces around CJK characters,
+    punctuation and symbols. The rules are PaddleNLP's (2.8.1), which also splits at symbols; Hugging Face's do not.
+    """
+
+    cjk = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]")
+    # PaddleNLP calls these symbols too.
+    extra_symbols = "\u00ad\u00b2\u00ba\u3007\u00b5\u00d8\u014b\u01b1"
+
+    def __init__(self, lower_case):
+        super().__init__()
+        self.lower_case = lower_case
+        # Characters whose treatment depends on their neighbours: the capital sigma, and marks that NFD may reorder.
+        self.contextual = {"\u03a3"}
+
+    def isolated(self, char):
+        ascii_punctuation = char.isascii() and char.isprintable() and not char.isalnum() and char != " "
+        return ascii_punctuation or unicodedata.category(char)[0] in "PS" or char in self.extra_symbols
+
+    def __missing__(self, code_point):
+        char = chr(code_point)
+        category = unicodedata.category(char)
+        if category[0] == "C" and char not in "\t\n\r" or char == "\ufffd":
+            result = ""
+        elif char.isspace() or category == "Zs":
+            result = " "
+        else:
+            result = self.normalize(char)
+            if any(unicodedata.combining(c) for c in result):
+                self.contextual.add(char)
+            result = self.split(result)
+            if self.cjk.match(char):
+                result = f" {result} "
+        self[code_point] = result
+        return result
+
+    def normalize(self, text):
+        if not self.lower_case:
+            return text
+        return "".join(c for c in unicodedata.normalize("NFD", text.lower()) if unicodedata.category(c) != "Mn")
+
+    def split(self, text):
+        return "".join(f" {c} " if self.isolated(c) else c for c in text)
+
+    def apply(self, text):
+        result = text.translate(self)
+        if self.contextual.isdisjoint(text):
+            return result
+        clean = text.translate({ord(c): f" {c} " if self.cjk.match(c) else c if self[ord(c)].strip() else self[ord(c)]
+                                for c in set(text)})
+        return " ".join(self.split(self.normalize(word)) for word in clean.split())
+
+
+class _Tokenizer:
+    """What both tokenizers share. ``vocab`` is the list of tokens, an id each."""
+
+    def __init__(self, vocab, lower_case=True):
+        self.vocab, self.lower_case = vocab, lower_case
+        ids = {token: i for i, token in enumerate(vocab)}
+        missing = [t for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if t not in ids]
+        if missing:
+            raise UserError(f"the vocabulary lacks {', '.join(missing)}: it is not one of a Chinese BERT")
+        self.pad_id, self.cls_id, self.sep_id = ids["[PAD]"], ids["[CLS]"], ids["[SEP]"]
+
+    def save(self, directory):
+        """Writes ``vocab.txt`` and ``tokenizer_config.json``, which PaddleNLP's tokenizers load as well."""
+        with open(os.path.join(directory, "vocab.txt"), "w", encoding="utf-8", newline="\n") as file:
+            file.write("".join(f"{token}\n" for token in self.vocab))
+        with open(os.path.join(directory, "tokenizer_config.json"), "w", encoding="utf-8") as file:
+            json.dump({"do_lower_case": self.lower_case}, file)
+
+
+class FastTokenizer(_Tokenizer):
+    """BERT tokenization with Hugging Face ``tokenizers`` (Rust) doing the WordPiece part; same ids as PaddleNLP's."""
+
+    def __init__(self, vocab, lower_case=True):
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        super().__init__(vocab, lower_case)
+        model = models.WordPiece(
+            {token: i for i, token in enumerate(vocab)}, unk_token="[UNK]", max_input_chars_per_word=100
+        )
+        self.wordpiece = Tokenizer(model)
+        self.wordpiece.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        self.basic = _BasicTokens(lower_case)
+        # Special tokens inside a text keep their meaning, as in PaddleNLP.
+        self.special = re.compile(r"(\[(?:UNK|SEP|PAD|CLS|MASK)\])")
+
+    def _words(self, text):
+        if "[" not in text:
+            return self.basic.apply(text)
+        parts = self.special.split(text)
+        return " ".join(part if i % 2 else self.basic.apply(part) for i, part in enumerate(parts))
+
+    def encode(self, texts, pairs=None, max_seq_length=128):
+        """[CLS] text [SEP], or [CLS] text [SEP] pair [SEP], cut to ``max_seq_length`` longest first.
+
+        Args: texts: list of str. pairs: list of str of the same length, or None.
+        Returns: list of (input_ids, token_type_ids), both lists of int.
+        """
+        words = [self._words(text) for text in texts] + [self._words(text) for text in pairs or ()]
+        ids = [e.ids for e in self.wordpiece.encode_batch_fast(words, add_special_tokens=False)]
+        encoded = []
+        for i in range(len(texts)):
+            first, second = ids[i], ids[len(texts) + i] if pairs else None
+            if second is None:
+                first = [self.cls_id, *first[: max_seq_length - 2], self.sep_id]
+                encoded.append((first, [0] * len(first)))
+                continue
+            kept, kept_pair = len(first), len(second)
+            while kept + kept_pair > max_seq_length - 3:
+                if kept > kept_pair:
+                    kept -= 1
+                else:
+                    kept_pair -= 1
+            first = [self.cls_id, *first[:kept], self.sep_id]
+            second = [*second[:kept_pair], self.sep_id]
+            encoded.append((first + second, [0] * len(first) + [1] * len(second)))
+        return encoded
+
+
+class ReferenceTokenizer(_Tokenizer):
+    """PaddleNLP's PPMiniLMTokenizer behind the same interface: pure Python, the measure of what is right."""
+
+    def __init__(self, vocab, lower_case=True):
+        from paddlenlp.transformers import PPMiniLMTokenizer
+
+        super().__init__(vocab, lower_case)
+        with tempfile.TemporaryDirectory() as directory:
+            self.save(directory)
+            self.tokenizer = PPMiniLMTokenizer(os.path.join(directory, "vocab.txt"), do_lower_case=lower_case)
+
+    def encode(self, texts, pairs=None, max_seq_length=128):
+        """As FastTokenizer.encode."""
+        encoded = []
+        for text, pair in zip(texts, pairs or [None] * len(texts)):
+            row = self.tokenizer(text, text_pair=pair, max_length=max_seq_length, truncation="longest_first")
+            encoded.append((row["input_ids"], row["token_type_ids"]))
+        return encoded
+
+
+def load_tokenizer(directory, use_faster_tokenizer=True, vocab_file=None):
+    """The tokenizer whose ``vocab.txt`` lies in ``directory``, or that of ``vocab_file``."""
+    lower_case = True
+    if vocab_file is None:
+        vocab_file = os.path.join(directory, "vocab.txt")
+        config = os.path.join(directory, "tokenizer_config.json")
+        if os.path.isfile(config):
+            with open(config, encoding="utf-8") as file:
+                lower_case = json.load(file).get("do_lower_case", True)
+    if not os.path.isfile(vocab_file):
+        raise UserError(f"{vocab_file}: no such vocabulary; tokenizer files lie beside every model that a stage writes")
+    with open(vocab_file, encoding="utf-8") as file:
+        vocab = [line.rstrip("\n") for line in file]
+    return (FastTokenizer if use_faster_tokenizer else ReferenceTokenizer)(vocab, lower_case)
