@@ -19,6 +19,8 @@ import zlib  # noqa: F401  isort: skip
 _cores = len(os.sched_getaffinity(0))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores // int(os.environ.get("PADDLE_LOCAL_SIZE", "1")))))
 
+# Paddle's C++ logs every executor and graph pass; what the user should read would drown.
+os.environ.setdefault("GLOG_minloglevel", "2")
 # jieba (of PaddleNLP) and distutils (of Paddle) warn at every import, which buries what the user should read.
 warnings.filterwarnings("ignore", message=".*pkg_resources is deprecated.*")
 warnings.filterwarnings("ignore", message=".*Setuptools is replacing distutils.*")
@@ -35,23 +37,37 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 
+# Importing paddleslim's nlp_utils replaces these methods for every model in the process, by an attention that lost the
+# 1/sqrt(head_dim) scale and takes its mask in another form. Models are silently wrong. They are put back after it.
+_ATTENTION = {
+    (cls, name): getattr(cls, name)
+    for cls, name in (
+        (paddle.nn.MultiHeadAttention, "forward"),
+        (paddle.nn.MultiHeadAttention, "_prepare_qkv"),
+        (paddle.nn.TransformerEncoder, "forward"),
+        (paddle.nn.TransformerEncoderLayer, "forward"),
+    )
+}
+
+
+def restore_attention():
+    for (cls, name), method in _ATTENTION.items():
+        setattr(cls, name, method)
+
+
 def paddleslim_ofa():
-    """PaddleSlim's OFA classes, with its two defects on Paddle 2.6.2 cured.
+    """PaddleSlim's OFA classes, with its defects on Paddle 2.6.2 cured.
 
     Returns: a namespace with ``OFA``, ``Convert``, ``supernet``, ``reorder_head`` and ``reorder_neuron``.
     """
     from types import SimpleNamespace
 
-    attention_forward = paddle.nn.MultiHeadAttention.forward
     from paddleslim.nas.ofa import OFA
     from paddleslim.nas.ofa.convert_super import Convert, supernet
     from paddleslim.nas.ofa.layers import SuperLayerNorm
     from paddleslim.nas.ofa.utils import nlp_utils
 
-    # Importing nlp_utils replaces the attention of every model in the process by one without the 1/sqrt(head_dim)
-    # scale. Nothing fails; the models are silently wrong.
-    if paddle.nn.MultiHeadAttention.forward is nlp_utils._mha_forward:
-        paddle.nn.MultiHeadAttention.forward = attention_forward
+    restore_attention()
     # SuperLayerNorm unpacks three values where Paddle 2.6.2 returns one. Width pruning leaves the hidden size alone,
     # so the ordinary layer normalization is all that is needed.
     SuperLayerNorm.forward = paddle.nn.LayerNorm.forward
@@ -71,6 +87,7 @@ def quant_post_static(*args, **kwargs):
     from paddle.static.quantization import post_training_quantization as ptq
     from paddleslim.quant import quant_post_static as library_call
 
+    restore_attention()
     load, sample_avg = ptq.utils.load_variable_data, PostTrainingQuantization._sample_avg
 
     def sample_avg_at_least_1d(self):

@@ -76,6 +76,7 @@ class Split:
             "file": file,
             "md5": self.md5,
             "examples": len(self.examples),
+            "pairs": self.examples[0].text_pair is not None,
             "majority_class": round(float(counts.max()) / max(len(self.examples), 1), 6),
             "partial": self.partial,
         }

@@ -328,7 +328,7 @@ def export_static(model, prefix):
     """Writes the inference graph ``prefix``.{pdmodel,pdiparams,pdiparams.info}: input_ids, token_type_ids -> logits."""
     model.eval()
     tokens = [paddle.static.InputSpec([None, None], "int64", name) for name in ("input_ids", "token_type_ids")]
-    paddle.jit.save(paddle.jit.to_static(model, input_spec=tokens), prefix)
+    paddle.jit.save(paddle.jit.to_static(model, input_spec=tokens, full_graph=True), prefix)
 
 
 def parity_features(task_name, labels, tokenizer, max_seq_length, data_dir=None):

@@ -10,6 +10,7 @@ import platform
 import re
 import shutil
 import sys
+import tempfile
 import time
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -107,6 +108,31 @@ def set_seed(seed):
     random.seed(seed)
     np.random.seed(seed % 2**32)
     paddle.seed(seed)
+
+
+@contextlib.contextmanager
+def quiet():
+    """Hides what libraries print, C++ included (a quantized graph alone gives 40 lines), unless an error escapes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(1), os.dup(2)]
+    with tempfile.TemporaryFile() as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            yield
+            shown = b""
+        except BaseException as error:
+            log.seek(0)
+            shown = b"" if isinstance(error, UserError) else log.read()
+            raise
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, copy in enumerate(kept, 1):
+                os.dup2(copy, number)
+                os.close(copy)
+            os.write(2, shown)
 
 
 # Whole outputs
@@ -262,6 +288,12 @@ def read_record(directory, what="a stage's output"):
             return check_record(json.load(file), path)
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from error
+
+
+def check_task(record, task_name, where):
+    """Raises: UserError if the record is of another task."""
+    if record["task"].lower() != task_name.lower():
+        raise UserError(f"--task_name {task_name}: {where} is a model of {record['task']}")
 
 
 def check_weights(directory, weights):

@@ -48,8 +48,7 @@ def parse_args(argv=None):
 def evaluate_only(args):
     """--do_eval alone: prints one JSON line with the dev accuracy of a fine-tuned directory."""
     record = utils.read_record(args.model_name_or_path or "", "a fine-tuned model")
-    if record["task"].lower() != args.task_name.lower():
-        raise utils.UserError(f"{args.model_name_or_path}: fine-tuned on {record['task']}, not on {args.task_name}")
+    utils.check_task(record, args.task_name, args.model_name_or_path)
     model, tokenizer, record = modeling.load_finished(args.model_name_or_path, args.use_faster_tokenizer)
     dev = data.read_split(data.Task(record["task"], tuple(record["labels"])), "dev", args.data_dir, args.max_eval_samples)
     length = args.max_seq_length or record["arguments"]["max_seq_length"]

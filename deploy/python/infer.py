@@ -1,0 +1,177 @@
+"""Runs exported and quantized models with Paddle Inference: accuracy on dev, predictions for your own texts, timing.
+
+Reads a graph (its file prefix; tokenizer and stage.json lie beside it) and the task's dev data, or your texts.
+
+    python infer.py --task_name tnews --model_path ../../quantization/tnews_quant_models/mse4/int8 --int8
+    python infer.py --model_path ../../pruning/pruned_models/TNEWS/0.75/sub_static/float --precision bf16
+    python infer.py --model_path ../../quantization/tnews_quant_models/*/int8 --int8          # one table
+    python infer.py --model_path ../../quantization/tnews_quant_models/mse4/int8 --int8 --text "今年的高考作文题"
+"""
+
+import json
+import os
+import sys
+import time
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+import compat  # noqa: F401  before Paddle
+
+import numpy as np
+
+import data
+import engine
+import tokenization
+import utils
+
+
+def parse_args(argv=None):
+    parser = utils.Parser(__doc__)
+    main = parser.add_argument_group("what to run")
+    main.add_argument("--model_path", nargs="+", required=True, help="file prefix of a graph, without .pdmodel; several "
+                      "of one task give a table")
+    main.add_argument("--task_name", help="default, and checked: the task in the model's stage.json")
+    main.add_argument("--text", nargs="+", help="classify these texts instead of scoring dev")
+    main.add_argument("--text_pair", nargs="+", help="the second text of each, for sentence-pair tasks")
+    main.add_argument("--input_file", help="classify a file: one text a line (a tab before the second text of a pair), "
+                      "or .json with one record of the task a line; - is standard input")
+    engine_group = parser.add_argument_group("engine")
+    engine_group.add_argument("--device", help="gpu or cpu (default: gpu if Paddle has one)")
+    engine_group.add_argument("--precision", choices=("fp32", "bf16", "fp16", "int8"), help="bf16 on a CPU, fp16 on a "
+                              "GPU with --use_trt, int8 for quantized models (default: fp32)")
+    engine_group.add_argument("--int8", nargs="?", const=True, default=False, type=utils.boolean, help="--precision int8")
+    engine_group.add_argument("--use_trt", nargs="?", const=True, default=False, type=utils.boolean,
+                              help="TensorRT on a GPU; on a CPU oneDNN is used anyway")
+    engine_group.add_argument("--collect_shape", nargs="?", const=True, default=False, type=utils.boolean,
+                              help="collect TensorRT's shape ranges anew and stop")
+    engine_group.add_argument("--threads", type=int, help="of the CPU (default: all cores)")
+    engine_group.add_argument("--batch_size", type=int, default=32, help="sequences per batch")
+    timing = parser.add_argument_group("timing")
+    timing.add_argument("--perf", nargs="?", const=True, default=False, type=utils.boolean, help="time dev end to end, "
+                        "tokenizing included, in five runs")
+    timing.add_argument("--perf_warmup_steps", type=int, default=20, help="batches before the clock starts")
+    inputs = parser.add_argument_group("data")
+    utils.add_data_arguments(inputs, splits=("eval",))
+    utils.add_tokenizer_arguments(inputs)
+    for name in ("--model_type", "--model_name_or_path"):
+        inputs.add_argument(name, help="accepted; both are known from stage.json")
+    args = parser.parse_args(argv)
+    if args.int8 and args.precision not in (None, "int8"):
+        parser.error(f"--int8 and --precision {args.precision} contradict each other")
+    args.precision = "int8" if args.int8 else args.precision or "fp32"
+    utils.check_positive(args, "threads", "batch_size", "max_eval_samples", "max_seq_length")
+    return args
+
+
+def read_texts(args, task_name, pairs):
+    """The user's own texts as examples. Raises: UserError for an empty text, or a pair where none is wanted."""
+    if args.text:
+        rows = list(zip(args.text, args.text_pair or [None] * len(args.text)))
+        if args.text_pair and len(args.text_pair) != len(args.text):
+            raise utils.UserError(f"--text_pair: {len(args.text_pair)} texts for {len(args.text)} of --text")
+    elif args.input_file.endswith((".json", ".jsonl")):
+        rows = []
+        for number, row in data.read_rows(args.input_file):
+            try:
+                rows.append(data.texts_of(task_name, row))
+            except (KeyError, TypeError, ValueError) as error:
+                raise utils.UserError(f"{args.input_file}:{number}: not a record of {task_name}: {error}") from error
+    else:
+        try:
+            file = sys.stdin if args.input_file == "-" else open(args.input_file, encoding="utf-8")
+            with file:
+                rows = [tuple((line.rstrip("\r\n").split("\t", 1) + [None])[:2]) for line in file]
+        except UnicodeDecodeError as error:
+            raise utils.UserError(f"--input_file {args.input_file}: not UTF-8 ({error.reason})") from error
+    for number, row in enumerate(rows, 1):
+        if not row[0].strip() or (row[1] is not None and not row[1].strip()):
+            raise utils.UserError(f"text {number} is empty")
+        if pairs is not None and pairs != (row[1] is not None):
+            wanted = "sentence pairs (--text A --text_pair B; in a file, a tab between)" if pairs else "single texts"
+            raise utils.UserError(f"text {number}: {task_name} takes {wanted}")
+    if not rows:
+        raise utils.UserError(f"--input_file {args.input_file}: no text in it")
+    return [data.Example(text, pair, None, number) for number, (text, pair) in enumerate(rows, 1)]
+
+
+def classify(args, predictor, tokenizer, record, length):
+    """Prints one JSON line per text of the user: label and probabilities."""
+    examples = read_texts(args, record["task"], record["data"]["dev"].get("pairs"))
+    logits = predictor.predict(data.convert(examples, tokenizer, length), args.batch_size, tokenizer.pad_id).astype("float64")
+    exponentials = np.exp(logits - logits.max(-1, keepdims=True))
+    for example, row in zip(examples, exponentials / exponentials.sum(-1, keepdims=True)):
+        answer = {"text": example.text, "label": record["labels"][row.argmax()], "probability": round(float(row.max()), 6),
+                  "probabilities": {label: round(float(p), 6) for label, p in zip(record["labels"], row)}}
+        if example.text_pair is not None:
+            answer["text_pair"] = example.text_pair
+        print(json.dumps(answer, ensure_ascii=False))
+
+
+def time_runs(args, predictor, tokenizer, examples, length, runs=5):
+    """Prints the time of dev end to end, tokenizing included: every run, and their mean."""
+    warmup = data.convert(examples[: args.perf_warmup_steps * args.batch_size], tokenizer, length)
+    predictor.predict(warmup, args.batch_size, tokenizer.pad_id)
+    seconds = []
+    for number in range(1, runs + 1):
+        started = time.perf_counter()
+        predictor.predict(data.convert(examples, tokenizer, length), args.batch_size, tokenizer.pad_id)
+        seconds.append(time.perf_counter() - started)
+        print(f"run {number}: {seconds[-1]:.3f} s, {len(examples) / seconds[-1]:.1f} sentences/s", flush=True)
+    print(f"mean of {runs} runs: {np.mean(seconds):.3f} s, {len(examples) / np.mean(seconds):.1f} sentences/s, "
+          f"batch size {args.batch_size}, maximum length {length}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = utils.set_device(args.device)
+    if args.use_trt and device == "cpu":
+        print("--use_trt: no GPU here, oneDNN is used instead", file=sys.stderr)
+    for prefix in args.model_path:
+        engine.check_prefix(prefix)
+        engine.check_precision(prefix, device, args.precision, args.use_trt)
+    if engine.preflight(args.precision) and device == "cpu":
+        print(engine.preflight(args.precision), file=sys.stderr)
+
+    rows, examples = {}, None
+    for prefix in args.model_path:
+        record = engine.open_exported(prefix)
+        if args.task_name:
+            utils.check_task(record, args.task_name, prefix)
+        tokenizer = tokenization.load_tokenizer(os.path.dirname(os.path.abspath(prefix)), args.use_faster_tokenizer)
+        length = args.max_seq_length or record["arguments"]["max_seq_length"]
+        if args.text or args.input_file:
+            predictor = engine.Engine(prefix, device, args.precision, args.threads)
+            classify(args, predictor, tokenizer, record, length)
+            continue
+        if examples is None:
+            task = data.Task(record["task"], tuple(record["labels"]))
+            dev = data.read_split(task, "dev", args.data_dir, args.max_eval_samples)
+            examples = dev.examples
+        elif record["task"] != task.name:
+            raise utils.UserError(f"--model_path {prefix}: a model of {record['task']}; a table is of one task, {task.name}")
+        features = data.convert(examples, tokenizer, length)
+        if args.collect_shape:
+            if device == "cpu":
+                raise utils.UserError("--collect_shape: shapes are collected for TensorRT, on a GPU")
+            engine.collect_shapes(prefix, features, f"{prefix}.shape_ranges.pbtxt", args.batch_size, tokenizer.pad_id)
+            continue
+        predictor = engine.open_engine(prefix, features, device, args.precision, args.threads, args.use_trt,
+                                       args.batch_size, tokenizer.pad_id)
+        if args.perf:
+            time_runs(args, predictor, tokenizer, examples, length)
+            continue
+        logits = predictor.predict(features, args.batch_size, tokenizer.pad_id)
+        rows[prefix] = round(data.accuracy(logits, [f.label for f in features]), 6)
+        if len(args.model_path) == 1:
+            print(json.dumps({"task": task.name, "model": utils.relative(prefix), "precision": args.precision,
+                              "accuracy": rows[prefix], **dev.describe()}, ensure_ascii=False))
+    if len(rows) > 1:
+        best = max(rows, key=rows.get)
+        print(f"| {task.name}, {args.precision}, {len(examples)} dev records | accuracy |\n| --- | --- |")
+        for prefix, accuracy in rows.items():
+            name = "/".join(os.path.abspath(prefix).split(os.sep)[-3:-1])
+            print(f"| {name} | {accuracy:.4f}{' (best)' if prefix == best else ''} |")
+    return rows
+
+
+if __name__ == "__main__":
+    utils.run(main)

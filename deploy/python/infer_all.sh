@@ -1,0 +1,19 @@
+#!/bin/sh
+# Scores every quantized variant of every task found under $QUANT_DIR (default: ../../quantization) in INT8: a table for
+# each model, best marked. Goes on after a failure, and lists the failures at the end. Arguments go to infer.py.
+set -e
+. "$(dirname -- "$0")/../../launcher.sh"
+QUANT_DIR=${QUANT_DIR:-$root/quantization}
+
+failed= found=
+for models in "${QUANT_DIR%/}"/*_quant_models; do
+    variants=
+    for record in "$models"/*/stage.json; do
+        [ ! -f "$record" ] || variants="$variants ${record%stage.json}int8"
+    done
+    [ -n "$variants" ] || continue
+    found=yes
+    "$PYTHON" "$here/infer.py" --int8 --model_path $variants $device_args "$@" || failed="$failed $models"
+done
+[ -n "$found" ] || { echo "infer_all.sh: error: no *_quant_models under $QUANT_DIR; run quantization/quant_all.sh first" >&2; exit 2; }
+[ -z "$failed" ] || { echo "infer_all.sh: failed:$failed" >&2; exit 1; }

@@ -1,0 +1,170 @@
+"""Paddle Inference for the exported graphs: on CPU with oneDNN (FP32, BF16, INT8), on GPU with or without TensorRT.
+
+Exports are checked with it, quantized models are scored with it, deploy/python serves with it: so what is measured is
+what will run. The GPU branches are written against Paddle's documentation and are not exercised by CI.
+"""
+
+import os
+
+import numpy as np
+
+import compat  # noqa: F401  before Paddle
+import data
+import utils
+from utils import UserError
+
+# The operators that oneDNN computes in INT8. Its default list also takes the attention products, whose output range a
+# padded calibration batch stretches to the mask's -1e4: fast, and ten points wrong (tests/test_quantization.py).
+INT8_OPERATORS = {"fc", "elementwise_add"}
+
+
+def is_quantized(prefix):
+    """Whether the graph ``prefix``.pdmodel holds quantization operators."""
+    with open(f"{prefix}.pdmodel", "rb") as file:
+        graph = file.read()
+    return b"quantize_linear" in graph or b"fake_quantize" in graph
+
+
+def check_prefix(prefix):
+    for suffix in (".pdmodel", ".pdiparams"):
+        if not os.path.isfile(prefix + suffix):
+            hint = "; it is a directory, a file prefix is needed" if os.path.isdir(prefix) else ""
+            raise UserError(f"--model_path {prefix}: no {prefix}{suffix}{hint}")
+
+
+def check_precision(prefix, device, precision, use_trt=False):
+    """Raises: UserError for a precision that the device or the file cannot give."""
+    quantized = is_quantized(prefix)
+    if quantized and precision != "int8":
+        raise UserError(f"{prefix}: a quantized model; add --int8 (without it the engine would simulate INT8 in "
+                        "floating point, several times slower than FP32)")
+    if precision == "int8" and not quantized:
+        raise UserError(f"{prefix}: not a quantized model, so --int8 cannot be had; quantize it first "
+                        "(quantization/quant_post.py)")
+    if precision == "bf16" and device != "cpu":
+        raise UserError("--precision bf16 is for --device cpu; on a GPU use fp16")
+    if precision == "fp16" and device == "cpu":
+        raise UserError("--precision fp16 is for a GPU; on a CPU use bf16")
+    if device != "cpu" and precision in ("int8", "fp16") and not use_trt:
+        raise UserError(f"--precision {precision} on a GPU is TensorRT's: add --use_trt")
+
+
+def preflight(precision):
+    """What this CPU has for ``precision`` and what to expect without it: one line, or None if there is nothing to say."""
+    flags = utils.describe_machine()["flags"]
+    if precision == "int8":
+        if "amx_int8" in flags or "avx512_vnni" in flags or "avx_vnni" in flags:
+            return f"INT8: this CPU has {'AMX' if 'amx_int8' in flags else 'VNNI'}, full speed"
+        return ("INT8: this CPU has no VNNI: little or no gain over FP32, and sums may saturate and give wrong answers; "
+                "compare the accuracy with FP32 before you trust it")
+    if precision == "bf16":
+        if "amx_bf16" in flags or "avx512_bf16" in flags:
+            return f"BF16: this CPU has {'AMX' if 'amx_bf16' in flags else 'AVX512-BF16'}, full speed"
+        if "avx512f" in flags:
+            return "BF16: this CPU has AVX512 but no BF16 instructions: oneDNN emulates them, slower than FP32"
+        return "BF16: this CPU has no AVX512: the engine stays with FP32"
+    return None
+
+
+class Engine:
+    """A predictor for one exported graph.
+
+    Args:
+        prefix: path without ``.pdmodel``.
+        device: ``cpu`` or ``gpu``.
+        precision: ``fp32``, ``bf16`` (CPU), ``fp16`` (GPU, TensorRT), ``int8`` (quantized graphs only).
+        threads: of the CPU; default: all cores.
+        use_trt: TensorRT, on a GPU; ``shape_file`` then holds the ranges that ``collect`` recorded.
+        collect: record the shape ranges of what is run to ``shape_file`` instead of optimizing.
+        int8_operators: what oneDNN computes in INT8; an empty set leaves it to oneDNN (see INT8_OPERATORS).
+    """
+
+    def __init__(self, prefix, device="cpu", precision="fp32", threads=None, use_trt=False, shape_file=None,
+                 collect=False, int8_operators=INT8_OPERATORS):
+        from paddle import inference
+
+        check_prefix(prefix)
+        check_precision(prefix, device, precision, use_trt or collect)
+        config = inference.Config(f"{prefix}.pdmodel", f"{prefix}.pdiparams")
+        config.disable_glog_info()
+        config.enable_memory_optim()
+        if device == "cpu":
+            config.disable_gpu()
+            config.enable_mkldnn()
+            # Every length makes oneDNN prepare its operators anew; keep those of the lengths that come again.
+            config.set_mkldnn_cache_capacity(64)
+            config.set_cpu_math_library_num_threads(threads or len(os.sched_getaffinity(0)))
+            if precision == "bf16":
+                config.enable_mkldnn_bfloat16()
+            elif precision == "int8":
+                config.enable_mkldnn_int8(int8_operators) if int8_operators else config.enable_mkldnn_int8()
+        else:
+            config.enable_use_gpu(256, 0)
+            if collect:
+                config.collect_shape_range_info(shape_file)
+            elif use_trt:
+                kinds = {"fp32": inference.PrecisionType.Float32, "fp16": inference.PrecisionType.Half,
+                         "int8": inference.PrecisionType.Int8}
+                config.enable_tensorrt_engine(workspace_size=1 << 30, max_batch_size=32, min_subgraph_size=5,
+                                              precision_mode=kinds[precision], use_static=False, use_calib_mode=False)
+                # The graph's tensor names change with every export, so ranges are collected and never written down.
+                config.enable_tuned_tensorrt_dynamic_shape(shape_file, True)
+        with utils.quiet():
+            self.predictor = inference.create_predictor(config)
+        self.inputs = [self.predictor.get_input_handle(name) for name in self.predictor.get_input_names()]
+        self.output = self.predictor.get_output_handle(self.predictor.get_output_names()[0])
+
+    def run(self, batch):
+        """Logits of a data.Batch, float32 [batch_size, classes]."""
+        for handle, array in zip(self.inputs, (batch.input_ids, batch.token_type_ids)):
+            handle.copy_from_cpu(array)
+        self.predictor.run()
+        return self.output.copy_to_cpu()
+
+    def predict(self, features, batch_size=32, pad_id=0):
+        """Logits of features, float32 [n, classes], in their order; computed in order of length to save padding."""
+        logits = None
+        for batch in data.batches(features, batch_size, pad_id, data.by_length(features)):
+            rows = self.run(batch)
+            logits = np.empty((len(features), rows.shape[1]), "float32") if logits is None else logits
+            logits[batch.index] = rows
+        return logits
+
+
+def open_engine(prefix, features, device="cpu", precision="fp32", threads=None, use_trt=False, batch_size=32, pad_id=0):
+    """An Engine; for TensorRT the shape ranges of ``features`` are collected first, unless they were before."""
+    shape_file = f"{prefix}.shape_ranges.pbtxt"
+    if use_trt and device != "cpu" and not os.path.isfile(shape_file):
+        collect_shapes(prefix, features, shape_file, batch_size, pad_id)
+    return Engine(prefix, device, precision, threads, use_trt and device != "cpu", shape_file)
+
+
+def collect_shapes(prefix, features, shape_file, batch_size=32, pad_id=0):
+    """Records minimum, maximum and most frequent shapes for TensorRT by running ``features`` once on the GPU."""
+    precision = "int8" if is_quantized(prefix) else "fp32"
+    collector = Engine(prefix, "gpu", precision, shape_file=shape_file, collect=True)
+    for batch in data.batches(features, batch_size, pad_id, data.by_length(features)):
+        collector.run(batch)
+    del collector  # the file is written when the predictor goes
+
+
+def static_prefix(directory, record):
+    """The file prefix of the FP32 graph that a fine-tuned export or a pruned export holds; its files are checked."""
+    files = (record.get("export") or {}).get("weights", {})
+    names = [name[: -len(".pdmodel")] for name in files if name.endswith(".pdmodel")]
+    if not names:
+        raise UserError(f"{directory}: not exported; run export_model.py (fine-tuned) or export.sh (pruned) first")
+    utils.check_weights(directory, files)
+    return os.path.join(directory, names[0])
+
+
+def open_exported(prefix):
+    """What lies beside an exported or quantized graph: its stage record. Raises: UserError if it is incomplete."""
+    check_prefix(prefix)
+    directory, name = os.path.split(os.path.abspath(prefix))
+    record = utils.read_record(directory, "an export or a quantized model")
+    weights = record["weights"] if record["stage"] == "quantize" else (record.get("export") or {}).get("weights", {})
+    if f"{name}.pdiparams" not in weights:
+        raise UserError(f"{prefix}: {os.path.join(directory, utils.RECORD)} does not name these files; export them again")
+    utils.check_weights(directory, weights)
+    return record

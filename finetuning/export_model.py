@@ -1,0 +1,64 @@
+"""Exports a fine-tuned model as the static graph that quantization and deployment take.
+
+Reads a directory that run_clue.py wrote; writes inference.pdmodel, inference.pdiparams and inference.pdiparams.info
+into it, and into its stage.json how far the graph's logits are from the dynamic model's.
+
+    python export_model.py --task_name CLUEWSC2020 --model_path ppminilm-6l-768h/models/CLUEWSC2020/1e-4_32/
+"""
+
+import os
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import compat  # noqa: F401  before Paddle
+
+import engine
+import modeling
+import utils
+
+
+def parse_args(argv=None):
+    parser = utils.Parser(__doc__)
+    main = parser.add_argument_group("what to export")
+    main.add_argument("--task_name", required=True, help="the task it was fine-tuned on")
+    main.add_argument("--model_path", required=True, help="directory that run_clue.py wrote")
+    main.add_argument("--model_type", choices=sorted(modeling.MODEL_TYPES), help="checked against stage.json if given")
+    other = parser.add_argument_group("other")
+    other.add_argument("--parity_tolerance", type=float, default=1e-4, help="largest difference of a logit between the "
+                       "exported graph and the dynamic model")
+    other.add_argument("--device", help="gpu or cpu (default: gpu if Paddle has one)")
+    utils.add_data_arguments(other, splits=())
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    utils.set_device(args.device)
+    started = time.time()
+    model, tokenizer, record = modeling.load_finished(args.model_path)
+    utils.check_task(record, args.task_name, args.model_path)
+    if args.model_type not in (None, record["model"]["model_type"]):
+        raise utils.UserError(f"--model_type {args.model_type}: the model is {record['model']['model_type']}")
+    features, inputs = modeling.parity_features(
+        record["task"], record["labels"], tokenizer, record["arguments"]["max_seq_length"], args.data_dir
+    )
+    with tempfile.TemporaryDirectory(dir=args.model_path, prefix="export.writing-") as directory:
+        prefix = os.path.join(directory, "inference")
+        expected = modeling.predict(model, features, tokenizer.pad_id)
+        modeling.export_static(model, prefix)
+        found = engine.Engine(prefix).predict(features, pad_id=tokenizer.pad_id)
+        parity = modeling.parity(expected, found, inputs, args.parity_tolerance)
+        record.pop("export", None)
+        utils.write_record(args.model_path, record)  # from here until the end the directory counts as not exported
+        files = modeling.move_files(directory, args.model_path)
+    record["export"] = {"weights": files, "parity": parity, "seconds": round(time.time() - started, 1),
+                        "bytes": os.path.getsize(os.path.join(args.model_path, "inference.pdiparams"))}
+    utils.write_record(args.model_path, record)
+    print(f"{record['task']}: exported to {os.path.join(args.model_path, 'inference')}.pdmodel, logits within "
+          f"{parity['largest_difference']:.1e} of the dynamic model on {inputs}")
+
+
+if __name__ == "__main__":
+    utils.run(main)

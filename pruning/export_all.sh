@@ -1,0 +1,16 @@
+#!/bin/sh
+# Exports every task and width under DIR (default: pruned_models). Goes on after a failure, and lists the failures.
+set -e
+. "$(dirname -- "$0")/../launcher.sh"
+dir=${1:-pruned_models}
+[ $# -eq 0 ] || shift
+
+failed= found=
+for task_dir in "$dir"/*/; do
+    task=$(basename -- "$task_dir")
+    case $task in '*' | *.unfinished) continue ;; esac
+    found=yes
+    sh "$here/export.sh" "$dir" "$task" "$@" || failed="$failed $task"
+done
+[ -n "$found" ] || { echo "export_all.sh: error: no task under $dir; run prune.sh first" >&2; exit 2; }
+[ -z "$failed" ] || { echo "export_all.sh: failed:$failed" >&2; exit 1; }

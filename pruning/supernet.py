@@ -1,0 +1,205 @@
+"""DynaBERT width pruning on PaddleSlim's OFA: which widths exist, what is important, the supernet, its sub-models.
+
+A width w keeps round(w x heads) attention heads and the same share of FFN neurons in every layer; the hidden size stays.
+Ranking and reordering heads and neurons by importance first means that a narrower model is a prefix of each matrix
+(DynaBERT, arXiv 2004.04037); PaddleSlim's OFA (arXiv 1908.09791) trains several prefixes in one set of weights.
+"""
+
+import json
+import os
+
+import numpy as np
+import paddle
+
+import compat
+import modeling
+import tokenization
+import utils
+from utils import UserError
+
+SUB_CONFIG = "model_config.json"
+
+
+def check_width(width, heads, neurons):
+    """The number of heads that ``width`` keeps. Raises: UserError, with the widths that leave whole heads and neurons."""
+    allowed = [k for k in range(1, heads + 1) if neurons * k % heads == 0]
+    kept = round(width * heads)
+    if kept not in allowed or abs(width * heads - kept) > 1e-3:
+        widths = ", ".join(f"{k / heads:.5g}" for k in allowed)
+        raise UserError(f"--width_mult {width:g}: does not leave whole heads of {heads} and whole neurons of {neurons}; "
+                        f"these do: {widths}")
+    return kept
+
+
+def layers_of(model):
+    """The nn.TransformerEncoderLayer of each layer."""
+    return list(modeling.encoder_of(model).encoder.layers)
+
+
+def importance(model, batches):
+    """Importance of heads and FFN neurons, summed over ``batches`` of the cross-entropy loss L.
+
+    Of a head: |dL/dg|, g = 1 a gate on its output (Michel et al., arXiv 1905.10650, as DynaBERT uses it). Of a neuron:
+    |sum over its incoming weights and bias of w dL/dw| + |sum over its outgoing weights of w dL/dw|. The model is in
+    eval mode and gradients are cleared between batches.
+
+    Args: batches: iterable of data.Batch with labels.
+    Returns: (float64 [layers, heads], float64 [layers, neurons]).
+    """
+    model.eval()
+    layers = layers_of(model)
+    gates = [paddle.ones([layer.self_attn.num_heads]) for layer in layers]
+    for gate in gates:
+        gate.stop_gradient = False
+
+    def gated(gate):
+        def hook(_, inputs):  # the heads' outputs, side by side: [batch, length, heads x head_dim]
+            heads = inputs[0].reshape([0, 0, len(gate), -1])
+            return (heads * gate.unsqueeze(-1)).reshape([0, 0, -1])
+        return hook
+
+    hooks = [layer.self_attn.out_proj.register_forward_pre_hook(gated(gate)) for layer, gate in zip(layers, gates)]
+    head_importance = np.zeros([len(layers), layers[0].self_attn.num_heads])
+    neuron_importance = np.zeros([len(layers), layers[0].linear1.weight.shape[1]])
+    for batch in batches:
+        logits = model(paddle.to_tensor(batch.input_ids), paddle.to_tensor(batch.token_type_ids))
+        paddle.nn.functional.cross_entropy(logits, paddle.to_tensor(batch.labels)).backward()
+        for i, (layer, gate) in enumerate(zip(layers, gates)):
+            head_importance[i] += np.abs(gate.grad.numpy())
+            w1, b1, w2 = ((p.numpy() * p.grad.numpy()) for p in
+                          (layer.linear1.weight, layer.linear1.bias, layer.linear2.weight))
+            neuron_importance[i] += np.abs(w1.sum(0) + b1) + np.abs(w2.sum(1))
+            gate.clear_gradient()
+        model.clear_gradients()
+    for hook in hooks:
+        hook.remove()
+    return head_importance, neuron_importance
+
+
+def reorder(model, head_importance, neuron_importance):
+    """Puts the most important heads and neurons of every layer first; the model computes the same as before."""
+    ofa = compat.paddleslim_ofa()
+    for layer, heads, neurons in zip(layers_of(model), head_importance, neuron_importance):
+        ofa.reorder_head(layer.self_attn, paddle.to_tensor(np.argsort(-heads, kind="stable")))
+        order = paddle.to_tensor(np.argsort(-neurons, kind="stable"))
+        ofa.reorder_neuron(layer.linear1, order, dim=1)
+        ofa.reorder_neuron(layer.linear2, order, dim=0)
+
+
+def make_supernet(model, widths):
+    """Turns ``model`` (reordered) into PaddleSlim's OFA supernet, at width 1.0. The model itself is used up."""
+    ofa = compat.paddleslim_ofa()
+    weights = {name: value.numpy() for name, value in model.state_dict().items()}
+    # Only the encoder's layers have a width; PaddleNLP's models read pooler.dense.weight, which wrapping would hide.
+    ofa.Convert(ofa.supernet(expand_ratio=sorted({*widths, 1.0}))).convert(modeling.encoder_of(model).encoder)
+    load_plain_state(model, weights)  # converting makes every layer anew
+    supernet = ofa.OFA(model, elastic_order=["width"])
+    set_width(supernet, 1.0)
+    return supernet
+
+
+def plain_state(model):
+    """The supernet's parameters under the names of the ordinary model: PaddleSlim wraps each layer as ``.fn``."""
+    return {name.replace(".fn.", "."): value for name, value in model.state_dict().items()}
+
+
+def load_plain_state(model, weights):
+    for name, value in plain_state(model).items():
+        value.set_value(weights[name])
+
+
+def set_width(supernet, width):
+    """Makes the supernet compute with the first ``width`` of all heads and neurons."""
+    layers = layers_of(supernet.model)
+    full_heads = layers[0].self_attn.embed_dim // layers[0].self_attn.head_dim
+    kept = check_width(width, full_heads, layers[0].linear1.fn.weight.shape[1])
+    config = {name: {} for name in supernet.ofa_layers}
+    # Widths as numbers of columns ("channel"): PaddleSlim's ratios are cut to int after floating-point products.
+    prefix = next(name for name in config if name.endswith("layers.0.linear1")).replace("0.linear1", "")
+    for i, layer in enumerate(layers):
+        layer.self_attn.num_heads = kept
+        for place in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+            config[f"{prefix}{i}.{place}"] = {"channel": kept * layer.self_attn.head_dim}
+        config[f"{prefix}{i}.linear1"] = {"channel": layer.linear1.fn.weight.shape[1] * kept // full_heads}
+    supernet.set_net_config(config)
+
+
+def slice_state(weights, width, heads):
+    """The parameters of the sub-model of that width: the leading rows and columns of each matrix.
+
+    Args: weights: {name: array} of the full, reordered model.
+    """
+    part = {}
+    for name, value in weights.items():
+        owner, kind = name.rsplit(".", 1)
+        place, kept = owner.rsplit(".", 1)[-1], lambda n: n * round(width * heads) // heads
+        if ".encoder.layers." in f".{name}":
+            if place in ("q_proj", "k_proj", "v_proj", "linear1"):  # [in, out] and [out]
+                value = value[..., : kept(value.shape[-1])]
+            elif place in ("out_proj", "linear2") and kind == "weight":
+                value = value[: kept(value.shape[0])]
+        part[name] = value
+    return part
+
+
+def build_sub_model(model_type, architecture, width, num_labels):
+    """An ordinary dynamic model with the narrow layers of that width, its weights random."""
+    cls = modeling.model_class(model_type)
+    model = cls(cls.config_class(**architecture, num_labels=num_labels))
+    heads, neurons, hidden = (architecture[k] for k in ("num_attention_heads", "intermediate_size", "hidden_size"))
+    kept = check_width(width, heads, neurons)
+    inner, ffn = hidden // heads * kept, neurons * kept // heads
+    for layer in layers_of(model):
+        attention = layer.self_attn
+        attention.num_heads = kept
+        attention.q_proj, attention.k_proj, attention.v_proj = (paddle.nn.Linear(hidden, inner) for _ in range(3))
+        attention.out_proj = paddle.nn.Linear(inner, hidden)
+        layer.linear1, layer.linear2 = paddle.nn.Linear(hidden, ffn), paddle.nn.Linear(ffn, hidden)
+    return model
+
+
+def save_sub_model(directory, weights, record, width):
+    """Writes ``model_state.pdparams`` and ``model_config.json`` of a sub-model."""
+    paddle.save({name: paddle.to_tensor(value) for name, value in weights.items()},
+                os.path.join(directory, modeling.WEIGHTS))
+    config = {"model_type": record["model"]["model_type"], "architecture": record["model"]["architecture"],
+              "width_mult": width, "num_labels": len(record["labels"])}
+    utils.write_whole(os.path.join(directory, SUB_CONFIG), json.dumps(config, indent=1) + "\n")
+
+
+def load_sub_model(directory):
+    """Loads a pruned model for further training or inference: (model in eval mode, tokenizer, stage record).
+
+    ``from_pretrained`` cannot: it would build layers of full width. Args: directory: ``.../sub/model_width_0.75000``.
+    Raises: UserError if the directory is not one, or its weights are damaged.
+    """
+    record = utils.read_record(directory, "a pruned model (pruning/export.sh)")
+    utils.check_weights(directory, record["weights"])
+    with open(os.path.join(directory, SUB_CONFIG), encoding="utf-8") as file:
+        config = json.load(file)
+    model = build_sub_model(config["model_type"], config["architecture"], config["width_mult"], config["num_labels"])
+    model.set_state_dict(paddle.load(os.path.join(directory, modeling.WEIGHTS)))
+    model.eval()
+    return model, tokenization.load_tokenizer(directory), record
+
+
+class HiddenStates:
+    """Records the outputs of the embeddings and of every layer of an encoder while it runs: ``states``, in order."""
+
+    def __init__(self, model):
+        encoder = modeling.encoder_of(model)
+        self.states = []
+        encoder.embeddings.register_forward_post_hook(lambda *call: self.states.append(call[-1]))
+        for layer in encoder.encoder.layers:
+            layer.register_forward_post_hook(lambda *call: self.states.append(call[-1]))
+
+    def take(self):
+        states, self.states = self.states, []
+        return states
+
+
+def distillation_loss(student_states, teacher_states, student_logits, teacher_logits, lambda_logit=1.0, lambda_rep=0.1):
+    """DynaBERT's loss: lambda_rep x sum over layers of the hidden states' MSE + lambda_logit x soft cross-entropy."""
+    hidden = sum(paddle.nn.functional.mse_loss(s, t) for s, t in zip(student_states, teacher_states))
+    soft = -(paddle.nn.functional.softmax(teacher_logits) * paddle.nn.functional.log_softmax(student_logits)).sum(-1)
+    return lambda_rep * hidden + lambda_logit * soft.mean()

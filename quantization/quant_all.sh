@@ -1,0 +1,16 @@
+#!/bin/sh
+# Quantizes every exported model under $MODEL_DIR (default: ../pruning/pruned_models). Goes on after a failure, and lists
+# the failures at the end. Arguments go to quant_post.py.
+set -e
+. "$(dirname -- "$0")/../launcher.sh"
+MODEL_DIR=${MODEL_DIR:-$root/pruning/pruned_models}
+
+failed= found=
+for static in "${MODEL_DIR%/}"/*/*/sub_static; do
+    [ -f "$static/stage.json" ] || continue
+    found=yes
+    task=$(basename -- "$(dirname -- "$(dirname -- "$static")")")
+    sh "$here/quant.sh" "$task" "$static" "$@" || failed="$failed $static"
+done
+[ -n "$found" ] || { echo "quant_all.sh: error: no sub_static under $MODEL_DIR; run pruning/export_all.sh first" >&2; exit 2; }
+[ -z "$failed" ] || { echo "quant_all.sh: failed:$failed" >&2; exit 1; }

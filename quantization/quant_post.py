@@ -1,0 +1,190 @@
+"""Quantizes an exported model to INT8 after training: mse, avg, abs_max and hist, each calibrated with 4 and 8 samples.
+
+Reads a directory with a static graph (pruning/export.sh's sub_static, or a fine-tuned model after export_model.py);
+writes <output_dir>/<algorithm><samples>/int8.{pdmodel,pdiparams}, each directory with tokenizer and stage.json. Every
+variant is scored on dev by the INT8 engine that will serve it, and compared with FP32; one whose predictions agree
+with FP32's on less than --min_agreement of dev is not written. Variants that are there already are not made again.
+
+    python quant_post.py --task_name TNEWS --input_dir ../pruning/pruned_models/TNEWS/0.75/sub_static
+"""
+
+import os
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import compat  # before Paddle
+
+import numpy as np
+import paddle
+
+import data
+import engine
+import modeling
+import tokenization
+import utils
+
+ALGORITHMS = ("mse", "avg", "abs_max", "hist")
+SAMPLES = (4, 8)  # one calibration batch of that size, as published
+
+
+def parse_args(argv=None):
+    parser = utils.Parser(__doc__)
+    main = parser.add_argument_group("what to quantize")
+    main.add_argument("--task_name", required=True, help="the task of the model")
+    main.add_argument("--input_dir", required=True, help="directory with the exported FP32 graph")
+    main.add_argument("--output_dir", help="default: from the input's stage.json: <task>_quant_models (pruned to 0.75), "
+                      "<task>_finetuned_quant_models, <task>_<width>_quant_models")
+    other = parser.add_argument_group("other")
+    other.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS), help="of the activations' "
+                       "scales; weights are always per channel")
+    other.add_argument("--calib_samples", nargs="+", type=int, default=list(SAMPLES), help="size of the calibration batch")
+    other.add_argument("--calib_split", choices=("train", "dev"), default="train", help="what calibrates; dev is the "
+                       "published recipe, and shows the selection set to the calibration")
+    other.add_argument("--min_agreement", type=float, default=0.9, help="share of dev predictions that must equal "
+                       "FP32's; a variant below it is reported and not written")
+    other.add_argument("--seed", type=int, default=42, help="chooses the calibration samples")
+    other.add_argument("--device", help="gpu or cpu (default: gpu if Paddle has one)")
+    other.add_argument("--overwrite", action="store_true", help="replace variants made with other arguments")
+    names = parser.add_argument_group("file names")
+    names.add_argument("--input_model_filename", help="default: the one that stage.json names")
+    names.add_argument("--input_param_filename", help="default: the one that stage.json names")
+    names.add_argument("--save_model_filename", default="int8.pdmodel", help="file name of the quantized graph")
+    names.add_argument("--save_params_filename", default="int8.pdiparams", help="file name of its parameters")
+    names.add_argument("--model_name_or_path", help="accepted; the tokenizer lies beside the model")
+    inputs = parser.add_argument_group("data")
+    utils.add_data_arguments(inputs)
+    utils.add_tokenizer_arguments(inputs)
+    return parser.parse_args(argv)
+
+
+def default_output_dir(record):
+    task, width = record["task"].lower(), record["model"]["width_mult"]
+    if record["stage"] == "finetune":
+        return f"{task}_finetuned_quant_models"
+    return f"{task}_quant_models" if width == 0.75 else f"{task}_{width:g}_quant_models"
+
+
+class CalibrationBatch(paddle.io.IterableDataset):
+    """One batch of the calibration samples, as PaddleSlim's DataLoader wants it."""
+
+    def __init__(self, features, pad_id):
+        self.batch = data.collate(features, range(len(features)), pad_id)
+
+    def __iter__(self):
+        yield self.batch.input_ids, self.batch.token_type_ids
+
+
+def quantize(prefix, features, pad_id, algorithm, directory, model_filename, params_filename):
+    """Writes the quantized graph of ``prefix`` into ``directory``, calibrated on all ``features`` in one batch."""
+    paddle.enable_static()
+    try:
+        program = paddle.static.Program()
+        with utils.quiet(), paddle.static.scope_guard(paddle.static.Scope()), paddle.static.program_guard(program):
+            feeds = [paddle.static.data(name, [None, None], "int64") for name in ("input_ids", "token_type_ids")]
+            loader = paddle.io.DataLoader(CalibrationBatch(features, pad_id), feed_list=feeds, places=paddle.CPUPlace(),
+                                          return_list=False, batch_size=None)
+            compat.quant_post_static(
+                executor=paddle.static.Executor(paddle.CPUPlace()),
+                model_dir=os.path.dirname(prefix),
+                model_filename=f"{os.path.basename(prefix)}.pdmodel",
+                params_filename=f"{os.path.basename(prefix)}.pdiparams",
+                quantize_model_path=directory,
+                save_model_filename=model_filename,
+                save_params_filename=params_filename,
+                data_loader=loader,
+                batch_size=len(features),
+                batch_nums=1,
+                algo=algorithm,
+                hist_percent=0.9999,
+                quantizable_op_type=["matmul", "matmul_v2"],
+                weight_quantize_type="channel_wise_abs_max",
+                onnx_format=True,  # weights are stored as int8
+            )
+    finally:
+        paddle.disable_static()
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = utils.set_device(args.device)
+    if min(args.calib_samples) < 1:
+        raise utils.UserError(f"--calib_samples {min(args.calib_samples)}: must be above 0")
+    record = utils.read_record(args.input_dir, "an exported model")
+    utils.check_task(record, args.task_name, args.input_dir)
+    prefix = engine.static_prefix(args.input_dir, record)
+    for given, found in ((args.input_model_filename, ".pdmodel"), (args.input_param_filename, ".pdiparams")):
+        if given not in (None, os.path.basename(prefix) + found):
+            raise utils.UserError(f"{given}: {args.input_dir} holds {os.path.basename(prefix)}{found}")
+    args.output_dir = args.output_dir or default_output_dir(record)
+    args.max_seq_length = args.max_seq_length or record["arguments"]["max_seq_length"]
+    if os.path.splitext(args.save_model_filename)[0] != os.path.splitext(args.save_params_filename)[0]:
+        raise utils.UserError("--save_model_filename and --save_params_filename: must be alike but for their endings")
+
+    tokenizer = tokenization.load_tokenizer(args.input_dir, args.use_faster_tokenizer)
+    task = data.Task(record["task"], tuple(record["labels"]))
+    calibration = data.read_split(task, args.calib_split, args.data_dir, args.max_train_samples)
+    dev = data.read_split(task, "dev", args.data_dir, args.max_eval_samples)
+    features = data.convert(dev.examples, tokenizer, args.max_seq_length)
+    labels = np.array([f.label for f in features])
+    order = np.random.default_rng(args.seed).permutation(len(calibration.examples))
+
+    reference = engine.open_engine(prefix, features, device).predict(features, pad_id=tokenizer.pad_id)
+    fp32_accuracy = data.accuracy(reference, labels)
+    note = engine.preflight("int8")
+    print(f"{note}\n{record['task']}: FP32 accuracy {fp32_accuracy:.4f} on {len(features)} dev records "
+          f"(majority class {dev.describe()['majority_class']:.4f})")
+    print("| variant | INT8 accuracy | agreement with FP32 | file, MB |\n| --- | --- | --- | --- |")
+    rows, refused = {}, []
+    for algorithm in args.algorithms:
+        for samples in args.calib_samples:
+            name, started = f"{algorithm}{samples}", time.time()
+            target = os.path.join(args.output_dir, name)
+            if not utils.finished(target, args, args.overwrite):
+                chosen = [calibration.examples[i] for i in order[:samples]]
+                with tempfile.TemporaryDirectory() as scratch:
+                    quantize(prefix, data.convert(chosen, tokenizer, args.max_seq_length), tokenizer.pad_id, algorithm,
+                             scratch, args.save_model_filename, args.save_params_filename)
+                    quantized = os.path.join(scratch, os.path.splitext(args.save_model_filename)[0])
+                    logits = engine.open_engine(quantized, features, device, "int8", use_trt=device != "cpu").predict(
+                        features, pad_id=tokenizer.pad_id)
+                    metrics = {
+                        "accuracy": round(data.accuracy(logits, labels), 6),
+                        "fp32_accuracy": round(fp32_accuracy, 6),
+                        "agreement": round(float((logits.argmax(-1) == reference.argmax(-1)).mean()), 6),
+                        "bytes": os.path.getsize(f"{quantized}.pdiparams"),
+                    }
+                    if metrics["agreement"] < args.min_agreement:
+                        refused.append(name)
+                        print(f"| {name} | {metrics['accuracy']:.4f} | {metrics['agreement']:.4f} | not written |")
+                        continue
+                    with utils.whole_directory(target) as directory:
+                        utils.copy_files(scratch, directory)
+                        hashes = utils.hash_files(directory, sorted(os.listdir(directory)))
+                        tokenizer.save(directory)
+                        utils.write_record(directory, utils.make_record(
+                            "quantize", args, started, metrics=metrics, weights=hashes,
+                            data={args.calib_split: {**calibration.describe(), "used": f"{samples} samples to calibrate"},
+                                  "dev": dev.describe()} if args.calib_split == "train" else {"dev": dev.describe()},
+                            parent=modeling.parent_of(args.input_dir, {"weights": record["export"]["weights"]}),
+                            variant={"algorithm": algorithm, "calib_samples": samples, "device": device,
+                                     "int8_operators": sorted(engine.INT8_OPERATORS)},
+                            **{key: record[key] for key in ("task", "labels", "params", "flops", "model", "notes")},
+                        ))
+            rows[name] = utils.read_record(target)["metrics"]
+            print(f"| {name} | {rows[name]['accuracy']:.4f} | {rows[name]['agreement']:.4f} | "
+                  f"{rows[name]['bytes'] / 1e6:.1f} |", flush=True)
+    if not rows:
+        print(f"quant_post.py: no variant agrees with FP32 on {args.min_agreement:g} of dev (--min_agreement); nothing "
+              "was written", file=sys.stderr)
+        sys.exit(1)
+    best = max(rows, key=lambda name: rows[name]["accuracy"])
+    if refused:
+        print(f"below --min_agreement {args.min_agreement:g} and not written: {', '.join(refused)}")
+    print(f"{record['task']}: best {best}, INT8 accuracy {rows[best]['accuracy']:.4f} (FP32 {fp32_accuracy:.4f}) -> "
+          f"{os.path.join(args.output_dir, best)}")
+
+
+if __name__ == "__main__":
+    utils.run(main)
