@@ -37,22 +37,21 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 
-# Importing paddleslim's nlp_utils replaces these methods for every model in the process, by an attention that lost the
-# 1/sqrt(head_dim) scale and takes its mask in another form. Models are silently wrong. They are put back after it.
-_ATTENTION = {
-    (cls, name): getattr(cls, name)
-    for cls, name in (
-        (paddle.nn.MultiHeadAttention, "forward"),
-        (paddle.nn.MultiHeadAttention, "_prepare_qkv"),
-        (paddle.nn.TransformerEncoder, "forward"),
-        (paddle.nn.TransformerEncoderLayer, "forward"),
-    )
-}
+def _paddleslim():
+    """Imports PaddleSlim and puts back what the import of its ``nlp_utils`` replaces: the attention of every model in
+    the process, by one that lost the 1/sqrt(head_dim) scale and takes its mask in another form. Nothing fails then;
+    models are silently wrong. PaddleNLP replaces the same methods, rightly, so it has to come first.
+    """
+    import paddlenlp.transformers  # noqa: F401
 
+    classes = (paddle.nn.MultiHeadAttention, paddle.nn.TransformerEncoder, paddle.nn.TransformerEncoderLayer)
+    methods = {(cls, name): getattr(cls, name) for cls in classes for name in ("forward", "_prepare_qkv") if hasattr(cls, name)}
+    from paddleslim.nas.ofa.utils import nlp_utils
 
-def restore_attention():
-    for (cls, name), method in _ATTENTION.items():
-        setattr(cls, name, method)
+    for (cls, name), method in methods.items():
+        if getattr(cls, name).__module__ == nlp_utils.__name__:
+            setattr(cls, name, method)
+    return nlp_utils
 
 
 def paddleslim_ofa():
@@ -62,12 +61,11 @@ def paddleslim_ofa():
     """
     from types import SimpleNamespace
 
+    nlp_utils = _paddleslim()
     from paddleslim.nas.ofa import OFA
     from paddleslim.nas.ofa.convert_super import Convert, supernet
     from paddleslim.nas.ofa.layers import SuperLayerNorm
-    from paddleslim.nas.ofa.utils import nlp_utils
 
-    restore_attention()
     # SuperLayerNorm unpacks three values where Paddle 2.6.2 returns one. Width pruning leaves the hidden size alone,
     # so the ordinary layer normalization is all that is needed.
     SuperLayerNorm.forward = paddle.nn.LayerNorm.forward
@@ -83,11 +81,12 @@ def paddleslim_ofa():
 def quant_post_static(*args, **kwargs):
     """``paddleslim.quant.quant_post_static`` with ``algo='avg'`` cured: it indexes the shape of 0-D activations."""
     import numpy as np
+
+    _paddleslim()
     from paddle.static.quantization import PostTrainingQuantization
     from paddle.static.quantization import post_training_quantization as ptq
     from paddleslim.quant import quant_post_static as library_call
 
-    restore_attention()
     load, sample_avg = ptq.utils.load_variable_data, PostTrainingQuantization._sample_avg
 
     def sample_avg_at_least_1d(self):

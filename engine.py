@@ -25,11 +25,21 @@ def is_quantized(prefix):
     return b"quantize_linear" in graph or b"fake_quantize" in graph
 
 
-def check_prefix(prefix):
+def find_prefix(path):
+    """The file prefix that a user means by a prefix, a .pdmodel file, or a directory with one graph in it.
+
+    Raises: UserError if there is no graph with its parameters.
+    """
+    prefix = path[: -len(".pdmodel")] if path.endswith(".pdmodel") else path
+    if os.path.isdir(path):
+        graphs = [name for name in sorted(os.listdir(path)) if name.endswith(".pdmodel")]
+        if len(graphs) != 1:
+            raise UserError(f"--model_path {path}: a directory with {len(graphs)} graphs (*.pdmodel), one is needed")
+        prefix = os.path.join(path, graphs[0][: -len(".pdmodel")])
     for suffix in (".pdmodel", ".pdiparams"):
         if not os.path.isfile(prefix + suffix):
-            hint = "; it is a directory, a file prefix is needed" if os.path.isdir(prefix) else ""
-            raise UserError(f"--model_path {prefix}: no {prefix}{suffix}{hint}")
+            raise UserError(f"--model_path {path}: no {prefix}{suffix}")
+    return prefix
 
 
 def check_precision(prefix, device, precision, use_trt=False):
@@ -83,7 +93,7 @@ class Engine:
                  collect=False, int8_operators=INT8_OPERATORS):
         from paddle import inference
 
-        check_prefix(prefix)
+        self.prefix = prefix = find_prefix(prefix)
         check_precision(prefix, device, precision, use_trt or collect)
         config = inference.Config(f"{prefix}.pdmodel", f"{prefix}.pdiparams")
         config.disable_glog_info()
@@ -160,7 +170,6 @@ def static_prefix(directory, record):
 
 def open_exported(prefix):
     """What lies beside an exported or quantized graph: its stage record. Raises: UserError if it is incomplete."""
-    check_prefix(prefix)
     directory, name = os.path.split(os.path.abspath(prefix))
     record = utils.read_record(directory, "an export or a quantized model")
     weights = record["weights"] if record["stage"] == "quantize" else (record.get("export") or {}).get("weights", {})

@@ -41,7 +41,7 @@ def model_class(model_type, kind="ForSequenceClassification"):
     import paddlenlp.transformers as transformers
     from paddlenlp.utils.log import logger
 
-    logger.set_level("WARNING")  # its INFO lines name every file that is read or written
+    logger.set_level("ERROR")  # it names every file that it reads, and warns that a new head is new
     return getattr(transformers, MODEL_TYPES[model_type] + kind)
 
 

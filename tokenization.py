@@ -16,27 +16,28 @@ class _BasicTokens(dict):
     """
 
     cjk = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]")
+    special = re.compile(r"(\[(?:UNK|SEP|PAD|CLS|MASK)\])")
     # PaddleNLP calls these symbols too.
     extra_symbols = "\u00ad\u00b2\u00ba\u3007\u00b5\u00d8\u014b\u01b1"
 
     def __init__(self, lower_case):
         super().__init__()
         self.lower_case = lower_case
-        # Characters whose treatment depends on their neighbours: the capital sigma, and marks that NFD may reorder.
-        self.contextual = {"\u03a3"}
+        self.contextual = set()  # characters that NFD may reorder with their neighbours
 
     def isolated(self, char):
         ascii_punctuation = char.isascii() and char.isprintable() and not char.isalnum() and char != " "
         return ascii_punctuation or unicodedata.category(char)[0] in "PS" or char in self.extra_symbols
 
+    def cleaned(self, char):
+        if unicodedata.category(char)[0] == "C" and char not in "\t\n\r" or char == "\ufffd":
+            return ""
+        return " " if char.isspace() else char
+
     def __missing__(self, code_point):
         char = chr(code_point)
-        category = unicodedata.category(char)
-        if category[0] == "C" and char not in "\t\n\r" or char == "\ufffd":
-            result = ""
-        elif char.isspace() or category == "Zs":
-            result = " "
-        else:
+        result = self.cleaned(char)
+        if result == char and char != " ":
             result = self.normalize(char)
             if any(unicodedata.combining(c) for c in result):
                 self.contextual.add(char)
@@ -49,18 +50,23 @@ class _BasicTokens(dict):
     def normalize(self, text):
         if not self.lower_case:
             return text
-        return "".join(c for c in unicodedata.normalize("NFD", text.lower()) if unicodedata.category(c) != "Mn")
+        lower = "".join(c.lower() for c in text)  # by character, so that a sigma is never a final one
+        return "".join(c for c in unicodedata.normalize("NFD", lower) if unicodedata.category(c) != "Mn")
 
     def split(self, text):
         return "".join(f" {c} " if self.isolated(c) else c for c in text)
 
+    def words(self, text):
+        """The text without control characters, cut at white space and around CJK characters."""
+        return "".join(f" {c} " if self.cjk.match(c) else self.cleaned(c) for c in text).split()
+
     def apply(self, text):
+        if "[" in text and self.special.search(text):  # special tokens keep their meaning inside a text
+            return " ".join(part if i % 2 else self.apply(part) for i, part in enumerate(self.special.split(text)))
         result = text.translate(self)
         if self.contextual.isdisjoint(text):
             return result
-        clean = text.translate({ord(c): f" {c} " if self.cjk.match(c) else c if self[ord(c)].strip() else self[ord(c)]
-                                for c in set(text)})
-        return " ".join(self.split(self.normalize(word)) for word in clean.split())
+        return " ".join(self.split(self.normalize(word)) for word in self.words(text))
 
 
 class _Tokenizer:
@@ -95,14 +101,6 @@ class FastTokenizer(_Tokenizer):
         self.wordpiece = Tokenizer(model)
         self.wordpiece.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         self.basic = _BasicTokens(lower_case)
-        # Special tokens inside a text keep their meaning, as in PaddleNLP.
-        self.special = re.compile(r"(\[(?:UNK|SEP|PAD|CLS|MASK)\])")
-
-    def _words(self, text):
-        if "[" not in text:
-            return self.basic.apply(text)
-        parts = self.special.split(text)
-        return " ".join(part if i % 2 else self.basic.apply(part) for i, part in enumerate(parts))
 
     def encode(self, texts, pairs=None, max_seq_length=128):
         """[CLS] text [SEP], or [CLS] text [SEP] pair [SEP], cut to ``max_seq_length`` longest first.
@@ -110,7 +108,7 @@ class FastTokenizer(_Tokenizer):
         Args: texts: list of str. pairs: list of str of the same length, or None.
         Returns: list of (input_ids, token_type_ids), both lists of int.
         """
-        words = [self._words(text) for text in texts] + [self._words(text) for text in pairs or ()]
+        words = [self.basic.apply(text) for text in (*texts, *(pairs or ()))]
         ids = [e.ids for e in self.wordpiece.encode_batch_fast(words, add_special_tokens=False)]
         encoded = []
         for i in range(len(texts)):
@@ -140,7 +138,7 @@ class ReferenceTokenizer(_Tokenizer):
         super().__init__(vocab, lower_case)
         with tempfile.TemporaryDirectory() as directory:
             self.save(directory)
-            self.tokenizer = PPMiniLMTokenizer(os.path.join(directory, "vocab.txt"), do_lower_case=lower_case)
+            self.tokenizer = PPMiniLMTokenizer.from_pretrained(directory)
 
     def encode(self, texts, pairs=None, max_seq_length=128):
         """As FastTokenizer.encode."""

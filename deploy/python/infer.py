@@ -4,7 +4,7 @@ Reads a graph (its file prefix; tokenizer and stage.json lie beside it) and the 
 
     python infer.py --task_name tnews --model_path ../../quantization/tnews_quant_models/mse4/int8 --int8
     python infer.py --model_path ../../pruning/pruned_models/TNEWS/0.75/sub_static/float --precision bf16
-    python infer.py --model_path ../../quantization/tnews_quant_models/*/int8 --int8          # one table
+    python infer.py --model_path ../../quantization/tnews_quant_models/* --int8       # one table
     python infer.py --model_path ../../quantization/tnews_quant_models/mse4/int8 --int8 --text "今年的高考作文题"
 """
 
@@ -27,8 +27,8 @@ import utils
 def parse_args(argv=None):
     parser = utils.Parser(__doc__)
     main = parser.add_argument_group("what to run")
-    main.add_argument("--model_path", nargs="+", required=True, help="file prefix of a graph, without .pdmodel; several "
-                      "of one task give a table")
+    main.add_argument("--model_path", nargs="+", required=True, help="file prefix of a graph, without .pdmodel, or the "
+                      "directory with it; several of one task give a table")
     main.add_argument("--task_name", help="default, and checked: the task in the model's stage.json")
     main.add_argument("--text", nargs="+", help="classify these texts instead of scoring dev")
     main.add_argument("--text_pair", nargs="+", help="the second text of each, for sentence-pair tasks")
@@ -50,7 +50,7 @@ def parse_args(argv=None):
                         "tokenizing included, in five runs")
     timing.add_argument("--perf_warmup_steps", type=int, default=20, help="batches before the clock starts")
     inputs = parser.add_argument_group("data")
-    utils.add_data_arguments(inputs, splits=("eval",))
+    utils.add_data_arguments(inputs)
     utils.add_tokenizer_arguments(inputs)
     for name in ("--model_type", "--model_name_or_path"):
         inputs.add_argument(name, help="accepted; both are known from stage.json")
@@ -125,8 +125,8 @@ def main(argv=None):
     device = utils.set_device(args.device)
     if args.use_trt and device == "cpu":
         print("--use_trt: no GPU here, oneDNN is used instead", file=sys.stderr)
+    args.model_path = [engine.find_prefix(path) for path in args.model_path]
     for prefix in args.model_path:
-        engine.check_prefix(prefix)
         engine.check_precision(prefix, device, args.precision, args.use_trt)
     if engine.preflight(args.precision) and device == "cpu":
         print(engine.preflight(args.precision), file=sys.stderr)

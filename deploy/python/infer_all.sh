@@ -7,13 +7,13 @@ QUANT_DIR=${QUANT_DIR:-$root/quantization}
 
 failed= found=
 for models in "${QUANT_DIR%/}"/*_quant_models; do
-    variants=
-    for record in "$models"/*/stage.json; do
-        [ ! -f "$record" ] || variants="$variants ${record%stage.json}int8"
-    done
-    [ -n "$variants" ] || continue
+    [ -n "$(find "$models" -mindepth 2 -maxdepth 2 -name stage.json 2> /dev/null)" ] || continue
     found=yes
-    "$PYTHON" "$here/infer.py" --int8 --model_path $variants $device_args "$@" || failed="$failed $models"
+    (
+        set -- "$@" --model_path
+        for record in "$models"/*/stage.json; do set -- "$@" "${record%/stage.json}"; done
+        "$PYTHON" "$here/infer.py" --int8 $device_args "$@"
+    ) || failed="$failed $models"
 done
 [ -n "$found" ] || { echo "infer_all.sh: error: no *_quant_models under $QUANT_DIR; run quantization/quant_all.sh first" >&2; exit 2; }
 [ -z "$failed" ] || { echo "infer_all.sh: failed:$failed" >&2; exit 1; }

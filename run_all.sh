@@ -1,0 +1,40 @@
+#!/bin/sh
+# One task through every stage: fine-tune, export, prune to 3/4 width, export, quantize in eight ways, score in INT8, and
+# the table of it all. What follows the seven arguments goes to fine-tuning; DATA_ARGS goes to every stage that reads
+# data (e.g. DATA_ARGS='--max_eval_samples 200'), PRUNE_ARGS to pruning; WIDTHS (0.75) and PRUNE_LR, PRUNE_EPOCHS
+# (those of fine-tuning) may be set.
+set -e
+. "$(dirname -- "$0")/launcher.sh"
+usage 7 $# "sh run_all.sh TASK LR BATCH EPOCHS MAX_SEQ_LEN GPU_ID MODEL [more arguments of run_clue.py]"
+task=$(task_name "$1") lr=$2 batch=$3 epochs=$4 length=$5 gpu=$6 model=$7
+shift 7
+widths=${WIDTHS:-0.75}
+case $model in /*) base=$model ;; *) base=$root/finetuning/$model ;; esac
+tuned=$base/models/$task/${lr}_$batch
+
+step() { printf '\n== %s\n' "$*"; }
+
+step "fine-tuning -> $tuned"
+cd "$root/finetuning"
+sh run_clue.sh "$task" "$lr" "$batch" "$epochs" "$length" "$gpu" "$model" $DATA_ARGS "$@"
+"$PYTHON" export_model.py --task_name "$task" --model_path "$tuned" $device_args
+
+step "pruning to $widths"
+cd "$root/pruning"
+sh prune.sh "$task" "${PRUNE_LR:-$lr}" "$batch" "${PRUNE_EPOCHS:-$epochs}" "$length" "$gpu" "$tuned" "$widths" $DATA_ARGS $PRUNE_ARGS
+sh export.sh pruned_models "$task"
+
+step "quantizing"
+cd "$root/quantization"
+for static in "$root/pruning/pruned_models/$task"/*/sub_static; do
+    sh quant.sh "$task" "$static" $DATA_ARGS
+done
+
+step "scoring in INT8"
+cd "$root/deploy/python"
+"$PYTHON" infer.py --task_name "$task" --int8 --model_path "$root/quantization/$(lower "$task")"_*quant_models/* \
+    $DATA_ARGS $device_args
+
+step "summary"
+cd "$root"
+"$PYTHON" summarize.py --task_name "$task" "$base/models/$task" pruning quantization

@@ -1,0 +1,89 @@
+"""Every cure for a library defect: what happens without it, in a fresh process, and that it is gone with it."""
+
+import os
+import subprocess
+import sys
+import zlib
+
+import paddle
+import pytest
+from conftest import ROOT
+
+import compat
+import modeling
+
+
+def python(code, **kwargs):
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, **kwargs)
+
+
+INFLATE = "import zlib; assert zlib.decompress(zlib.compress(b'x' * 100000)) == b'x' * 100000; print('inflated')"
+
+
+@pytest.mark.skipif(not getattr(zlib, "__file__", None), reason="zlib is built into this Python; only a shared one crashes")
+def test_zlib_survives_paddle():
+    assert python(f"import paddle; {INFLATE}").returncode < 0, "the defect is gone: remove the cure"
+    assert python(f"import compat; {INFLATE}").stdout.strip() == "inflated"
+
+
+def test_all_cores_are_used_for_training():
+    code = "import os; os.environ.pop('OMP_NUM_THREADS', None); import {}; print(os.environ['OMP_NUM_THREADS'])"
+    assert python(code.format("paddle")).stdout.strip() == "1"
+    assert python(code.format("compat")).stdout.strip() == str(compat._cores)
+
+
+def test_paddleslim_leaves_attention_as_it_was():
+    code = ("{} import paddle; a = paddle.nn.MultiHeadAttention(8, 2); x = paddle.ones([1, 3, 8]); y = a(x, x, x); "
+            "{}; print('equal' if (a(x, x, x) - y).abs().max() == 0 else 'changed')")
+    broken = python(code.format("import zlib;", "from paddleslim.nas.ofa.utils import nlp_utils"))
+    assert broken.stdout.strip() != "equal", "the defect is gone: remove the cure"
+    assert python(code.format("import compat;", "compat.paddleslim_ofa()")).stdout.strip() == "equal"
+
+
+def test_super_layer_norm_works():
+    code = ("import compat, paddle; from paddleslim.nas.ofa.layers import SuperLayerNorm; {}; "
+            "print(SuperLayerNorm(8)(paddle.ones([2, 8])).shape)")
+    assert "ValueError" in python(code.format("pass")).stderr, "the defect is gone: remove the cure"
+    assert python(code.format("compat.paddleslim_ofa()")).stdout.strip() == "[2, 8]"
+
+
+def test_avg_quantization_takes_0d_activations(tuned, tmp_path):
+    """Without the cure the library's own call ends with an IndexError on the graph that we export."""
+    quantize = f"""
+import sys; sys.path[:0] = [{ROOT!r}, {ROOT!r} + "/quantization"]
+import compat, numpy as np, data, quant_post
+if {{cured}} is False:
+    from paddleslim.quant import quant_post_static
+    compat.quant_post_static = quant_post_static
+features = [data.Feature([2, 5, 6, 3], [0] * 4, 0)] * 4
+quant_post.quantize({str(tuned / "inference")!r}, features, 0, "avg", {str(tmp_path)!r}, "int8.pdmodel", "int8.pdiparams")
+"""
+    assert "IndexError" in python(quantize.replace("{cured}", "False")).stderr, "the defect is gone: remove the cure"
+    done = python(quantize.replace("{cured}", "True"))
+    assert done.returncode == 0 and (tmp_path / "int8.pdmodel").exists(), done.stderr
+
+
+def test_built_in_name_loads_beside_a_directory_of_that_name(tmp_path):
+    """From a cache that is filled by hand the way PaddleNLP lays it out; no network is used."""
+    cache, work = tmp_path / "home/models/ppminilm-6l-768h", tmp_path / "finetuning"
+    cache.mkdir(parents=True)
+    (work / "ppminilm-6l-768h/models").mkdir(parents=True)
+    cls = modeling.model_class("ppminilm", "Model")
+    model = cls(cls.config_class(**cls.pretrained_init_configuration["ppminilm-6l-768h"]))
+    paddle.save(model.state_dict(), str(cache / "model_state.pdparams"))
+    (cache / "vocab.txt").write_text("".join(f"{t}\n" for t in "[PAD] [UNK] [CLS] [SEP] [MASK] 一 二 三 四 五".split()))
+    environment = {**os.environ, "PPNLP_HOME": str(tmp_path / "home")}
+    load = f"""
+import os, sys; sys.path.insert(0, {ROOT!r}); os.chdir({str(work)!r})
+import compat, modeling
+from argparse import Namespace
+args = Namespace(model_type="ppminilm", model_name_or_path="ppminilm-6l-768h", init_config=None, vocab_file=None, use_faster_tokenizer=True)
+"""
+    plain = python(load + "modeling.model_class('ppminilm').from_pretrained(args.model_name_or_path)", env=environment)
+    assert plain.returncode != 0, "the defect is gone: remove the cure"
+    done = python(load + """
+model, tokenizer, provenance = modeling.load(args, 3)
+print(float(model.ppminilm.embeddings.word_embeddings.weight.sum()), tokenizer.encode(["二五"])[0][0], provenance["notes"], os.getcwd())
+""", env=environment)
+    expected = [str(float(model.embeddings.word_embeddings.weight.sum())), "[2, 6, 9, 3]", "[]", str(work)]
+    assert done.stdout.strip() == " ".join(expected), done.stderr

@@ -1,0 +1,147 @@
+"""The chain on generated data: every launcher through sh, and what the stages must have in common."""
+
+import json
+import os
+
+import numpy as np
+import paddle
+import pytest
+from conftest import ROOT, load_script, record, sh
+
+import data
+import engine
+import modeling
+import supernet as dynabert
+import tokenization
+
+
+def topics_features(workspace, split="dev"):
+    task = data.get_task("topics", str(workspace / "data"))
+    tokenizer = tokenization.load_tokenizer(None, True, str(workspace / "vocab.txt"))
+    return data.convert(data.read_split(task, split, str(workspace / "data")).examples, tokenizer, 64)
+
+
+def test_fine_tuned_model_learns(tuned):
+    assert record(tuned)["metrics"]["accuracy"] > 0.9
+    assert record(tuned)["data"]["dev"]["majority_class"] < 0.35
+    assert record(tuned)["notes"] == ["random weights, no pre-training"]
+    evaluations = [json.loads(line) for line in (tuned / "evaluations.jsonl").read_text().splitlines()]
+    assert record(tuned)["metrics"]["accuracy"] == max(e["accuracy"] for e in evaluations)
+
+
+def test_do_eval_alone_scores_a_directory(workspace, tuned, capsys):
+    load_script("finetuning", "run_clue").main(["--task_name", "TOPICS", "--model_name_or_path", str(tuned), "--do_eval", "--data_dir", str(workspace / "data")])
+    assert json.loads(capsys.readouterr().out)["accuracy"] == record(tuned)["metrics"]["accuracy"]
+
+
+def test_export_equals_dynamic_model(workspace, tuned):
+    features = topics_features(workspace)
+    model, tokenizer, _ = modeling.load_finished(str(tuned))
+    dynamic = modeling.predict(model, features, tokenizer.pad_id)
+    static = engine.Engine(str(tuned / "inference")).predict(features, pad_id=tokenizer.pad_id)
+    assert np.abs(dynamic - static).max() < 1e-4
+    assert record(tuned)["export"]["parity"]["largest_difference"] < 1e-4
+
+
+def test_predictions_do_not_depend_on_order_or_padding(workspace, tuned):
+    features = topics_features(workspace)[:20]
+    predictor = engine.Engine(str(tuned / "inference"))
+    together = predictor.predict(features, batch_size=20)
+    alone = np.concatenate([predictor.predict([f]) for f in features])
+    assert np.abs(together - alone).max() < 1e-4
+
+
+def test_pruned_widths_are_exported_and_accurate(tuned, pruned):
+    for width in ("0.75", "0.5"):
+        pruned_record = record(pruned / width / "sub_static")
+        assert pruned_record["metrics"]["accuracy"] > record(tuned)["metrics"]["accuracy"] - 0.05
+        assert pruned_record["export"]["parity"]["largest_difference"] < 1e-4
+        assert pruned_record["params"] < record(tuned)["params"]
+        assert (pruned / width / "sub_static/float.pdiparams.info").exists()
+        assert (pruned / width / f"sub/model_width_{float(width):.5f}" / "model_config.json").exists()
+
+
+@pytest.mark.parametrize("width", ["0.75", "0.5"])
+def test_sub_model_loads_again_and_equals_the_supernet(workspace, pruned, width):
+    features = topics_features(workspace)
+    sub_model, tokenizer, _ = dynabert.load_sub_model(str(pruned / width / f"sub/model_width_{float(width):.5f}"))
+    best, _, _ = modeling.load_finished(str(pruned / width / "best_model"))
+    supernet = dynabert.make_supernet(best, [float(width)])
+    dynabert.set_width(supernet, float(width))
+    expected = modeling.predict(supernet, features)
+    assert np.abs(expected - modeling.predict(sub_model, features)).max() < 1e-5
+    static = engine.Engine(str(pruned / width / "sub_static/float")).predict(features)
+    assert np.abs(expected - static).max() < 1e-4
+    accuracy = data.accuracy(static, [f.label for f in features])
+    assert accuracy == pytest.approx(record(pruned / width / "best_model")["metrics"]["accuracy"], abs=1e-6)
+
+    sub_model.train()  # and it can be trained further
+    batch = data.collate(features, range(8))
+    before = float(paddle.nn.functional.cross_entropy(sub_model(paddle.to_tensor(batch.input_ids)), paddle.to_tensor(batch.labels)))
+    optimizer = paddle.optimizer.AdamW(1e-3, parameters=sub_model.parameters())
+    for _ in range(5):
+        loss = paddle.nn.functional.cross_entropy(sub_model(paddle.to_tensor(batch.input_ids)), paddle.to_tensor(batch.labels))
+        loss.backward()
+        optimizer.step()
+        optimizer.clear_grad()
+    assert float(loss) < before
+
+
+def test_quantized_variants_hold_the_accuracy(workspace, pruned, quantized):
+    names = {f"{a}{n}" for a in ("mse", "avg", "abs_max", "hist") for n in (4, 8)}
+    assert set(os.listdir(quantized)) == names
+    fp32 = record(pruned / "0.75/sub_static")
+    for name in names:
+        found = record(quantized / name)
+        assert found["metrics"]["agreement"] > 0.97
+        assert found["metrics"]["accuracy"] > fp32["metrics"]["accuracy"] - 0.02
+        assert found["data"]["train"]["used"] == f"{name[-1]} samples to calibrate"
+        assert name in (workspace / "quant.log").read_text()
+
+
+def test_quantized_weights_are_stored_as_int8(pruned, quantized):
+    sub_model, _, _ = dynabert.load_sub_model(str(pruned / "0.75/sub/model_width_0.75000"))
+    matrices = sum(p.size for name, p in sub_model.named_parameters() if p.ndim == 2 and "embeddings" not in name)
+    saved = record(pruned / "0.75/sub_static")["export"]["bytes"] - record(quantized / "mse4")["metrics"]["bytes"]
+    assert saved > 2.5 * matrices  # three of four bytes of every matrix go; scales come
+
+
+def test_infer_all_prints_one_table(workspace, quantized):
+    out = sh("deploy/python/infer_all.sh", "--data_dir", "data", cwd=workspace, QUANT_DIR=str(workspace)).stdout
+    rows = [line for line in out.splitlines() if "topics_quant_models/" in line]
+    assert len(rows) == 8 and sum("(best)" in row for row in rows) == 1
+    for row in rows:
+        name, accuracy = row.split("|")[1].strip(), float(row.split("|")[2].split()[0])
+        assert accuracy == pytest.approx(record(workspace / name)["metrics"]["accuracy"], abs=1e-4)
+
+
+def test_quant_all_and_export_all_find_everything(workspace, pruned, quantized):
+    assert "already" not in sh("pruning/export_all.sh", "pruned_models", "--data_dir", "data", cwd=workspace).stdout
+    out = sh("quantization/quant_all.sh", "--data_dir", "data", "--algorithms", "abs_max", "--calib_samples", "4",
+             "--overwrite", cwd=workspace, MODEL_DIR="pruned_models").stdout
+    assert "topics_0.5_quant_models/abs_max4" in out and "topics_quant_models/abs_max4" in out
+
+
+def test_fine_tuned_export_quantizes_into_its_own_directory(workspace, tuned):
+    sh("quantization/quant.sh", "topics", tuned, "--data_dir", "data", "--algorithms", "hist", cwd=workspace)
+    assert record(workspace / "topics_finetuned_quant_models/hist4")["model"]["width_mult"] == 1.0
+
+
+@pytest.mark.parametrize("task", ["AFQMC", "cluewsc2020"])
+def test_run_all_takes_a_task_through_every_stage(workspace, task, tmp_path):
+    """In a copy of the repository's scripts, because run_all.sh writes where the contract says."""
+    import shutil
+
+    for name in ("finetuning", "pruning", "quantization", "deploy"):
+        shutil.copytree(os.path.join(ROOT, name), tmp_path / name, ignore=shutil.ignore_patterns("*models*", "small*", "__pycache__"))
+    for name in os.listdir(ROOT):
+        if name.endswith((".py", ".sh")):
+            shutil.copy(os.path.join(ROOT, name), tmp_path)
+    out = sh(tmp_path / "run_all.sh", task, "1e-3", 16, 1, 48, 0, "tiny", "--init_config", workspace / "tiny.json",
+             "--vocab_file", workspace / "vocab.txt", cwd=tmp_path, CLUE_DATA_DIR=str(workspace / "data"),
+             DATA_ARGS="--max_train_samples 40 --max_eval_samples 20").stdout
+    assert f"**{task.upper()}**" in out
+    summary = out[out.index("== summary"):]
+    for what in ("fine-tuned, FP32", "pruned to 0.75, FP32", "INT8 mse4", "INT8 hist8", "(best INT8)", "majority class"):
+        assert what in summary
+    assert "partial train data: 40 of 60 train records" in summary

@@ -1,0 +1,185 @@
+"""Fine-tuning and pruning as long work: order of the data, optimizer, kill -9 and resume, refusals."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import paddle
+import pytest
+from conftest import ROOT, load_script, record
+
+import data
+import modeling
+import utils
+
+
+def arguments(**changed):
+    from argparse import Namespace
+
+    return Namespace(**{**dict(batch_size=4, seed=3, group_by_length=False, learning_rate=1e-3, warmup_steps=0, weight_decay=0.1,
+                               warmup_proportion=0.1, adam_epsilon=1e-8, max_grad_norm=1.0), **changed})
+
+
+@pytest.mark.parametrize("group_by_length", [False, True])
+def test_an_epoch_sees_each_record_once(group_by_length):
+    features = [data.Feature([2] * (1 + i % 7), [0] * (1 + i % 7), i) for i in range(1003)]
+    args = arguments(group_by_length=group_by_length)
+    seen = [batch.labels.tolist() for _, batch in modeling.training_batches(features, args, 0, 2 * 251)]
+    for epoch in (seen[:251], seen[251:]):
+        assert sorted(sum(epoch, [])) == list(range(1003))
+    assert seen[:251] != seen[251:]
+    again = [batch.labels.tolist() for _, batch in modeling.training_batches(features, args, 100, 2 * 251)]
+    assert again == seen[100:]
+    padding = sum(b.input_ids.size for _, b in modeling.training_batches(features, args, 0, 251)) / sum(len(f.input_ids) for f in features)
+    assert padding < 1.02 if group_by_length else padding > 1.2
+
+
+def test_weight_decay_spares_biases_and_norms(tuned):
+    model, _, _ = modeling.load_finished(str(tuned))
+    optimizer, _ = modeling.make_optimizer(model, arguments(learning_rate=1.0, warmup_proportion=0.0), 10)
+    before = {name: p.numpy().copy() for name, p in model.named_parameters()}
+    loss = sum((p * 0).sum() for p in model.parameters())  # zero gradients: all that moves is decay
+    loss.backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        factor = 1.0 if name.endswith("bias") or "norm" in name else 0.9
+        assert np.allclose(p.numpy(), before[name] * factor, atol=1e-7), name
+
+
+def test_score_against_numpy(tuned, workspace):
+    model, tokenizer, rec = modeling.load_finished(str(tuned))
+    task = data.Task(rec["task"], tuple(rec["labels"]))
+    features = data.convert(data.read_split(task, "dev", str(workspace / "data"), 50).examples, tokenizer, 64)
+    logits = np.concatenate([model(paddle.to_tensor([f.input_ids])).numpy() for f in features]).astype("float64")
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    labels = np.array([f.label for f in features])
+    found = modeling.score(model, features)
+    assert found["accuracy"] == pytest.approx((logits.argmax(1) == labels).mean(), abs=1e-6)
+    assert found["loss"] == pytest.approx(-np.log(probabilities[np.arange(50), labels]).mean(), abs=1e-4)
+
+
+def finetune_command(workspace, output, *more):
+    return [os.path.join(ROOT, "finetuning/run_clue.py"), "--task_name", "topics", "--init_config", str(workspace / "tiny.json"),
+            "--vocab_file", str(workspace / "vocab.txt"), "--data_dir", str(workspace / "data"), "--output_dir", str(output),
+            "--max_steps", "40", "--save_steps", "5", "--batch_size", "16", "--learning_rate", "2e-3", "--max_seq_length", "48", *more]
+
+
+def prune_command(workspace, tuned, output):
+    return [os.path.join(ROOT, "pruning/prune.py"), "--task_name", "topics", "--model_name_or_path", str(tuned),
+            "--data_dir", str(workspace / "data"), "--output_dir", str(output), "--max_steps", "40", "--save_steps", "5",
+            "--batch_size", "16", "--learning_rate", "1e-3", "--width_mult_list", "0.75", "0.25"]
+
+
+def run_and_kill_at(command, unfinished, step):
+    """Starts a training and kills it with SIGKILL as soon as the state of ``step`` is there."""
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.time() + 120
+    while not os.path.isdir(os.path.join(unfinished, f"state-{step}")):
+        assert process.poll() is None and time.time() < deadline, process.stderr.read().decode()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def finish(command):
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout
+
+
+def same_result(first, second):
+    a, b = (paddle.load(str(d / "model_state.pdparams")) for d in (first, second))
+    assert a.keys() == b.keys() and all(np.array_equal(a[k].numpy(), b[k].numpy()) for k in a)
+    assert (first / "evaluations.jsonl").read_text() == (second / "evaluations.jsonl").read_text()
+    assert record(first)["metrics"] == record(second)["metrics"]
+
+
+def test_fine_tuning_survives_kill(workspace, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(finetune_command(workspace, whole))
+    for step in (10, 25):
+        run_and_kill_at(finetune_command(workspace, killed), f"{killed}.unfinished", step)
+        assert not killed.exists()
+    out = finish(finetune_command(workspace, killed))
+    assert "going on after step" in out
+    same_result(whole, killed)
+    assert record(whole)["metrics"]["step"] > 25  # so that the best weights come from after the second kill
+    assert not os.path.exists(f"{killed}.unfinished")
+    assert "already finished" in finish(finetune_command(workspace, killed))
+
+
+def test_pruning_survives_kill(workspace, tuned, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(prune_command(workspace, tuned, whole))
+    run_and_kill_at(prune_command(workspace, tuned, killed), f"{killed}.unfinished", 10)
+    assert "going on after step" in finish(prune_command(workspace, tuned, killed))
+    for width in ("0.75", "0.25"):
+        same_result(whole / width / "best_model", killed / width / "best_model")
+
+
+def test_other_arguments_are_refused(workspace, tuned, tmp_path, capsys):
+    run_clue = load_script("finetuning", "run_clue")
+    target = tmp_path / "m"
+    shutil.copytree(tuned, target)
+    command = finetune_command(workspace, target)[1:]
+    with pytest.raises(utils.UserError, match="holds the result of other arguments"):
+        run_clue.main(command)
+    unfinished = tmp_path / "n.unfinished"
+    unfinished.mkdir()
+    (unfinished / "arguments.json").write_text(json.dumps({"learning_rate": 5.0}))
+    with pytest.raises(utils.UserError, match="unfinished run with other arguments.*learning_rate 5.0 -> 0.002"):
+        run_clue.main(finetune_command(workspace, tmp_path / "n")[1:])
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "notes.txt").write_text("mine")
+    with pytest.raises(utils.UserError, match="not this project's"):
+        run_clue.main(finetune_command(workspace, tmp_path / "o")[1:])
+    assert (tmp_path / "o" / "notes.txt").read_text() == "mine"
+
+
+def test_two_runs_into_one_directory(tmp_path):
+    from argparse import Namespace
+
+    first = utils.Unfinished(str(tmp_path / "out"), Namespace(a=1))
+    with pytest.raises(utils.UserError, match="another run is writing there"):
+        utils.Unfinished(str(tmp_path / "out"), Namespace(a=1))
+    first.remove()
+    utils.Unfinished(str(tmp_path / "out"), Namespace(a=1)).remove()
+
+
+def test_whole_directory_is_all_or_nothing(tmp_path):
+    target = tmp_path / "out"
+    with utils.whole_directory(str(target)) as directory:
+        open(os.path.join(directory, "a"), "w").close()
+        assert not target.exists()
+    with pytest.raises(RuntimeError), utils.whole_directory(str(target)) as directory:
+        open(os.path.join(directory, "b"), "w").close()
+        raise RuntimeError
+    assert os.listdir(target) == ["a"] and os.listdir(tmp_path) == ["out"]
+
+
+def test_records_are_checked_and_name_no_machine(tuned, tmp_path, workspace):
+    text = (tuned / "stage.json").read_text()
+    assert str(workspace) not in text and os.path.expanduser("~") not in text and os.uname().nodename not in text
+    broken = json.loads(text)
+    del broken["labels"]
+    (tmp_path / "stage.json").write_text(json.dumps(broken))
+    with pytest.raises(utils.UserError, match="field 'labels' is missing"):
+        utils.read_record(str(tmp_path))
+    (tmp_path / "stage.json").write_text(text[:50])
+    with pytest.raises(utils.UserError, match="not JSON"):
+        utils.read_record(str(tmp_path))
+    with pytest.raises(utils.UserError, match="no such directory"):
+        utils.read_record(str(tmp_path / "none"))
+
+
+def test_damaged_weights_are_refused(tuned, tmp_path):
+    shutil.copytree(tuned, tmp_path / "m")
+    with open(tmp_path / "m/model_state.pdparams", "r+b") as file:
+        file.seek(5000)
+        file.write(b"\0\1\2\3")
+    with pytest.raises(utils.UserError, match="missing, damaged"):
+        modeling.load_finished(str(tmp_path / "m"))
