@@ -1,5 +1,6 @@
 #!/bin/sh
 # Makes the lock files anew from pyproject.toml:  sh requirements/relock.sh   (needs uv on PATH, or UV=path)
+# cffi and pycparser are left out: only PyPy would need them.
 # One version of every package for all supported Pythons; what only an older Python needs carries a marker.
 set -e
 cd "$(dirname "$0")"
@@ -9,7 +10,7 @@ lock() { # NAME ARGUMENTS...: the locks are for Linux x86-64 CPython anyway, so 
     name=$1
     shift
     "${UV:-uv}" pip compile "$@" --universal --python-version 3.9 --fork-strategy fewest --generate-hashes \
-        --no-header --no-annotate --quiet --output-file "$name.new" > /dev/null
+        --no-emit-package cffi --no-emit-package pycparser --no-header --no-annotate --quiet --output-file "$name.new" > /dev/null
     sed -e "s/ and $linux//" -e "s/ ; $linux//" "$name.new" > "$name.txt"
     rm "$name.new"
 }

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# The tests: makes the environment if needed, then runs pytest; arguments go to pytest.
+set -e
+root=$(cd "$(dirname "$0")/.." && pwd)
+sh "$root/setup_env.sh"
+exec "$root/.venv/bin/python" -m pytest -c "$root/tests/pytest.ini" "${@:-$root/tests}"

@@ -1,0 +1,116 @@
+"""The lock files name packages and nothing else; setup_env.sh finds an interpreter, repairs, and does nothing twice."""
+
+import glob
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+LOCKS = sorted(glob.glob(os.path.join(ROOT, "requirements", "*.txt")))
+BASE = os.path.join(sys.base_prefix, "bin", "python%d.%d" % sys.version_info[:2])
+
+
+@pytest.mark.parametrize("lock", LOCKS, ids=os.path.basename)
+def test_locks_pin_and_hash_and_name_no_machine(lock):
+    text = open(lock, encoding="utf-8").read()
+    assert not re.search(r"index|find-links|trusted|file:|https?:|\s@\s|(^|[\s=])/|\\\\", text, re.M)
+    requirements = re.findall(r"^(\S.*?)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", text, re.M)
+    assert requirements and "".join(f"{r}{h}\n" for r, h in requirements) == text
+    for requirement, _ in requirements:
+        assert re.fullmatch(r"[a-z0-9._-]+==[^\s;*]+( ; python_full_version [<>=]+ '[0-9.]+')?", requirement), requirement
+
+
+def test_all_locks_agree_on_versions():
+    versions = {}
+    for lock in LOCKS:
+        for name, version in re.findall(r"^([a-z0-9._-]+)==([^\s;]+)", open(lock, encoding="utf-8").read(), re.M):
+            assert versions.setdefault(name, version) == version, (lock, name)
+
+
+def test_installed_packages_are_the_locked_ones():
+    from importlib.metadata import version
+
+    if not os.path.exists(os.path.join(sys.prefix, "installed")):
+        pytest.skip("these tests do not run in an environment that setup_env.sh made")
+    for name, locked in re.findall(r"^([a-z0-9._-]+)==([^\s;]+) \\", open(os.path.join(ROOT, "requirements/cpu.txt")).read(), re.M):
+        if not name.startswith("paddlepaddle"):
+            # seqeval's sdist, built with no git at hand, calls itself 0.0.0
+            assert version(name) == locked or name == "seqeval"
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """setup_env.sh with lock files that name nothing, so that an environment is made in seconds."""
+    root = tmp_path / "checkout"
+    (root / "requirements").mkdir(parents=True)
+    shutil.copy(os.path.join(ROOT, "setup_env.sh"), root)
+    for lock in LOCKS:
+        (root / "requirements" / os.path.basename(lock)).write_text("")
+    return root
+
+
+def setup(checkout, *args, path=None):
+    environment = {**os.environ, "PATH": path or os.environ["PATH"]}
+    return subprocess.run(["/bin/sh", str(checkout / "setup_env.sh"), *map(str, args)], capture_output=True, text=True, env=environment)
+
+
+def interpreter(directory, name, script):
+    directory.mkdir(exist_ok=True)
+    (directory / name).write_text(f"#!/bin/sh\n{script}\n")
+    (directory / name).chmod(0o755)
+    return directory
+
+
+def test_makes_repairs_and_rests(checkout):
+    made = setup(checkout, "--python", sys.executable)
+    assert made.returncode == 0, made.stderr
+    home = re.search(r"^home = (.*)$", (checkout / ".venv/pyvenv.cfg").read_text(), re.M).group(1)
+    assert os.path.realpath(home) == os.path.realpath(os.path.dirname(BASE))  # the base, not the tests' own .venv
+    assert "up to date" in setup(checkout).stdout
+    (checkout / ".venv/mark").write_text("")
+    assert "up to date" in setup(checkout).stdout and (checkout / ".venv/mark").exists()
+
+    (checkout / ".venv/installed").unlink()  # as if killed half-way
+    assert "making .venv" in setup(checkout, "--python", BASE).stdout and not (checkout / ".venv/mark").exists()
+    (checkout / "requirements/cpu.txt").write_text("# another lock\n")
+    assert "making .venv" in setup(checkout, "--python", BASE).stdout
+    assert "making .venv (cpu, serving)" in setup(checkout, "--serving", "--python", BASE).stdout
+    assert "up to date (cpu, serving)" in setup(checkout).stdout
+    assert "making .venv (gpu, serving)" in setup(checkout, "--gpu", "--python", BASE).stdout
+
+
+def test_failing_shim_is_skipped_and_the_newest_wins(checkout, tmp_path):
+    bin = tmp_path / "bin"
+    interpreter(bin, "python3.12", "echo 'shim: no such version' >&2; exit 127")
+    interpreter(bin, "python3.10", f"exec {BASE} -c \"import sys; print('1 /nonexistent/old')\"")
+    interpreter(bin, os.path.basename(BASE), f'exec {BASE} "$@"')
+    done = setup(checkout, path=f"{bin}:/usr/bin:/bin")
+    assert done.returncode == 0 and (checkout / ".venv/installed").exists(), done.stderr
+
+
+@pytest.mark.parametrize("arguments, script, message", [
+    (["--python", "/nonexistent/python"], None, "there is no such interpreter"),
+    (["--nonsense"], None, "unknown argument '--nonsense'"),
+    (["--python"], None, "--python needs the path"),
+    (["--python", "BIN/python3"], "exit 1", "does not run"),
+    (["--python", "BIN/python3"], f"exec {BASE} -c 'import sys; sys.version_info = (3, 8, 0); exec(sys.argv[2])' \"$@\"", "is Python 3.8; 3.9 to 3.12"),
+    (["--python", "BIN/python3"], f"exec {BASE} -c 'import sys; sys.modules[\"ensurepip\"] = None; exec(sys.argv[2])' \"$@\"", "has no venv module; on Debian and Ubuntu: apt-get install python3"),
+])
+def test_mistakes_get_one_line_and_status_2(checkout, tmp_path, arguments, script, message):
+    if script:
+        interpreter(tmp_path / "bin", "python3", script)
+    done = setup(checkout, *(a.replace("BIN", str(tmp_path / "bin")) for a in arguments))
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (checkout / ".venv").exists()
+
+
+def test_no_interpreter_at_all(checkout, tmp_path):
+    for tool in ("dirname", "cat", "sha256sum", "cut", "head", "sed", "ls"):
+        interpreter(tmp_path / "bin", tool, f'exec {shutil.which(tool)} "$@"')
+    interpreter(tmp_path / "bin", "python3", "exit 1")
+    done = setup(checkout, path=str(tmp_path / "bin"))
+    assert done.returncode == 2 and "apt-get install python3 python3-venv" in done.stderr and "python3: does not run" in done.stderr
