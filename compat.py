@@ -45,7 +45,9 @@ def _paddleslim():
     import paddlenlp.transformers  # noqa: F401
 
     classes = (paddle.nn.MultiHeadAttention, paddle.nn.TransformerEncoder, paddle.nn.TransformerEncoderLayer)
-    methods = {(cls, name): getattr(cls, name) for cls in classes for name in ("forward", "_prepare_qkv") if hasattr(cls, name)}
+    methods = {
+        (cls, name): getattr(cls, name) for cls in classes for name in ("forward", "_prepare_qkv") if hasattr(cls, name)
+    }
     from paddleslim.nas.ofa.utils import nlp_utils
 
     for (cls, name), method in methods.items():

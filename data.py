@@ -21,7 +21,9 @@ from utils import UserError
 class Task:
     name: str  # as printed and in paths: upper case for CLUE
     labels: Optional[tuple] = None  # in PaddleNLP's order, which decides what each logit means
-    train_size: Optional[int] = None  # of the official train file; a smaller one is called partial (CLUE paper, table 1)
+    train_size: Optional[int] = (
+        None  # of the official train file; a smaller one is called partial (CLUE paper, table 1)
+    )
     train_files: tuple = ("train.json",)  # the first one found counts
 
 
@@ -140,7 +142,9 @@ def get_task(task_name, data_dir=None):
         with open(labels_file, encoding="utf-8") as file:
             text = file.read().strip()
         try:
-            rows = json.loads(text) if text.startswith("[") else [json.loads(line)["label"] for line in text.split("\n")]
+            rows = (
+                json.loads(text) if text.startswith("[") else [json.loads(line)["label"] for line in text.split("\n")]
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f'{labels_file}: neither a JSON list of labels nor one {{"label": ...}} a line') from error
         labels = tuple(str(label) for label in rows)
@@ -179,7 +183,9 @@ def mark_spans(text, target):
         start, span = target[f"{key}_index"], target[f"{key}_text"]
         end = start + len(span)
         if start < 0 or not span or text[start:end] != span:
-            raise ValueError(f"{key}_text {span!r} is not at index {start}, where the text has {text[max(start, 0):end]!r}")
+            raise ValueError(
+                f"{key}_text {span!r} is not at index {start}, where the text has {text[max(start, 0) : end]!r}"
+            )
         # The second number orders marks at one place: what closes there comes before what opens.
         inserts += [(start, 1, opening), (end, 0, closing)]
     for position, _, mark in sorted(inserts, reverse=True):  # from the right, so that indices stay true
@@ -208,6 +214,9 @@ def read_split(task, split, data_dir=None, max_samples=None):
 
     Returns: Split. Raises: UserError naming file and line of a record that is not as it should be.
     """
+    limit = f"--max_{'train' if split == 'train' else 'eval'}_samples"
+    if max_samples is not None and max_samples <= 0:
+        raise UserError(f"{limit} {max_samples}: must be above 0")
     path = split_path(task.name, split, data_dir)
     label_ids = {label: i for i, label in enumerate(task.labels)}
     examples = []
@@ -234,7 +243,7 @@ def read_split(task, split, data_dir=None, max_samples=None):
     if split == "train" and task.train_size and len(examples) < task.train_size:
         partial = f"{len(examples)} of {task.train_size} official train records"
     if max_samples and max_samples < len(examples):
-        partial = f"{max_samples} of {len(examples)} {split} records (--max_{'train' if split == 'train' else 'eval'}_samples)"
+        partial = f"{max_samples} of {len(examples)} {split} records ({limit})"
         examples = random.Random(0).sample(examples, max_samples)  # a fixed choice, whatever --seed is
     with open(path, "rb") as file:
         md5 = hashlib.md5(file.read()).hexdigest()

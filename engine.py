@@ -10,6 +10,7 @@ import numpy as np
 
 import compat  # noqa: F401  before Paddle
 import data
+import records
 import utils
 from utils import UserError
 
@@ -46,11 +47,14 @@ def check_precision(prefix, device, precision, use_trt=False):
     """Raises: UserError for a precision that the device or the file cannot give."""
     quantized = is_quantized(prefix)
     if quantized and precision != "int8":
-        raise UserError(f"{prefix}: a quantized model; add --int8 (without it the engine would simulate INT8 in "
-                        "floating point, several times slower than FP32)")
+        raise UserError(
+            f"{prefix}: a quantized model; add --int8 (without it the engine would simulate INT8 in "
+            "floating point, several times slower than FP32)"
+        )
     if precision == "int8" and not quantized:
-        raise UserError(f"{prefix}: not a quantized model, so --int8 cannot be had; quantize it first "
-                        "(quantization/quant_post.py)")
+        raise UserError(
+            f"{prefix}: not a quantized model, so --int8 cannot be had; quantize it first (quantization/quant_post.py)"
+        )
     if precision == "bf16" and device != "cpu":
         raise UserError("--precision bf16 is for --device cpu; on a GPU use fp16")
     if precision == "fp16" and device == "cpu":
@@ -61,12 +65,14 @@ def check_precision(prefix, device, precision, use_trt=False):
 
 def preflight(precision):
     """What this CPU has for ``precision`` and what to expect without it: one line, or None if there is nothing to say."""
-    flags = utils.describe_machine()["flags"]
+    flags = records.describe_machine()["flags"]
     if precision == "int8":
         if "amx_int8" in flags or "avx512_vnni" in flags or "avx_vnni" in flags:
             return f"INT8: this CPU has {'AMX' if 'amx_int8' in flags else 'VNNI'}, full speed"
-        return ("INT8: this CPU has no VNNI: little or no gain over FP32, and sums may saturate and give wrong answers; "
-                "compare the accuracy with FP32 before you trust it")
+        return (
+            "INT8: this CPU has no VNNI: little or no gain over FP32, and sums may saturate and give wrong answers; "
+            "compare the accuracy with FP32 before you trust it"
+        )
     if precision == "bf16":
         if "amx_bf16" in flags or "avx512_bf16" in flags:
             return f"BF16: this CPU has {'AMX' if 'amx_bf16' in flags else 'AVX512-BF16'}, full speed"
@@ -89,8 +95,17 @@ class Engine:
         int8_operators: what oneDNN computes in INT8; an empty set leaves it to oneDNN (see INT8_OPERATORS).
     """
 
-    def __init__(self, prefix, device="cpu", precision="fp32", threads=None, use_trt=False, shape_file=None,
-                 collect=False, int8_operators=INT8_OPERATORS):
+    def __init__(
+        self,
+        prefix,
+        device="cpu",
+        precision="fp32",
+        threads=None,
+        use_trt=False,
+        shape_file=None,
+        collect=False,
+        int8_operators=INT8_OPERATORS,
+    ):
         from paddle import inference
 
         self.prefix = prefix = find_prefix(prefix)
@@ -113,10 +128,19 @@ class Engine:
             if collect:
                 config.collect_shape_range_info(shape_file)
             elif use_trt:
-                kinds = {"fp32": inference.PrecisionType.Float32, "fp16": inference.PrecisionType.Half,
-                         "int8": inference.PrecisionType.Int8}
-                config.enable_tensorrt_engine(workspace_size=1 << 30, max_batch_size=32, min_subgraph_size=5,
-                                              precision_mode=kinds[precision], use_static=False, use_calib_mode=False)
+                kinds = {
+                    "fp32": inference.PrecisionType.Float32,
+                    "fp16": inference.PrecisionType.Half,
+                    "int8": inference.PrecisionType.Int8,
+                }
+                config.enable_tensorrt_engine(
+                    workspace_size=1 << 30,
+                    max_batch_size=32,
+                    min_subgraph_size=5,
+                    precision_mode=kinds[precision],
+                    use_static=False,
+                    use_calib_mode=False,
+                )
                 # The graph's tensor names change with every export, so ranges are collected and never written down.
                 config.enable_tuned_tensorrt_dynamic_shape(shape_file, True)
         with utils.quiet():
@@ -164,16 +188,18 @@ def static_prefix(directory, record):
     names = [name[: -len(".pdmodel")] for name in files if name.endswith(".pdmodel")]
     if not names:
         raise UserError(f"{directory}: not exported; run export_model.py (fine-tuned) or export.sh (pruned) first")
-    utils.check_weights(directory, files)
+    records.check_weights(directory, files)
     return os.path.join(directory, names[0])
 
 
 def open_exported(prefix):
     """What lies beside an exported or quantized graph: its stage record. Raises: UserError if it is incomplete."""
     directory, name = os.path.split(os.path.abspath(prefix))
-    record = utils.read_record(directory, "an export or a quantized model")
+    record = records.read_record(directory, "an export or a quantized model")
     weights = record["weights"] if record["stage"] == "quantize" else (record.get("export") or {}).get("weights", {})
     if f"{name}.pdiparams" not in weights:
-        raise UserError(f"{prefix}: {os.path.join(directory, utils.RECORD)} does not name these files; export them again")
-    utils.check_weights(directory, weights)
+        raise UserError(
+            f"{prefix}: {os.path.join(directory, records.RECORD)} does not name these files; export them again"
+        )
+    records.check_weights(directory, weights)
     return record

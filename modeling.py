@@ -6,13 +6,14 @@ import os
 import shutil
 import tempfile
 
+import compat  # before Paddle
+
 import numpy as np
 import paddle
 
-import compat
 import data
+import records
 import tokenization
-import utils
 from utils import UserError
 
 MODEL_TYPES = {"ppminilm": "PPMiniLM", "bert": "Bert", "ernie": "Ernie", "roberta": "Roberta"}
@@ -56,10 +57,16 @@ def architecture_of(model):
 
 def add_model_arguments(group, required=True):
     group.add_argument("--model_type", default="ppminilm", choices=sorted(MODEL_TYPES), help="family of the encoder")
-    group.add_argument("--model_name_or_path", help="built-in name, or directory that an earlier stage wrote"
-                       + ("; required unless --init_config is given" if required else ""))
-    group.add_argument("--init_config", help="JSON file with an architecture: start from random weights, where none "
-                       "can be downloaded (recorded in stage.json)")
+    group.add_argument(
+        "--model_name_or_path",
+        help="built-in name, or directory that an earlier stage wrote"
+        + ("; required unless --init_config is given" if required else ""),
+    )
+    group.add_argument(
+        "--init_config",
+        help="JSON file with an architecture: start from random weights, where none "
+        "can be downloaded (recorded in stage.json)",
+    )
     group.add_argument("--vocab_file", help="vocabulary for --init_config, one token a line")
 
 
@@ -78,14 +85,20 @@ def random_config(model_type, init_config, vocab_size, num_labels):
         raise UserError(f"--init_config {init_config}: not JSON ({error})") from error
     unknown = sorted(set(given) - set(ARCHITECTURE)) if isinstance(given, dict) else ["(not an object)"]
     if unknown:
-        raise UserError(f"--init_config {init_config}: unknown {', '.join(unknown)}; it may set {', '.join(ARCHITECTURE)}")
+        raise UserError(
+            f"--init_config {init_config}: unknown {', '.join(unknown)}; it may set {', '.join(ARCHITECTURE)}"
+        )
     fields = {**ARCHITECTURE, **given}
     fields["vocab_size"] = fields["vocab_size"] or vocab_size
     if fields["vocab_size"] != vocab_size:
-        raise UserError(f"--init_config {init_config}: vocab_size {fields['vocab_size']}, but --vocab_file has {vocab_size}")
+        raise UserError(
+            f"--init_config {init_config}: vocab_size {fields['vocab_size']}, but --vocab_file has {vocab_size}"
+        )
     if fields["hidden_size"] % fields["num_attention_heads"]:
-        raise UserError(f"--init_config {init_config}: hidden_size {fields['hidden_size']} is not divisible by "
-                        f"num_attention_heads {fields['num_attention_heads']}")
+        raise UserError(
+            f"--init_config {init_config}: hidden_size {fields['hidden_size']} is not divisible by "
+            f"num_attention_heads {fields['num_attention_heads']}"
+        )
     return model_class(model_type).config_class(**fields, num_labels=num_labels)
 
 
@@ -106,11 +119,11 @@ def load(args, num_labels, kind="ForSequenceClassification"):
     elif not name:
         raise UserError("--model_name_or_path is needed: a built-in name or a model directory (or --init_config)")
     elif is_model_directory(name):
-        if os.path.isfile(os.path.join(name, utils.RECORD)):
-            record = utils.read_record(name)
-            utils.check_weights(name, record["weights"])
+        if os.path.isfile(os.path.join(name, records.RECORD)):
+            record = records.read_record(name)
+            records.check_weights(name, record["weights"])
             notes, parent = list(record["notes"]), parent_of(name, record)
-        model, source = cls.from_pretrained(name, num_labels=num_labels), utils.relative(name)
+        model, source = cls.from_pretrained(name, num_labels=num_labels), records.relative(name)
         tokenizer = tokenization.load_tokenizer(name, fast)
     elif name in cls.pretrained_init_configuration:
         try:
@@ -118,18 +131,28 @@ def load(args, num_labels, kind="ForSequenceClassification"):
                 model = cls.from_pretrained(name, num_labels=num_labels)
                 tokenizer = builtin_tokenizer(args.model_type, name, fast)
         except Exception as error:  # PaddleNLP raises half a dozen kinds when there is no network
-            raise UserError(f"{name} could not be downloaded ({type(error).__name__}); without a network, name a model "
-                            "directory, or start from random weights with --init_config") from error
+            raise UserError(
+                f"{name} could not be downloaded ({type(error).__name__}); without a network, name a model "
+                "directory, or start from random weights with --init_config"
+            ) from error
         source = name
     else:
         builtin = [n for n in cls.pretrained_init_configuration if "uncased" not in n][:8]
-        raise UserError(f"--model_name_or_path {name}: no directory with {WEIGHTS}, and not a built-in "
-                        f"{args.model_type} model ({', '.join(builtin)}, ...)")
+        raise UserError(
+            f"--model_name_or_path {name}: no directory with {WEIGHTS}, and not a built-in "
+            f"{args.model_type} model ({', '.join(builtin)}, ...)"
+        )
     if len(tokenizer.vocab) > model.config.vocab_size:
-        raise UserError(f"{name}: the vocabulary has {len(tokenizer.vocab)} tokens, the model {model.config.vocab_size}")
+        raise UserError(
+            f"{name}: the vocabulary has {len(tokenizer.vocab)} tokens, the model {model.config.vocab_size}"
+        )
     provenance = {
-        "model": {"model_type": args.model_type, "architecture": architecture_of(model), "width_mult": 1.0,
-                  "initialized_from": source},
+        "model": {
+            "model_type": args.model_type,
+            "architecture": architecture_of(model),
+            "width_mult": 1.0,
+            "initialized_from": source,
+        },
         "parent": parent,
         "notes": notes,
     }
@@ -137,7 +160,7 @@ def load(args, num_labels, kind="ForSequenceClassification"):
 
 
 def parent_of(directory, record):
-    return {"path": utils.relative(directory), "weights": record["weights"]}
+    return {"path": records.relative(directory), "weights": record["weights"]}
 
 
 def builtin_tokenizer(model_type, name, fast):
@@ -150,10 +173,10 @@ def builtin_tokenizer(model_type, name, fast):
 
 def load_finished(directory, use_faster_tokenizer=True):
     """A classification model that ``finetuning`` wrote, in eval mode: (model, tokenizer, record)."""
-    record = utils.read_record(directory, "a fine-tuned model (finetuning/run_clue.sh)")
+    record = records.read_record(directory, "a fine-tuned model (finetuning/run_clue.sh)")
     if not is_model_directory(directory):
         raise UserError(f"{directory}: no {WEIGHTS} there, so it is not a fine-tuned model")
-    utils.check_weights(directory, record["weights"])
+    records.check_weights(directory, record["weights"])
     cls = model_class(record["model"]["model_type"])
     model = cls.from_pretrained(directory, num_labels=len(record["labels"]))
     model.eval()
@@ -173,128 +196,9 @@ def count(model):
 def check_sequence_length(max_seq_length, model):
     limit = model.config.max_position_embeddings
     if not 4 <= max_seq_length <= limit:
-        raise UserError(f"--max_seq_length {max_seq_length}: must be from 4 to {limit}, the model's number of positions")
-
-
-# Training
-
-
-def add_training_arguments(group):
-    """The optimization arguments that fine-tuning and pruning share."""
-    group.add_argument("--learning_rate", type=float, default=5e-5, help="peak of AdamW's schedule; 3e-5 to 1e-4 for "
-                       "pre-trained weights, about 1e-3 for a small model from random weights")
-    group.add_argument("--batch_size", type=int, default=32, help="sequences per step and device")
-    group.add_argument("--num_train_epochs", type=int, default=3, help="passes over the train data")
-    group.add_argument("--max_steps", type=int, default=-1, help="if above 0: that many steps instead of epochs")
-    group.add_argument("--weight_decay", type=float, default=0.01, help="not on biases and layer norms")
-    group.add_argument("--warmup_steps", type=int, default=0, help="steps of linear warm-up; if 0, --warmup_proportion")
-    group.add_argument("--warmup_proportion", type=float, default=0.1, help="warm-up as a share of all steps")
-    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon")
-    group.add_argument("--max_grad_norm", type=float, default=1.0, help="clipping of the global gradient norm; 0: none")
-    group.add_argument("--group_by_length", nargs="?", const=True, default=False, type=utils.boolean, help="put records "
-                       "of similar length into a batch: less padding, up to twice as fast, a little less random")
-    group.add_argument("--logging_steps", type=int, default=100, help="steps between two lines of loss")
-    group.add_argument("--save_steps", type=int, default=100, help="steps between two evaluations, each with a checkpoint")
-    group.add_argument("--seed", type=int, default=42, help="seeds weights, order of the data, dropout")
-    group.add_argument("--device", help="gpu or cpu (default: gpu if Paddle has one)")
-    group.add_argument("--visualdl_dir", help="write scalars for VisualDL there")
-    group.add_argument("--overwrite", action="store_true", help="replace the output of a run with other arguments")
-
-
-def total_steps(args, examples):
-    """Steps of the whole training: --max_steps, or epochs x batches (the last batch of an epoch may be smaller)."""
-    utils.check_positive(args, "batch_size", "num_train_epochs", "save_steps", "logging_steps", "learning_rate")
-    return args.max_steps if args.max_steps > 0 else args.num_train_epochs * math.ceil(examples / args.batch_size)
-
-
-def make_optimizer(model, args, steps):
-    """(AdamW with decay on matrices only, its linear warm-up and decay schedule)."""
-    from paddlenlp.transformers import LinearDecayWithWarmup
-
-    schedule = LinearDecayWithWarmup(args.learning_rate, steps, args.warmup_steps or args.warmup_proportion)
-    decayed = {p.name for name, p in model.named_parameters() if "bias" not in name and "norm" not in name}
-    optimizer = paddle.optimizer.AdamW(
-        learning_rate=schedule,
-        epsilon=args.adam_epsilon,
-        weight_decay=args.weight_decay,
-        apply_decay_param_fun=decayed.__contains__,
-        parameters=model.parameters(),
-        grad_clip=paddle.nn.ClipGradByGlobalNorm(args.max_grad_norm) if args.max_grad_norm > 0 else None,
-    )
-    return optimizer, schedule
-
-
-def epoch_order(features, batch_size, seed, epoch, group_by_length):
-    """The order of an epoch, a function of seed and epoch: int [len(features)]."""
-    random = np.random.default_rng([seed, epoch])
-    order = random.permutation(len(features))
-    if not group_by_length:
-        return order
-    # Sort within windows of 100 batches, which are far shorter than an epoch, then shuffle the batches.
-    lengths = np.array([len(f.input_ids) for f in features])
-    windows = np.array_split(order, max(1, len(order) // (100 * batch_size)))
-    order = np.concatenate([window[np.argsort(lengths[window], kind="stable")] for window in windows])
-    whole = len(order) // batch_size * batch_size
-    shuffled = random.permutation(order[:whole].reshape(-1, batch_size)).reshape(-1)
-    return np.concatenate([shuffled, order[whole:]])
-
-
-def training_batches(features, args, first_step, steps, pad_id=0):
-    """Yields (step, Batch) for the steps after ``first_step``. An epoch sees each record once.
-
-    The order is a function of seed and epoch, and dropout is seeded anew from seed and step: so a run that was killed
-    goes on exactly as if it had not been, with no state of a random generator to save.
-    """
-    batch_size, seed = args.batch_size, args.seed
-    per_epoch = math.ceil(len(features) / batch_size)
-    order = None
-    for step in range(first_step + 1, steps + 1):
-        epoch, position = divmod(step - 1, per_epoch)
-        if order is None or position == 0:
-            order = epoch_order(features, batch_size, seed, epoch, args.group_by_length)
-        paddle.seed(seed * 1_000_003 + step)
-        yield step, data.collate(features, order[position * batch_size : (position + 1) * batch_size], pad_id)
-
-
-ADAM_STATE = ("moment1_0", "moment2_0", "beta1_pow_acc_0", "beta2_pow_acc_0")
-
-
-def save_training_state(unfinished, step, model, optimizer, best, state):
-    """Writes ``state-<step>`` whole: parameters, optimizer and ``state`` (JSON); then removes what it supersedes.
-
-    best: the names of entries of the working directory that the state refers to.
-    """
-    own = optimizer.state_dict()
-    with utils.whole_directory(os.path.join(unfinished.directory, f"state-{step}")) as directory:
-        np.savez(os.path.join(directory, "model.npz"), **{k: v.numpy() for k, v in model.state_dict().items()})
-        # Paddle keys the optimizer's state by names that depend on how many layers the process made before; ours are
-        # the parameters' places in the model.
-        np.savez(os.path.join(directory, "optimizer.npz"), **{
-            f"{place}/{kind}": own[f"{parameter.name}_{kind}"].numpy()
-            for place, parameter in model.named_parameters() for kind in ADAM_STATE if f"{parameter.name}_{kind}" in own
-        })
-        utils.write_whole(os.path.join(directory, "state.json"), json.dumps({**state, "step": step}))
-    unfinished.remove_states({f"state-{step}", *best})
-
-
-def load_training_state(unfinished, model, optimizer, schedule):
-    """Restores the newest state into model, optimizer and schedule. Returns: its ``state``, or None if there is none."""
-    directory = unfinished.newest_state()
-    if directory is None:
-        return None
-    with open(os.path.join(directory, "state.json"), encoding="utf-8") as file:
-        state = json.load(file)
-    with np.load(os.path.join(directory, "model.npz")) as arrays:
-        model.set_state_dict({key: paddle.to_tensor(arrays[key]) for key in arrays.files})
-    names = {place: parameter.name for place, parameter in model.named_parameters()}
-    with np.load(os.path.join(directory, "optimizer.npz")) as arrays:
-        loaded = {}
-        for key in arrays.files:
-            place, kind = key.rsplit("/", 1)
-            loaded[f"{names[place]}_{kind}"] = paddle.to_tensor(arrays[key])
-    schedule.step(state["step"])
-    optimizer.set_state_dict({**loaded, "LR_Scheduler": schedule.state_dict()})
-    return state
+        raise UserError(
+            f"--max_seq_length {max_seq_length}: must be from 4 to {limit}, the model's number of positions"
+        )
 
 
 @paddle.no_grad()
@@ -354,8 +258,10 @@ def parity(expected, found, inputs, tolerance):
     """Compares two arrays of logits for the stage record. Raises: UserError past ``tolerance`` (largest difference)."""
     difference = float(np.abs(expected - found).max())
     if not difference <= tolerance:
-        raise UserError(f"the exported model differs from the original by {difference:.2e} on {inputs}; at most "
-                        f"{tolerance:.0e} is allowed (--parity_tolerance)")
+        raise UserError(
+            f"the exported model differs from the original by {difference:.2e} on {inputs}; at most "
+            f"{tolerance:.0e} is allowed (--parity_tolerance)"
+        )
     return {"inputs": inputs, "largest_difference": difference, "tolerance": tolerance}
 
 
@@ -363,7 +269,7 @@ def move_files(source, target):
     """Moves the files of directory ``source`` into ``target``, each whole. Returns: {name: sha256}."""
     hashes = {}
     for name in sorted(os.listdir(source)):
-        hashes[name] = utils.file_hash(os.path.join(source, name))
+        hashes[name] = records.file_hash(os.path.join(source, name))
         shutil.move(os.path.join(source, name), os.path.join(target, f"{name}.writing"))
         os.replace(os.path.join(target, f"{name}.writing"), os.path.join(target, name))
     return hashes

@@ -12,6 +12,7 @@ import os
 import sys
 
 import utils
+from records import RECORD, read_record, relative
 
 DEFAULT_DIRECTORIES = ("finetuning", "pruning", "quantization")
 
@@ -32,15 +33,17 @@ def find_records(directories):
             raise utils.UserError(f"{root}: no such directory")
         for directory, subdirectories, files in sorted(os.walk(root)):
             subdirectories[:] = [d for d in subdirectories if not d.endswith(".unfinished") and ".writing-" not in d]
-            if utils.RECORD in files:
-                records.append({**utils.read_record(directory), "directory": utils.relative(directory)})
+            if RECORD in files:
+                records.append({**read_record(directory), "directory": relative(directory)})
     return records
 
 
 def parent_among(record, records):
     """The record that this one was made from: recognized by hash, and by place where several have the same weights."""
     made_from = set((record["parent"] or {"weights": {}})["weights"].values())
-    candidates = [r for r in records if made_from & {*r["weights"].values(), *r.get("export", {}).get("weights", {}).values()}]
+    candidates = [
+        r for r in records if made_from & {*r["weights"].values(), *r.get("export", {}).get("weights", {}).values()}
+    ]
     candidates.sort(key=lambda r: r["directory"] != record["parent"]["path"])
     return candidates[0] if candidates else None
 
@@ -68,8 +71,14 @@ def row_of(record):
         size, agreement = metrics["bytes"], f"{metrics['agreement'] * 100:.2f}"
     else:
         return None
-    return [what, f"{metrics['accuracy'] * 100:.2f}", agreement, f"{record['params'] / 1e6:.2f} M",
-            f"{record['flops'] / 1e9:.2f} G", f"{size / 1e6:.1f}" if size else ""]
+    return [
+        what,
+        f"{metrics['accuracy'] * 100:.2f}",
+        agreement,
+        f"{record['params'] / 1e6:.2f} M",
+        f"{record['flops'] / 1e9:.2f} G",
+        f"{size / 1e6:.1f}" if size else "",
+    ]
 
 
 def table(root, family):
@@ -78,29 +87,43 @@ def table(root, family):
     rows = [(record, row) for record, row in rows if row]
     quantized = [record for record, _ in rows if record["stage"] == "quantize"]
     best = max(quantized, key=lambda record: record["metrics"]["accuracy"], default=None)
-    lines = [f"**{root['task']}**, {root['directory']}", "",
-             "| model | dev accuracy, % | agreement with FP32, % | params | FLOPs | file, MB |",
-             "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        f"**{root['task']}**, {root['directory']}",
+        "",
+        "| model | dev accuracy, % | agreement with FP32, % | params | FLOPs | file, MB |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for record, row in rows:
         row[0] += " (best INT8)" if record is best else ""
         lines.append(f"| {' | '.join(row)} |")
     dev = root["data"]["dev"]
     machine = root["machine"]
-    lines += ["", f"{dev['examples']} dev records, majority class {dev['majority_class'] * 100:.1f} %. "
-                  f"Measured on {machine['cpu']} ({', '.join(machine['flags'])}), {machine['cores']} cores."]
+    lines += [
+        "",
+        f"{dev['examples']} dev records, majority class {dev['majority_class'] * 100:.1f} %. "
+        f"Measured on {machine['cpu']} ({', '.join(machine['flags'])}), {machine['cores']} cores.",
+    ]
     notes = list(dict.fromkeys(note for record, _ in rows for note in record["notes"]))
     return lines + [f"Note: {note}." for note in notes]
 
 
 def main(argv=None):
     args = parse_args(argv)
-    directories = args.directories or [d for d in (os.path.join(utils.ROOT, d) for d in DEFAULT_DIRECTORIES) if os.path.isdir(d)]
+    directories = args.directories or [
+        d for d in (os.path.join(utils.ROOT, d) for d in DEFAULT_DIRECTORIES) if os.path.isdir(d)
+    ]
     records = find_records(directories)
-    roots = [r for r in records if r["stage"] == "finetune"
-             and (not args.task_name or r["task"].lower() == args.task_name.lower())]
+    roots = [
+        r
+        for r in records
+        if r["stage"] == "finetune" and (not args.task_name or r["task"].lower() == args.task_name.lower())
+    ]
     if not roots:
-        print(f"summarize.py: no finished fine-tuned model{' of ' + args.task_name if args.task_name else ''} under "
-              f"{', '.join(map(utils.relative, directories))}", file=sys.stderr)
+        print(
+            f"summarize.py: no finished fine-tuned model{' of ' + args.task_name if args.task_name else ''} under "
+            f"{', '.join(map(relative, directories))}",
+            file=sys.stderr,
+        )
         sys.exit(1)
     kept = []
     for number, root in enumerate(roots):

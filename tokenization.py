@@ -15,7 +15,9 @@ class _BasicTokens(dict):
     punctuation and symbols. The rules are PaddleNLP's (2.8.1), which also splits at symbols; Hugging Face's do not.
     """
 
-    cjk = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]")
+    cjk = re.compile(
+        "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]"
+    )
     special = re.compile(r"(\[(?:UNK|SEP|PAD|CLS|MASK)\])")
     # PaddleNLP calls these symbols too.
     extra_symbols = "\u00ad\u00b2\u00ba\u3007\u00b5\u00d8\u014b\u01b1"

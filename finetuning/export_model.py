@@ -16,6 +16,7 @@ import compat  # noqa: F401  before Paddle
 
 import engine
 import modeling
+import records
 import utils
 
 
@@ -26,8 +27,12 @@ def parse_args(argv=None):
     main.add_argument("--model_path", required=True, help="directory that run_clue.py wrote")
     main.add_argument("--model_type", choices=sorted(modeling.MODEL_TYPES), help="checked against stage.json if given")
     other = parser.add_argument_group("other")
-    other.add_argument("--parity_tolerance", type=float, default=1e-4, help="largest difference of a logit between the "
-                       "exported graph and the dynamic model")
+    other.add_argument(
+        "--parity_tolerance",
+        type=float,
+        default=1e-4,
+        help="largest difference of a logit between the exported graph and the dynamic model",
+    )
     other.add_argument("--device", help="gpu or cpu (default: gpu if Paddle has one)")
     utils.add_data_arguments(other, splits=())
     return parser.parse_args(argv)
@@ -38,7 +43,7 @@ def main(argv=None):
     utils.set_device(args.device)
     started = time.time()
     model, tokenizer, record = modeling.load_finished(args.model_path)
-    utils.check_task(record, args.task_name, args.model_path)
+    records.check_task(record, args.task_name, args.model_path)
     if args.model_type not in (None, record["model"]["model_type"]):
         raise utils.UserError(f"--model_type {args.model_type}: the model is {record['model']['model_type']}")
     features, inputs = modeling.parity_features(
@@ -51,13 +56,19 @@ def main(argv=None):
         found = engine.Engine(prefix).predict(features, pad_id=tokenizer.pad_id)
         parity = modeling.parity(expected, found, inputs, args.parity_tolerance)
         record.pop("export", None)
-        utils.write_record(args.model_path, record)  # from here until the end the directory counts as not exported
+        records.write_record(args.model_path, record)  # from here until the end the directory counts as not exported
         files = modeling.move_files(directory, args.model_path)
-    record["export"] = {"weights": files, "parity": parity, "seconds": round(time.time() - started, 1),
-                        "bytes": os.path.getsize(os.path.join(args.model_path, "inference.pdiparams"))}
-    utils.write_record(args.model_path, record)
-    print(f"{record['task']}: exported to {os.path.join(args.model_path, 'inference')}.pdmodel, logits within "
-          f"{parity['largest_difference']:.1e} of the dynamic model on {inputs}")
+    record["export"] = {
+        "weights": files,
+        "parity": parity,
+        "seconds": round(time.time() - started, 1),
+        "bytes": os.path.getsize(os.path.join(args.model_path, "inference.pdiparams")),
+    }
+    records.write_record(args.model_path, record)
+    print(
+        f"{record['task']}: exported to {os.path.join(args.model_path, 'inference')}.pdmodel, logits within "
+        f"{parity['largest_difference']:.1e} of the dynamic model on {inputs}"
+    )
 
 
 if __name__ == "__main__":

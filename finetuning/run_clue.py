@@ -22,19 +22,28 @@ from tqdm import tqdm
 
 import data
 import modeling
+import records
+import training
 import utils
 
 
 def parse_args(argv=None):
     parser = utils.Parser(__doc__)
     main = parser.add_argument_group("task and model")
-    main.add_argument("--task_name", required=True, help="a CLUE task in any case, or a name for the data in --data_dir")
+    main.add_argument(
+        "--task_name", required=True, help="a CLUE task in any case, or a name for the data in --data_dir"
+    )
     modeling.add_model_arguments(main)
     main.add_argument("--output_dir", help="where the best model goes; required for training")
-    main.add_argument("--do_train", nargs="?", const=True, type=utils.boolean, help="train and evaluate (what happens "
-                      "if neither this nor --do_eval is given)")
+    main.add_argument(
+        "--do_train",
+        nargs="?",
+        const=True,
+        type=utils.boolean,
+        help="train and evaluate (what happens if neither this nor --do_eval is given)",
+    )
     main.add_argument("--do_eval", nargs="?", const=True, type=utils.boolean, help="given alone: only score the model")
-    modeling.add_training_arguments(parser.add_argument_group("training"))
+    training.add_training_arguments(parser.add_argument_group("training"))
     inputs = parser.add_argument_group("data")
     utils.add_data_arguments(inputs)
     utils.add_tokenizer_arguments(inputs)
@@ -47,25 +56,22 @@ def parse_args(argv=None):
 
 def evaluate_only(args):
     """--do_eval alone: prints one JSON line with the dev accuracy of a fine-tuned directory."""
-    record = utils.read_record(args.model_name_or_path or "", "a fine-tuned model")
-    utils.check_task(record, args.task_name, args.model_name_or_path)
+    record = records.read_record(args.model_name_or_path or "", "a fine-tuned model")
+    records.check_task(record, args.task_name, args.model_name_or_path)
     model, tokenizer, record = modeling.load_finished(args.model_name_or_path, args.use_faster_tokenizer)
-    dev = data.read_split(data.Task(record["task"], tuple(record["labels"])), "dev", args.data_dir, args.max_eval_samples)
+    dev = data.read_split(
+        data.Task(record["task"], tuple(record["labels"])), "dev", args.data_dir, args.max_eval_samples
+    )
     length = args.max_seq_length or record["arguments"]["max_seq_length"]
     metrics = modeling.score(model, data.convert(dev.examples, tokenizer, length), tokenizer.pad_id)
     print(json.dumps({"task": record["task"], **metrics, **dev.describe()}, ensure_ascii=False))
 
 
-def train(args, task, model, tokenizer, unfinished):
+def train(args, model, train_features, dev_features, unfinished, pad_id):
     """Trains and keeps the best checkpoint. Returns: the final state, whose ``best`` names its directory and metrics."""
-    train_data = data.read_split(task, "train", args.data_dir, args.max_train_samples)
-    dev_data = data.read_split(task, "dev", args.data_dir, args.max_eval_samples)
-    train_features = data.convert(train_data.examples, tokenizer, args.max_seq_length)
-    dev_features = data.convert(dev_data.examples, tokenizer, args.max_seq_length)
-
-    steps = modeling.total_steps(args, len(train_features))
-    optimizer, schedule = modeling.make_optimizer(model, args, steps)
-    state = modeling.load_training_state(unfinished, model, optimizer, schedule)
+    steps = training.total_steps(args, len(train_features))
+    optimizer, schedule = training.make_optimizer(model, args, steps)
+    state = training.load_training_state(unfinished, model, optimizer, schedule)
     if state:
         print(f"going on after step {state['step']} of {steps}")
     else:
@@ -74,8 +80,8 @@ def train(args, task, model, tokenizer, unfinished):
 
     model.train()
     started, running = time.time() - state["seconds"], []
-    batches = modeling.training_batches(train_features, args, state["step"], steps, tokenizer.pad_id)
-    progress = tqdm(batches, total=steps, initial=state["step"], desc=task.name, mininterval=1, disable=None)
+    batches = training.training_batches(train_features, args, state["step"], steps, pad_id)
+    progress = tqdm(batches, total=steps, initial=state["step"], desc=args.task_name, mininterval=1, disable=None)
     for step, batch in progress:
         logits = model(paddle.to_tensor(batch.input_ids), paddle.to_tensor(batch.token_type_ids))
         loss = paddle.nn.functional.cross_entropy(logits, paddle.to_tensor(batch.labels))
@@ -90,54 +96,81 @@ def train(args, task, model, tokenizer, unfinished):
             scalars({"train/loss": sum(running) / len(running), "train/learning_rate": schedule.get_lr()}, step)
             running.clear()
         if step % args.save_steps == 0 or step == steps:
-            metrics = {"step": step, **modeling.score(model, dev_features, tokenizer.pad_id)}
+            metrics = {"step": step, **modeling.score(model, dev_features, pad_id)}
             state["evaluations"].append(metrics)
             if state["best"] is None or metrics["accuracy"] > state["best"]["accuracy"]:
                 state["best"] = {**metrics, "directory": f"best-{step}"}
                 with utils.whole_directory(os.path.join(unfinished.directory, f"best-{step}")) as directory:
                     model.save_pretrained(directory)
-            progress.write(f"step {step}/{steps} dev accuracy {metrics['accuracy']:.4f} loss {metrics['loss']:.4f} "
-                           f"(best {state['best']['accuracy']:.4f} at step {state['best']['step']})")
+            progress.write(
+                f"step {step}/{steps} dev accuracy {metrics['accuracy']:.4f} loss {metrics['loss']:.4f} "
+                f"(best {state['best']['accuracy']:.4f} at step {state['best']['step']})"
+            )
             scalars({"dev/accuracy": metrics["accuracy"], "dev/loss": metrics["loss"]}, step)
             state["seconds"] = time.time() - started
-            modeling.save_training_state(unfinished, step, model, optimizer, {state["best"]["directory"]}, state)
-    return state, {"train": train_data.describe(), "dev": dev_data.describe()}
+            training.save_training_state(unfinished, step, model, optimizer, {state["best"]["directory"]}, state)
+    return state
 
 
 def main(argv=None):
     args = parse_args(argv)
+    training.check_training_arguments(args)
     utils.set_device(args.device)
     if not args.do_train:
         return evaluate_only(args)
     args.max_seq_length = args.max_seq_length or 128
-    if utils.finished(args.output_dir, args, args.overwrite):
+    if records.finished(args.output_dir, args, args.overwrite):
         print(f"{args.output_dir}: already finished with these arguments, nothing to do")
         return None
     utils.set_seed(args.seed)
     task = data.get_task(args.task_name, args.data_dir)
     model, tokenizer, provenance = modeling.load(args, len(task.labels))
     modeling.check_sequence_length(args.max_seq_length, model)
-    unfinished = utils.Unfinished(args.output_dir, args)
-    state, splits = train(args, task, model, tokenizer, unfinished)
+    splits = {
+        "train": data.read_split(task, "train", args.data_dir, args.max_train_samples),
+        "dev": data.read_split(task, "dev", args.data_dir, args.max_eval_samples),
+    }
+    features = {name: data.convert(split.examples, tokenizer, args.max_seq_length) for name, split in splits.items()}
+    unfinished = training.Unfinished(args.output_dir, args)
+    state = train(args, model, features["train"], features["dev"], unfinished, tokenizer.pad_id)
 
     params, flops = modeling.count(model)
-    provenance["notes"] += [f"partial {name} data: {split['partial']}" for name, split in splits.items() if split["partial"]]
+    splits = {name: split.describe() for name, split in splits.items()}
+    provenance["notes"] += [
+        f"partial {name} data: {split['partial']}" for name, split in splits.items() if split["partial"]
+    ]
     best = state["best"]
     with utils.whole_directory(args.output_dir) as directory:
         utils.copy_files(os.path.join(unfinished.directory, best["directory"]), directory)
         tokenizer.save(directory)
         utils.write_json_lines(os.path.join(directory, "evaluations.jsonl"), state["evaluations"])
-        utils.write_record(directory, utils.make_record(
-            "finetune", args, time.time() - state["seconds"],
-            task=task.name, labels=list(task.labels), data=splits, params=params, flops=flops,
-            weights=utils.hash_files(directory, [modeling.WEIGHTS]),
-            metrics={"accuracy": best["accuracy"], "loss": best["loss"], "step": best["step"],
-                     "selected_on": "dev", "evaluated_every": args.save_steps},
-            **provenance,
-        ))
+        records.write_record(
+            directory,
+            records.make_record(
+                "finetune",
+                args,
+                time.time() - state["seconds"],
+                task=task.name,
+                labels=list(task.labels),
+                data=splits,
+                params=params,
+                flops=flops,
+                weights=records.hash_files(directory, [modeling.WEIGHTS]),
+                metrics={
+                    "accuracy": best["accuracy"],
+                    "loss": best["loss"],
+                    "step": best["step"],
+                    "selected_on": "dev",
+                    "evaluated_every": args.save_steps,
+                },
+                **provenance,
+            ),
+        )
     unfinished.remove()
-    print(f"{task.name}: dev accuracy {best['accuracy']:.4f} at step {best['step']} "
-          f"(majority class {splits['dev']['majority_class']:.4f}) -> {args.output_dir}")
+    print(
+        f"{task.name}: dev accuracy {best['accuracy']:.4f} at step {best['step']} "
+        f"(majority class {splits['dev']['majority_class']:.4f}) -> {args.output_dir}"
+    )
     return best["accuracy"]
 
 

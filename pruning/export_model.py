@@ -19,6 +19,7 @@ import compat  # noqa: F401  before Paddle
 import engine
 import modeling
 import supernet as dynabert
+import records
 import utils
 
 
@@ -28,14 +29,20 @@ def parse_args(argv=None):
     main.add_argument("--task_name", required=True, help="the task of the model")
     main.add_argument("--model_name_or_path", required=True, help="<width>/best_model that prune.py wrote")
     main.add_argument("--sub_model_output_dir", required=True, help="directory for the dynamic sub-model")
-    main.add_argument("--static_sub_model", required=True, help="file prefix for the static graph, e.g. .../sub_static/float")
+    main.add_argument(
+        "--static_sub_model", required=True, help="file prefix for the static graph, e.g. .../sub_static/float"
+    )
     main.add_argument("--width_mult", type=float, help="default, and checked: the width that best_model was chosen for")
     other = parser.add_argument_group("other")
     other.add_argument("--model_type", choices=sorted(modeling.MODEL_TYPES), help="checked against stage.json if given")
     other.add_argument("--depth_mult", type=float, default=1.0, help="only 1.0: depth is not pruned here")
     other.add_argument("--n_gpu", type=int, help="accepted; exporting uses one device")
-    other.add_argument("--parity_tolerance", type=float, default=1e-4, help="largest difference of a logit between the "
-                       "sub-model and the supernet at its width")
+    other.add_argument(
+        "--parity_tolerance",
+        type=float,
+        default=1e-4,
+        help="largest difference of a logit between the sub-model and the supernet at its width",
+    )
     other.add_argument("--device", help="gpu or cpu (default: gpu if Paddle has one)")
     utils.add_data_arguments(other, splits=())
     utils.add_tokenizer_arguments(other)
@@ -49,9 +56,11 @@ def main(argv=None):
     if args.depth_mult != 1.0:
         raise utils.UserError(f"--depth_mult {args.depth_mult:g}: only 1.0 is supported, depth is not pruned here")
     model, tokenizer, record = modeling.load_finished(args.model_name_or_path, args.use_faster_tokenizer)
-    utils.check_task(record, args.task_name, args.model_name_or_path)
+    records.check_task(record, args.task_name, args.model_name_or_path)
     if record["stage"] != "prune":
-        raise utils.UserError(f"{args.model_name_or_path}: stage {record['stage']}; name a best_model that prune.py wrote")
+        raise utils.UserError(
+            f"{args.model_name_or_path}: stage {record['stage']}; name a best_model that prune.py wrote"
+        )
     width = record["model"]["width_mult"]
     if args.width_mult not in (None, width):
         raise utils.UserError(f"--width_mult {args.width_mult:g}: this best_model was chosen for width {width:g}")
@@ -66,7 +75,9 @@ def main(argv=None):
     supernet = dynabert.make_supernet(model, [width])
     dynabert.set_width(supernet, width)
     expected = modeling.predict(supernet, features, tokenizer.pad_id)
-    dynamic = modeling.parity(expected, modeling.predict(sub_model, features, tokenizer.pad_id), inputs, args.parity_tolerance)
+    dynamic = modeling.parity(
+        expected, modeling.predict(sub_model, features, tokenizer.pad_id), inputs, args.parity_tolerance
+    )
 
     common = {name: record[name] for name in ("task", "labels", "data", "params", "flops", "model", "metrics", "notes")}
     common["parent"] = modeling.parent_of(args.model_name_or_path, record)
@@ -74,24 +85,40 @@ def main(argv=None):
     with utils.whole_directory(os.path.join(args.sub_model_output_dir, f"model_width_{width:.5f}")) as directory:
         dynabert.save_sub_model(directory, weights, record, width)
         tokenizer.save(directory)
-        utils.write_record(directory, utils.make_record(
-            "prune_export", args, started, **common,
-            weights=utils.hash_files(directory, [modeling.WEIGHTS, dynabert.SUB_CONFIG]), export={"parity": dynamic},
-        ))
+        records.write_record(
+            directory,
+            records.make_record(
+                "prune_export",
+                args,
+                started,
+                **common,
+                weights=records.hash_files(directory, [modeling.WEIGHTS, dynabert.SUB_CONFIG]),
+                export={"parity": dynamic},
+            ),
+        )
     target, name = os.path.split(os.path.abspath(args.static_sub_model))
     with utils.whole_directory(target) as directory:
         prefix = os.path.join(directory, name)
         modeling.export_static(sub_model, prefix)
         found = engine.Engine(prefix).predict(features, pad_id=tokenizer.pad_id)
         static = modeling.parity(expected, found, inputs, args.parity_tolerance)
-        hashes = utils.hash_files(directory, sorted(os.listdir(directory)))
+        hashes = records.hash_files(directory, sorted(os.listdir(directory)))
         tokenizer.save(directory)
-        utils.write_record(directory, utils.make_record(
-            "prune_export", args, started, **common, weights=hashes,
-            export={"weights": hashes, "parity": static, "bytes": os.path.getsize(f"{prefix}.pdiparams")},
-        ))
-    print(f"{record['task']}: width {width:g} exported to {args.static_sub_model}.pdmodel, logits within "
-          f"{max(static['largest_difference'], dynamic['largest_difference']):.1e} of the supernet on {inputs}")
+        records.write_record(
+            directory,
+            records.make_record(
+                "prune_export",
+                args,
+                started,
+                **common,
+                weights=hashes,
+                export={"weights": hashes, "parity": static, "bytes": os.path.getsize(f"{prefix}.pdiparams")},
+            ),
+        )
+    print(
+        f"{record['task']}: width {width:g} exported to {args.static_sub_model}.pdmodel, logits within "
+        f"{max(static['largest_difference'], dynamic['largest_difference']):.1e} of the supernet on {inputs}"
+    )
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from tqdm import tqdm
 import data
 import modeling
 import supernet as dynabert
+import records
+import training
 import utils
 
 
@@ -32,17 +34,27 @@ def parse_args(argv=None):
     main.add_argument("--model_name_or_path", required=True, help="directory that run_clue.py wrote: start and teacher")
     main.add_argument("--model_type", choices=sorted(modeling.MODEL_TYPES), help="checked against stage.json if given")
     main.add_argument("--output_dir", required=True, help="the widths' directories go there")
-    main.add_argument("--width_mult_list", nargs="+", type=float, default=[0.75], help="shares of heads and neurons to "
-                      "keep; several widths are trained at once")
+    main.add_argument(
+        "--width_mult_list",
+        nargs="+",
+        type=float,
+        default=[0.75],
+        help="shares of heads and neurons to keep; several widths are trained at once",
+    )
     pruning = parser.add_argument_group("pruning")
-    pruning.add_argument("--lambda_logit", type=float, default=1.0, help="weight of the soft cross-entropy beside the "
-                         "hidden states' 0.1")
-    pruning.add_argument("--importance_split", choices=("train", "dev"), default="train", help="what ranks heads and "
-                         "neurons; dev is the published recipe, and shows the selection set to the ranking")
+    pruning.add_argument(
+        "--lambda_logit", type=float, default=1.0, help="weight of the soft cross-entropy beside the hidden states' 0.1"
+    )
+    pruning.add_argument(
+        "--importance_split",
+        choices=("train", "dev"),
+        default="train",
+        help="what ranks heads and neurons; dev is the published recipe, and shows the selection set to the ranking",
+    )
     pruning.add_argument("--importance_samples", type=int, default=2048, help="records that rank heads and neurons")
     for name in ("--do_train", "--do_eval"):
         pruning.add_argument(name, nargs="?", const=True, type=utils.boolean, help="accepted; pruning always does both")
-    modeling.add_training_arguments(parser.add_argument_group("training"))
+    training.add_training_arguments(parser.add_argument_group("training"))
     inputs = parser.add_argument_group("data")
     utils.add_data_arguments(inputs)
     utils.add_tokenizer_arguments(inputs)
@@ -60,9 +72,9 @@ def evaluate(supernet, widths, features, pad_id):
 
 def train(args, teacher, supernet, train_features, dev_features, unfinished, pad_id):
     """Trains all widths and keeps the best checkpoint of each. Returns: the final state."""
-    steps = modeling.total_steps(args, len(train_features))
-    optimizer, schedule = modeling.make_optimizer(supernet.model, args, steps)
-    state = modeling.load_training_state(unfinished, supernet.model, optimizer, schedule)
+    steps = training.total_steps(args, len(train_features))
+    optimizer, schedule = training.make_optimizer(supernet.model, args, steps)
+    state = training.load_training_state(unfinished, supernet.model, optimizer, schedule)
     if state:
         print(f"going on after step {state['step']} of {steps}")
     else:
@@ -73,7 +85,7 @@ def train(args, teacher, supernet, train_features, dev_features, unfinished, pad
     student_states, teacher_states = dynabert.HiddenStates(supernet.model), dynabert.HiddenStates(teacher)
 
     started, running = time.time() - state["seconds"], []
-    batches = modeling.training_batches(train_features, args, state["step"], steps, pad_id)
+    batches = training.training_batches(train_features, args, state["step"], steps, pad_id)
     progress = tqdm(batches, total=steps, initial=state["step"], desc=args.task_name, mininterval=1, disable=None)
     for step, batch in progress:
         supernet.train()
@@ -106,23 +118,36 @@ def train(args, teacher, supernet, train_features, dev_features, unfinished, pad
                     with utils.whole_directory(os.path.join(unfinished.directory, f"best-{width}-{step}")) as directory:
                         teacher.config.save_pretrained(directory)
                         paddle.save(dynabert.plain_state(supernet.model), os.path.join(directory, modeling.WEIGHTS))
-            progress.write(f"step {step}/{steps} dev " + ", ".join(
-                f"width {w} accuracy {s['accuracy']:.4f} (best {state['best'][w]['accuracy']:.4f})" for w, s in scores.items()
-            ))
+            progress.write(
+                f"step {step}/{steps} dev "
+                + ", ".join(
+                    f"width {w} accuracy {s['accuracy']:.4f} (best {state['best'][w]['accuracy']:.4f})"
+                    for w, s in scores.items()
+                )
+            )
             scalars({f"dev/accuracy_{w}": s["accuracy"] for w, s in scores.items()}, step)
             state["seconds"] = time.time() - started
-            modeling.save_training_state(unfinished, step, supernet.model, optimizer,
-                                         {best["directory"] for best in state["best"].values()}, state)
+            training.save_training_state(
+                unfinished,
+                step,
+                supernet.model,
+                optimizer,
+                {best["directory"] for best in state["best"].values()},
+                state,
+            )
     return state
 
 
 def main(argv=None):
     args = parse_args(argv)
+    training.check_training_arguments(args)
     utils.set_device(args.device)
     teacher, tokenizer, record = modeling.load_finished(args.model_name_or_path, args.use_faster_tokenizer)
-    utils.check_task(record, args.task_name, args.model_name_or_path)
+    records.check_task(record, args.task_name, args.model_name_or_path)
     if record["stage"] != "finetune":
-        raise utils.UserError(f"{args.model_name_or_path}: stage {record['stage']}; pruning starts from a fine-tuned model")
+        raise utils.UserError(
+            f"{args.model_name_or_path}: stage {record['stage']}; pruning starts from a fine-tuned model"
+        )
     args.max_seq_length = args.max_seq_length or record["arguments"]["max_seq_length"]
     modeling.check_sequence_length(args.max_seq_length, teacher)
     architecture, labels = record["model"]["architecture"], record["labels"]
@@ -130,21 +155,25 @@ def main(argv=None):
     for width in args.width_mult_list:
         dynabert.check_width(width, architecture["num_attention_heads"], architecture["intermediate_size"])
     targets = {f"{w:g}": os.path.join(args.output_dir, f"{w:g}", "best_model") for w in args.width_mult_list}
-    if all([utils.finished(target, args, args.overwrite) for target in targets.values()]):
+    if all([records.finished(target, args, args.overwrite) for target in targets.values()]):
         print(f"{', '.join(targets.values())}: already finished with these arguments, nothing to do")
         return
 
     utils.set_seed(args.seed)
     task = data.Task(record["task"], tuple(labels), data.get_task(args.task_name, args.data_dir).train_size)
-    splits = {"train": data.read_split(task, "train", args.data_dir, args.max_train_samples),
-              "dev": data.read_split(task, "dev", args.data_dir, args.max_eval_samples)}
+    splits = {
+        "train": data.read_split(task, "train", args.data_dir, args.max_train_samples),
+        "dev": data.read_split(task, "dev", args.data_dir, args.max_eval_samples),
+    }
     features = {name: data.convert(split.examples, tokenizer, args.max_seq_length) for name, split in splits.items()}
-    unfinished = utils.Unfinished(args.output_dir, args)
+    unfinished = training.Unfinished(args.output_dir, args)
 
     student = modeling.load_finished(args.model_name_or_path)[0]
     if unfinished.newest_state() is None:  # otherwise the state that is loaded is in order already
         chosen = features[args.importance_split]
-        chosen = [chosen[i] for i in np.random.default_rng(args.seed).permutation(len(chosen))[: args.importance_samples]]
+        chosen = [
+            chosen[i] for i in np.random.default_rng(args.seed).permutation(len(chosen))[: args.importance_samples]
+        ]
         print(f"ranking heads and neurons on {len(chosen)} {args.importance_split} records")
         batches = data.batches(chosen, args.batch_size, tokenizer.pad_id, data.by_length(chosen))
         dynabert.reorder(student, *dynabert.importance(student, batches))
@@ -152,7 +181,9 @@ def main(argv=None):
     state = train(args, teacher, supernet, features["train"], features["dev"], unfinished, tokenizer.pad_id)
 
     described = {name: split.describe() for name, split in splits.items()}
-    notes = list(record["notes"]) + [f"pruning: partial {n} data: {d['partial']}" for n, d in described.items() if d["partial"]]
+    notes = list(record["notes"]) + [
+        f"pruning: partial {n} data: {d['partial']}" for n, d in described.items() if d["partial"]
+    ]
     for width, best in state["best"].items():
         sub_model = dynabert.build_sub_model(record["model"]["model_type"], architecture, float(width), len(labels))
         params, flops = modeling.count(sub_model)
@@ -160,18 +191,39 @@ def main(argv=None):
             utils.copy_files(os.path.join(unfinished.directory, best["directory"]), directory)
             tokenizer.save(directory)
             utils.write_json_lines(os.path.join(directory, "evaluations.jsonl"), state["evaluations"])
-            utils.write_record(directory, utils.make_record(
-                "prune", args, time.time() - state["seconds"],
-                task=record["task"], labels=labels, data=described, params=params, flops=flops,
-                model={**record["model"], "width_mult": float(width), "initialized_from": utils.relative(args.model_name_or_path)},
-                parent=modeling.parent_of(args.model_name_or_path, record), notes=sorted(set(notes), key=notes.index),
-                weights=utils.hash_files(directory, [modeling.WEIGHTS]),
-                metrics={"accuracy": best["accuracy"], "loss": best["loss"], "step": best["step"], "selected_on": "dev",
-                         "accuracy_before_training": state["evaluations"][0][width]["accuracy"],
-                         "accuracy_of_parent": record["metrics"]["accuracy"]},
-            ))
-        print(f"{record['task']}: width {width} dev accuracy {best['accuracy']:.4f} at step {best['step']} "
-              f"(fine-tuned {record['metrics']['accuracy']:.4f}) -> {targets[width]}")
+            records.write_record(
+                directory,
+                records.make_record(
+                    "prune",
+                    args,
+                    time.time() - state["seconds"],
+                    task=record["task"],
+                    labels=labels,
+                    data=described,
+                    params=params,
+                    flops=flops,
+                    model={
+                        **record["model"],
+                        "width_mult": float(width),
+                        "initialized_from": records.relative(args.model_name_or_path),
+                    },
+                    parent=modeling.parent_of(args.model_name_or_path, record),
+                    notes=sorted(set(notes), key=notes.index),
+                    weights=records.hash_files(directory, [modeling.WEIGHTS]),
+                    metrics={
+                        "accuracy": best["accuracy"],
+                        "loss": best["loss"],
+                        "step": best["step"],
+                        "selected_on": "dev",
+                        "accuracy_before_training": state["evaluations"][0][width]["accuracy"],
+                        "accuracy_of_parent": record["metrics"]["accuracy"],
+                    },
+                ),
+            )
+        print(
+            f"{record['task']}: width {width} dev accuracy {best['accuracy']:.4f} at step {best['step']} "
+            f"(fine-tuned {record['metrics']['accuracy']:.4f}) -> {targets[width]}"
+        )
     unfinished.remove()
 
 

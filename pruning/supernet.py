@@ -8,12 +8,14 @@ Ranking and reordering heads and neurons by importance first means that a narrow
 import json
 import os
 
+import compat  # before Paddle
+
 import numpy as np
 import paddle
 
-import compat
 import modeling
 import tokenization
+import records
 import utils
 from utils import UserError
 
@@ -26,8 +28,10 @@ def check_width(width, heads, neurons):
     kept = round(width * heads)
     if kept not in allowed or abs(width * heads - kept) > 1e-3:
         widths = ", ".join(f"{k / heads:.5g}" for k in allowed)
-        raise UserError(f"--width_mult {width:g}: does not leave whole heads of {heads} and whole neurons of {neurons}; "
-                        f"these do: {widths}")
+        raise UserError(
+            f"--width_mult {width:g}: does not leave whole heads of {heads} and whole neurons of {neurons}; "
+            f"these do: {widths}"
+        )
     return kept
 
 
@@ -56,6 +60,7 @@ def importance(model, batches):
         def hook(_, inputs):  # the heads' outputs, side by side: [batch, length, heads x head_dim]
             heads = inputs[0].reshape([0, 0, len(gate), -1])
             return (heads * gate.unsqueeze(-1)).reshape([0, 0, -1])
+
         return hook
 
     hooks = [layer.self_attn.out_proj.register_forward_pre_hook(gated(gate)) for layer, gate in zip(layers, gates)]
@@ -66,8 +71,9 @@ def importance(model, batches):
         paddle.nn.functional.cross_entropy(logits, paddle.to_tensor(batch.labels)).backward()
         for i, (layer, gate) in enumerate(zip(layers, gates)):
             head_importance[i] += np.abs(gate.grad.numpy())
-            w1, b1, w2 = ((p.numpy() * p.grad.numpy()) for p in
-                          (layer.linear1.weight, layer.linear1.bias, layer.linear2.weight))
+            w1, b1, w2 = (
+                (p.numpy() * p.grad.numpy()) for p in (layer.linear1.weight, layer.linear1.bias, layer.linear2.weight)
+            )
             neuron_importance[i] += np.abs(w1.sum(0) + b1) + np.abs(w2.sum(1))
             gate.clear_gradient()
         model.clear_gradients()
@@ -160,10 +166,15 @@ def build_sub_model(model_type, architecture, width, num_labels):
 
 def save_sub_model(directory, weights, record, width):
     """Writes ``model_state.pdparams`` and ``model_config.json`` of a sub-model."""
-    paddle.save({name: paddle.to_tensor(value) for name, value in weights.items()},
-                os.path.join(directory, modeling.WEIGHTS))
-    config = {"model_type": record["model"]["model_type"], "architecture": record["model"]["architecture"],
-              "width_mult": width, "num_labels": len(record["labels"])}
+    paddle.save(
+        {name: paddle.to_tensor(value) for name, value in weights.items()}, os.path.join(directory, modeling.WEIGHTS)
+    )
+    config = {
+        "model_type": record["model"]["model_type"],
+        "architecture": record["model"]["architecture"],
+        "width_mult": width,
+        "num_labels": len(record["labels"]),
+    }
     utils.write_whole(os.path.join(directory, SUB_CONFIG), json.dumps(config, indent=1) + "\n")
 
 
@@ -173,8 +184,8 @@ def load_sub_model(directory):
     ``from_pretrained`` cannot: it would build layers of full width. Args: directory: ``.../sub/model_width_0.75000``.
     Raises: UserError if the directory is not one, or its weights are damaged.
     """
-    record = utils.read_record(directory, "a pruned model (pruning/export.sh)")
-    utils.check_weights(directory, record["weights"])
+    record = records.read_record(directory, "a pruned model (pruning/export.sh)")
+    records.check_weights(directory, record["weights"])
     with open(os.path.join(directory, SUB_CONFIG), encoding="utf-8") as file:
         config = json.load(file)
     model = build_sub_model(config["model_type"], config["architecture"], config["width_mult"], config["num_labels"])

@@ -23,6 +23,7 @@ import data
 import engine
 import modeling
 import tokenization
+import records
 import utils
 
 ALGORITHMS = ("mse", "avg", "abs_max", "hist")
@@ -34,16 +35,34 @@ def parse_args(argv=None):
     main = parser.add_argument_group("what to quantize")
     main.add_argument("--task_name", required=True, help="the task of the model")
     main.add_argument("--input_dir", required=True, help="directory with the exported FP32 graph")
-    main.add_argument("--output_dir", help="default: from the input's stage.json: <task>_quant_models (pruned to 0.75), "
-                      "<task>_finetuned_quant_models, <task>_<width>_quant_models")
+    main.add_argument(
+        "--output_dir",
+        help="default: from the input's stage.json: <task>_quant_models (pruned to 0.75), "
+        "<task>_finetuned_quant_models, <task>_<width>_quant_models",
+    )
     other = parser.add_argument_group("other")
-    other.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS), help="of the activations' "
-                       "scales; weights are always per channel")
-    other.add_argument("--calib_samples", nargs="+", type=int, default=list(SAMPLES), help="size of the calibration batch")
-    other.add_argument("--calib_split", choices=("train", "dev"), default="train", help="what calibrates; dev is the "
-                       "published recipe, and shows the selection set to the calibration")
-    other.add_argument("--min_agreement", type=float, default=0.9, help="share of dev predictions that must equal "
-                       "FP32's; a variant below it is reported and not written")
+    other.add_argument(
+        "--algorithms",
+        nargs="+",
+        choices=ALGORITHMS,
+        default=list(ALGORITHMS),
+        help="of the activations' scales; weights are always per channel",
+    )
+    other.add_argument(
+        "--calib_samples", nargs="+", type=int, default=list(SAMPLES), help="size of the calibration batch"
+    )
+    other.add_argument(
+        "--calib_split",
+        choices=("train", "dev"),
+        default="train",
+        help="what calibrates; dev is the published recipe, and shows the selection set to the calibration",
+    )
+    other.add_argument(
+        "--min_agreement",
+        type=float,
+        default=0.9,
+        help="share of dev predictions that must equal FP32's; a variant below it is reported and not written",
+    )
     other.add_argument("--seed", type=int, default=42, help="chooses the calibration samples")
     other.add_argument("--device", help="gpu or cpu (default: gpu if Paddle has one)")
     other.add_argument("--overwrite", action="store_true", help="replace variants made with other arguments")
@@ -83,8 +102,13 @@ def quantize(prefix, features, pad_id, algorithm, directory, model_filename, par
         program = paddle.static.Program()
         with utils.quiet(), paddle.static.scope_guard(paddle.static.Scope()), paddle.static.program_guard(program):
             feeds = [paddle.static.data(name, [None, None], "int64") for name in ("input_ids", "token_type_ids")]
-            loader = paddle.io.DataLoader(CalibrationBatch(features, pad_id), feed_list=feeds, places=paddle.CPUPlace(),
-                                          return_list=False, batch_size=None)
+            loader = paddle.io.DataLoader(
+                CalibrationBatch(features, pad_id),
+                feed_list=feeds,
+                places=paddle.CPUPlace(),
+                return_list=False,
+                batch_size=None,
+            )
             compat.quant_post_static(
                 executor=paddle.static.Executor(paddle.CPUPlace()),
                 model_dir=os.path.dirname(prefix),
@@ -111,8 +135,8 @@ def main(argv=None):
     device = utils.set_device(args.device)
     if min(args.calib_samples) < 1:
         raise utils.UserError(f"--calib_samples {min(args.calib_samples)}: must be above 0")
-    record = utils.read_record(args.input_dir, "an exported model")
-    utils.check_task(record, args.task_name, args.input_dir)
+    record = records.read_record(args.input_dir, "an exported model")
+    records.check_task(record, args.task_name, args.input_dir)
     prefix = engine.static_prefix(args.input_dir, record)
     for given, found in ((args.input_model_filename, ".pdmodel"), (args.input_param_filename, ".pdiparams")):
         if given not in (None, os.path.basename(prefix) + found):
@@ -133,22 +157,32 @@ def main(argv=None):
     reference = engine.open_engine(prefix, features, device).predict(features, pad_id=tokenizer.pad_id)
     fp32_accuracy = data.accuracy(reference, labels)
     note = engine.preflight("int8")
-    print(f"{note}\n{record['task']}: FP32 accuracy {fp32_accuracy:.4f} on {len(features)} dev records "
-          f"(majority class {dev.describe()['majority_class']:.4f})")
+    print(
+        f"{note}\n{record['task']}: FP32 accuracy {fp32_accuracy:.4f} on {len(features)} dev records "
+        f"(majority class {dev.describe()['majority_class']:.4f})"
+    )
     print("| variant | INT8 accuracy | agreement with FP32 | file, MB |\n| --- | --- | --- | --- |")
     rows, refused = {}, []
     for algorithm in args.algorithms:
         for samples in args.calib_samples:
             name, started = f"{algorithm}{samples}", time.time()
             target = os.path.join(args.output_dir, name)
-            if not utils.finished(target, args, args.overwrite):
+            if not records.finished(target, args, args.overwrite):
                 chosen = [calibration.examples[i] for i in order[:samples]]
                 with tempfile.TemporaryDirectory() as scratch:
-                    quantize(prefix, data.convert(chosen, tokenizer, args.max_seq_length), tokenizer.pad_id, algorithm,
-                             scratch, args.save_model_filename, args.save_params_filename)
+                    quantize(
+                        prefix,
+                        data.convert(chosen, tokenizer, args.max_seq_length),
+                        tokenizer.pad_id,
+                        algorithm,
+                        scratch,
+                        args.save_model_filename,
+                        args.save_params_filename,
+                    )
                     quantized = os.path.join(scratch, os.path.splitext(args.save_model_filename)[0])
                     logits = engine.open_engine(quantized, features, device, "int8", use_trt=device != "cpu").predict(
-                        features, pad_id=tokenizer.pad_id)
+                        features, pad_id=tokenizer.pad_id
+                    )
                     metrics = {
                         "accuracy": round(data.accuracy(logits, labels), 6),
                         "fp32_accuracy": round(fp32_accuracy, 6),
@@ -161,29 +195,55 @@ def main(argv=None):
                         continue
                     with utils.whole_directory(target) as directory:
                         utils.copy_files(scratch, directory)
-                        hashes = utils.hash_files(directory, sorted(os.listdir(directory)))
+                        hashes = records.hash_files(directory, sorted(os.listdir(directory)))
                         tokenizer.save(directory)
-                        utils.write_record(directory, utils.make_record(
-                            "quantize", args, started, metrics=metrics, weights=hashes,
-                            data={args.calib_split: {**calibration.describe(), "used": f"{samples} samples to calibrate"},
-                                  "dev": dev.describe()} if args.calib_split == "train" else {"dev": dev.describe()},
-                            parent=modeling.parent_of(args.input_dir, {"weights": record["export"]["weights"]}),
-                            variant={"algorithm": algorithm, "calib_samples": samples, "device": device,
-                                     "int8_operators": sorted(engine.INT8_OPERATORS)},
-                            **{key: record[key] for key in ("task", "labels", "params", "flops", "model", "notes")},
-                        ))
-            rows[name] = utils.read_record(target)["metrics"]
-            print(f"| {name} | {rows[name]['accuracy']:.4f} | {rows[name]['agreement']:.4f} | "
-                  f"{rows[name]['bytes'] / 1e6:.1f} |", flush=True)
+                        records.write_record(
+                            directory,
+                            records.make_record(
+                                "quantize",
+                                args,
+                                started,
+                                metrics=metrics,
+                                weights=hashes,
+                                data={
+                                    args.calib_split: {
+                                        **calibration.describe(),
+                                        "used": f"{samples} samples to calibrate",
+                                    },
+                                    "dev": dev.describe(),
+                                }
+                                if args.calib_split == "train"
+                                else {"dev": dev.describe()},
+                                parent=modeling.parent_of(args.input_dir, {"weights": record["export"]["weights"]}),
+                                variant={
+                                    "algorithm": algorithm,
+                                    "calib_samples": samples,
+                                    "device": device,
+                                    "int8_operators": sorted(engine.INT8_OPERATORS),
+                                },
+                                **{key: record[key] for key in ("task", "labels", "params", "flops", "model", "notes")},
+                            ),
+                        )
+            rows[name] = records.read_record(target)["metrics"]
+            print(
+                f"| {name} | {rows[name]['accuracy']:.4f} | {rows[name]['agreement']:.4f} | "
+                f"{rows[name]['bytes'] / 1e6:.1f} |",
+                flush=True,
+            )
     if not rows:
-        print(f"quant_post.py: no variant agrees with FP32 on {args.min_agreement:g} of dev (--min_agreement); nothing "
-              "was written", file=sys.stderr)
+        print(
+            f"quant_post.py: no variant agrees with FP32 on {args.min_agreement:g} of dev (--min_agreement); nothing "
+            "was written",
+            file=sys.stderr,
+        )
         sys.exit(1)
     best = max(rows, key=lambda name: rows[name]["accuracy"])
     if refused:
         print(f"below --min_agreement {args.min_agreement:g} and not written: {', '.join(refused)}")
-    print(f"{record['task']}: best {best}, INT8 accuracy {rows[best]['accuracy']:.4f} (FP32 {fp32_accuracy:.4f}) -> "
-          f"{os.path.join(args.output_dir, best)}")
+    print(
+        f"{record['task']}: best {best}, INT8 accuracy {rows[best]['accuracy']:.4f} (FP32 {fp32_accuracy:.4f}) -> "
+        f"{os.path.join(args.output_dir, best)}"
+    )
 
 
 if __name__ == "__main__":

@@ -13,19 +13,26 @@ import compat  # noqa: E402, F401  before Paddle
 
 import pytest  # noqa: E402
 
-import utils  # noqa: E402
+import records  # noqa: E402
 
 FILLER = [chr(0x4E00 + i) for i in range(200)]
 TOPICS = {"体育": "足篮球赛", "财经": "股银钱债", "娱乐": "影歌星剧", "科技": "芯网码云"}
-TINY = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128,
-        "max_position_embeddings": 128}
+TINY = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "max_position_embeddings": 128,
+}
 
 
 def load_script(directory, name):
     """The module of a stage script; two stages have an export_model.py, so they go by their paths."""
     import importlib.util
 
-    spec = importlib.util.spec_from_file_location(f"{directory}_{name}".replace("/", "_"), os.path.join(ROOT, directory, f"{name}.py"))
+    spec = importlib.util.spec_from_file_location(
+        f"{directory}_{name}".replace("/", "_"), os.path.join(ROOT, directory, f"{name}.py")
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -33,8 +40,13 @@ def load_script(directory, name):
 
 def sh(script, *args, cwd, check=True, **env):
     """Runs a launcher with plain ``sh``; returns the finished process, its output as text."""
-    done = subprocess.run(["sh", os.path.join(ROOT, script), *map(str, args)], cwd=cwd, text=True, capture_output=True,
-                          env={**os.environ, "PYTHON": sys.executable, **env})
+    done = subprocess.run(
+        ["sh", os.path.join(ROOT, script), *map(str, args)],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "PYTHON": sys.executable, **env},
+    )
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
@@ -63,7 +75,16 @@ def no_data_of_the_user(monkeypatch):
 def workspace(tmp_path_factory):
     """A directory with ``vocab.txt``, ``tiny.json``, ``data/`` (own task ``topics``) and ``data/cluewsc2020_public`` etc."""
     root = tmp_path_factory.mktemp("workspace")
-    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *FILLER, *sorted(set("".join(TOPICS.values()))), *"_[]是否，。0123456789"]
+    vocab = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *FILLER,
+        *sorted(set("".join(TOPICS.values()))),
+        *"_[]是否，。0123456789",
+    ]
     (root / "vocab.txt").write_text("".join(f"{token}\n" for token in dict.fromkeys(vocab)), encoding="utf-8")
     (root / "tiny.json").write_text(json.dumps(TINY))
     rng = random.Random(1)
@@ -82,8 +103,11 @@ def workspace(tmp_path_factory):
     def pronoun(label):
         noun, filler = "".join(rng.sample(FILLER, 2)), "".join(rng.choice(FILLER) for _ in range(9))
         text = f"{noun}，{filler}他{filler[:3]}"
-        return {"target": {"span1_index": 0, "span1_text": noun, "span2_index": text.index("他"), "span2_text": "他"},
-                "text": text, "label": label}
+        return {
+            "target": {"span1_index": 0, "span1_text": noun, "span2_index": text.index("他"), "span2_text": "他"},
+            "text": text,
+            "label": label,
+        }
 
     for task, make, labels in (("afqmc", pair, "01"), ("cluewsc2020", pronoun, ("true", "false"))):
         (data / f"{task}_public").mkdir()
@@ -95,17 +119,49 @@ def workspace(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tuned(workspace):
     """A tiny model that has learnt ``topics``, fine-tuned and exported by the launcher and the script."""
-    sh("finetuning/run_clue.sh", "topics", "2e-3", 32, 6, 64, 0, "tiny", "--init_config", "tiny.json", "--vocab_file",
-       "vocab.txt", "--data_dir", "data", "--group_by_length", cwd=workspace)
+    sh(
+        "finetuning/run_clue.sh",
+        "topics",
+        "2e-3",
+        32,
+        6,
+        64,
+        0,
+        "tiny",
+        "--init_config",
+        "tiny.json",
+        "--vocab_file",
+        "vocab.txt",
+        "--data_dir",
+        "data",
+        "--group_by_length",
+        cwd=workspace,
+    )
     directory = workspace / "tiny/models/topics/2e-3_32"
-    load_script("finetuning", "export_model").main(["--task_name", "topics", "--model_path", str(directory), "--data_dir", str(workspace / "data")])
+    load_script("finetuning", "export_model").main(
+        ["--task_name", "topics", "--model_path", str(directory), "--data_dir", str(workspace / "data")]
+    )
     return directory
 
 
 @pytest.fixture(scope="session")
 def pruned(workspace, tuned):
     """The directory of ``topics`` under pruned_models, with widths 0.75 and 0.5 exported."""
-    sh("pruning/prune.sh", "topics", "1e-3", 32, 2, 64, 0, tuned, "0.75 0.5", "--data_dir", "data", "--group_by_length", cwd=workspace)
+    sh(
+        "pruning/prune.sh",
+        "topics",
+        "1e-3",
+        32,
+        2,
+        64,
+        0,
+        tuned,
+        "0.75 0.5",
+        "--data_dir",
+        "data",
+        "--group_by_length",
+        cwd=workspace,
+    )
     sh("pruning/export.sh", "pruned_models", "topics", "--data_dir", "data", cwd=workspace)
     return workspace / "pruned_models/topics"
 
@@ -119,4 +175,4 @@ def quantized(workspace, pruned):
 
 
 def record(directory):
-    return utils.read_record(str(directory))
+    return records.read_record(str(directory))

@@ -20,7 +20,9 @@ def python(code, **kwargs):
 INFLATE = "import zlib; assert zlib.decompress(zlib.compress(b'x' * 100000)) == b'x' * 100000; print('inflated')"
 
 
-@pytest.mark.skipif(not getattr(zlib, "__file__", None), reason="zlib is built into this Python; only a shared one crashes")
+@pytest.mark.skipif(
+    not getattr(zlib, "__file__", None), reason="zlib is built into this Python; only a shared one crashes"
+)
 def test_zlib_survives_paddle():
     assert python(f"import paddle; {INFLATE}").returncode < 0, "the defect is gone: remove the cure"
     assert python(f"import compat; {INFLATE}").stdout.strip() == "inflated"
@@ -33,16 +35,20 @@ def test_all_cores_are_used_for_training():
 
 
 def test_paddleslim_leaves_attention_as_it_was():
-    code = ("{} import paddle; a = paddle.nn.MultiHeadAttention(8, 2); x = paddle.ones([1, 3, 8]); y = a(x, x, x); "
-            "{}; print('equal' if (a(x, x, x) - y).abs().max() == 0 else 'changed')")
+    code = (
+        "{} import paddle; a = paddle.nn.MultiHeadAttention(8, 2); x = paddle.ones([1, 3, 8]); y = a(x, x, x); "
+        "{}; print('equal' if (a(x, x, x) - y).abs().max() == 0 else 'changed')"
+    )
     broken = python(code.format("import zlib;", "from paddleslim.nas.ofa.utils import nlp_utils"))
     assert broken.stdout.strip() != "equal", "the defect is gone: remove the cure"
     assert python(code.format("import compat;", "compat.paddleslim_ofa()")).stdout.strip() == "equal"
 
 
 def test_super_layer_norm_works():
-    code = ("import compat, paddle; from paddleslim.nas.ofa.layers import SuperLayerNorm; {}; "
-            "print(SuperLayerNorm(8)(paddle.ones([2, 8])).shape)")
+    code = (
+        "import compat, paddle; from paddleslim.nas.ofa.layers import SuperLayerNorm; {}; "
+        "print(SuperLayerNorm(8)(paddle.ones([2, 8])).shape)"
+    )
     assert "ValueError" in python(code.format("pass")).stderr, "the defect is gone: remove the cure"
     assert python(code.format("compat.paddleslim_ofa()")).stdout.strip() == "[2, 8]"
 
@@ -81,9 +87,13 @@ args = Namespace(model_type="ppminilm", model_name_or_path="ppminilm-6l-768h", i
 """
     plain = python(load + "modeling.model_class('ppminilm').from_pretrained(args.model_name_or_path)", env=environment)
     assert plain.returncode != 0, "the defect is gone: remove the cure"
-    done = python(load + """
+    done = python(
+        load
+        + """
 model, tokenizer, provenance = modeling.load(args, 3)
 print(float(model.ppminilm.embeddings.word_embeddings.weight.sum()), tokenizer.encode(["二五"])[0][0], provenance["notes"], os.getcwd())
-""", env=environment)
+""",
+        env=environment,
+    )
     expected = [str(float(model.embeddings.word_embeddings.weight.sum())), "[2, 6, 9, 3]", "[]", str(work)]
     assert done.stdout.strip() == " ".join(expected), done.stderr

@@ -79,12 +79,15 @@ def test_csl_keywords_come_first():
     assert data.texts_of("CSL", {"keyword": ["甲", "乙丙"], "abst": "丁"}) == ("甲 乙丙", "丁")
 
 
-@pytest.mark.parametrize("first, second, marked", [
-    ((0, "小明"), (3, "他"), "_小明_说[他]饿"),
-    ((3, "他"), (0, "小明"), "[小明]说_他_饿"),
-    ((0, "小明"), (2, "说"), "_小明_[说]他饿"),
-    ((2, "说他饿"), (3, "他"), "小明_说[他]饿_"),
-])
+@pytest.mark.parametrize(
+    "first, second, marked",
+    [
+        ((0, "小明"), (3, "他"), "_小明_说[他]饿"),
+        ((3, "他"), (0, "小明"), "[小明]说_他_饿"),
+        ((0, "小明"), (2, "说"), "_小明_[说]他饿"),
+        ((2, "说他饿"), (3, "他"), "小明_说[他]饿_"),
+    ],
+)
 def test_spans_are_marked_from_the_right(first, second, marked):
     target = {"span1_index": first[0], "span1_text": first[1], "span2_index": second[0], "span2_text": second[1]}
     assert data.mark_spans("小明说他饿", target) == marked
@@ -134,10 +137,13 @@ def test_span_that_is_not_where_its_index_says(tmp_path):
         data.read_split(data.get_task("cluewsc2020"), "dev", str(tmp_path))
 
 
-@pytest.mark.parametrize("name, directory, message", [
-    ("nosuch", None, "--task_name nosuch: not one of AFQMC"),
-    ("tnews", "/nonexistent", "no dev.json for TNEWS"),
-])
+@pytest.mark.parametrize(
+    "name, directory, message",
+    [
+        ("nosuch", None, "--task_name nosuch: not one of AFQMC"),
+        ("tnews", "/nonexistent", "no dev.json for TNEWS"),
+    ],
+)
 def test_unknown_task_and_directory(name, directory, message):
     with pytest.raises(UserError, match=message):
         data.read_split(data.get_task(name, directory), "dev", directory)

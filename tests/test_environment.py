@@ -21,7 +21,9 @@ def test_locks_pin_and_hash_and_name_no_machine(lock):
     requirements = re.findall(r"^(\S.*?)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", text, re.M)
     assert requirements and "".join(f"{r}{h}\n" for r, h in requirements) == text
     for requirement, _ in requirements:
-        assert re.fullmatch(r"[a-z0-9._-]+==[^\s;*]+( ; python_full_version [<>=]+ '[0-9.]+')?", requirement), requirement
+        assert re.fullmatch(r"[a-z0-9._-]+==[^\s;*]+( ; python_full_version [<>=]+ '[0-9.]+')?", requirement), (
+            requirement
+        )
 
 
 def test_all_locks_agree_on_versions():
@@ -36,7 +38,9 @@ def test_installed_packages_are_the_locked_ones():
 
     if not os.path.exists(os.path.join(sys.prefix, "installed")):
         pytest.skip("these tests do not run in an environment that setup_env.sh made")
-    for name, locked in re.findall(r"^([a-z0-9._-]+)==([^\s;]+) \\", open(os.path.join(ROOT, "requirements/cpu.txt")).read(), re.M):
+    for name, locked in re.findall(
+        r"^([a-z0-9._-]+)==([^\s;]+) \\", open(os.path.join(ROOT, "requirements/cpu.txt")).read(), re.M
+    ):
         if not name.startswith("paddlepaddle"):
             # seqeval's sdist, built with no git at hand, calls itself 0.0.0
             assert version(name) == locked or name == "seqeval"
@@ -55,7 +59,9 @@ def checkout(tmp_path):
 
 def setup(checkout, *args, path=None):
     environment = {**os.environ, "PATH": path or os.environ["PATH"]}
-    return subprocess.run(["/bin/sh", str(checkout / "setup_env.sh"), *map(str, args)], capture_output=True, text=True, env=environment)
+    return subprocess.run(
+        ["/bin/sh", str(checkout / "setup_env.sh"), *map(str, args)], capture_output=True, text=True, env=environment
+    )
 
 
 def interpreter(directory, name, script):
@@ -92,14 +98,25 @@ def test_failing_shim_is_skipped_and_the_newest_wins(checkout, tmp_path):
     assert done.returncode == 0 and (checkout / ".venv/installed").exists(), done.stderr
 
 
-@pytest.mark.parametrize("arguments, script, message", [
-    (["--python", "/nonexistent/python"], None, "there is no such interpreter"),
-    (["--nonsense"], None, "unknown argument '--nonsense'"),
-    (["--python"], None, "--python needs the path"),
-    (["--python", "BIN/python3"], "exit 1", "does not run"),
-    (["--python", "BIN/python3"], f"exec {BASE} -c 'import sys; sys.version_info = (3, 8, 0); exec(sys.argv[2])' \"$@\"", "is Python 3.8; 3.9 to 3.12"),
-    (["--python", "BIN/python3"], f"exec {BASE} -c 'import sys; sys.modules[\"ensurepip\"] = None; exec(sys.argv[2])' \"$@\"", "has no venv module; on Debian and Ubuntu: apt-get install python3"),
-])
+@pytest.mark.parametrize(
+    "arguments, script, message",
+    [
+        (["--python", "/nonexistent/python"], None, "there is no such interpreter"),
+        (["--nonsense"], None, "unknown argument '--nonsense'"),
+        (["--python"], None, "--python needs the path"),
+        (["--python", "BIN/python3"], "exit 1", "does not run"),
+        (
+            ["--python", "BIN/python3"],
+            f"exec {BASE} -c 'import sys; sys.version_info = (3, 8, 0); exec(sys.argv[2])' \"$@\"",
+            "is Python 3.8; 3.9 to 3.12",
+        ),
+        (
+            ["--python", "BIN/python3"],
+            f'exec {BASE} -c \'import sys; sys.modules["ensurepip"] = None; exec(sys.argv[2])\' "$@"',
+            "has no venv module; on Debian and Ubuntu: apt-get install python3",
+        ),
+    ],
+)
 def test_mistakes_get_one_line_and_status_2(checkout, tmp_path, arguments, script, message):
     if script:
         interpreter(tmp_path / "bin", "python3", script)
@@ -113,4 +130,8 @@ def test_no_interpreter_at_all(checkout, tmp_path):
         interpreter(tmp_path / "bin", tool, f'exec {shutil.which(tool)} "$@"')
     interpreter(tmp_path / "bin", "python3", "exit 1")
     done = setup(checkout, path=str(tmp_path / "bin"))
-    assert done.returncode == 2 and "apt-get install python3 python3-venv" in done.stderr and "python3: does not run" in done.stderr
+    assert (
+        done.returncode == 2
+        and "apt-get install python3 python3-venv" in done.stderr
+        and "python3: does not run" in done.stderr
+    )

@@ -30,7 +30,17 @@ def test_fine_tuned_model_learns(tuned):
 
 
 def test_do_eval_alone_scores_a_directory(workspace, tuned, capsys):
-    load_script("finetuning", "run_clue").main(["--task_name", "TOPICS", "--model_name_or_path", str(tuned), "--do_eval", "--data_dir", str(workspace / "data")])
+    load_script("finetuning", "run_clue").main(
+        [
+            "--task_name",
+            "TOPICS",
+            "--model_name_or_path",
+            str(tuned),
+            "--do_eval",
+            "--data_dir",
+            str(workspace / "data"),
+        ]
+    )
     assert json.loads(capsys.readouterr().out)["accuracy"] == record(tuned)["metrics"]["accuracy"]
 
 
@@ -77,10 +87,14 @@ def test_sub_model_loads_again_and_equals_the_supernet(workspace, pruned, width)
 
     sub_model.train()  # and it can be trained further
     batch = data.collate(features, range(8))
-    before = float(paddle.nn.functional.cross_entropy(sub_model(paddle.to_tensor(batch.input_ids)), paddle.to_tensor(batch.labels)))
+    before = float(
+        paddle.nn.functional.cross_entropy(sub_model(paddle.to_tensor(batch.input_ids)), paddle.to_tensor(batch.labels))
+    )
     optimizer = paddle.optimizer.AdamW(1e-3, parameters=sub_model.parameters())
     for _ in range(5):
-        loss = paddle.nn.functional.cross_entropy(sub_model(paddle.to_tensor(batch.input_ids)), paddle.to_tensor(batch.labels))
+        loss = paddle.nn.functional.cross_entropy(
+            sub_model(paddle.to_tensor(batch.input_ids)), paddle.to_tensor(batch.labels)
+        )
         loss.backward()
         optimizer.step()
         optimizer.clear_grad()
@@ -117,8 +131,18 @@ def test_infer_all_prints_one_table(workspace, quantized):
 
 def test_quant_all_and_export_all_find_everything(workspace, pruned, quantized):
     assert "already" not in sh("pruning/export_all.sh", "pruned_models", "--data_dir", "data", cwd=workspace).stdout
-    out = sh("quantization/quant_all.sh", "--data_dir", "data", "--algorithms", "abs_max", "--calib_samples", "4",
-             "--overwrite", cwd=workspace, MODEL_DIR="pruned_models").stdout
+    out = sh(
+        "quantization/quant_all.sh",
+        "--data_dir",
+        "data",
+        "--algorithms",
+        "abs_max",
+        "--calib_samples",
+        "4",
+        "--overwrite",
+        cwd=workspace,
+        MODEL_DIR="pruned_models",
+    ).stdout
     assert "topics_0.5_quant_models/abs_max4" in out and "topics_quant_models/abs_max4" in out
 
 
@@ -133,15 +157,40 @@ def test_run_all_takes_a_task_through_every_stage(workspace, task, tmp_path):
     import shutil
 
     for name in ("finetuning", "pruning", "quantization", "deploy"):
-        shutil.copytree(os.path.join(ROOT, name), tmp_path / name, ignore=shutil.ignore_patterns("*models*", "small*", "__pycache__"))
+        shutil.copytree(
+            os.path.join(ROOT, name),
+            tmp_path / name,
+            ignore=shutil.ignore_patterns("*models*", "small*", "__pycache__"),
+        )
     for name in os.listdir(ROOT):
         if name.endswith((".py", ".sh")):
             shutil.copy(os.path.join(ROOT, name), tmp_path)
-    out = sh(tmp_path / "run_all.sh", task, "1e-3", 16, 1, 48, 0, "tiny", "--init_config", workspace / "tiny.json",
-             "--vocab_file", workspace / "vocab.txt", cwd=tmp_path, CLUE_DATA_DIR=str(workspace / "data"),
-             DATA_ARGS="--max_train_samples 40 --max_eval_samples 20").stdout
+    out = sh(
+        tmp_path / "run_all.sh",
+        task,
+        "1e-3",
+        16,
+        1,
+        48,
+        0,
+        "tiny",
+        "--init_config",
+        workspace / "tiny.json",
+        "--vocab_file",
+        workspace / "vocab.txt",
+        cwd=tmp_path,
+        CLUE_DATA_DIR=str(workspace / "data"),
+        DATA_ARGS="--max_train_samples 40 --max_eval_samples 20",
+    ).stdout
     assert f"**{task.upper()}**" in out
-    summary = out[out.index("== summary"):]
-    for what in ("fine-tuned, FP32", "pruned to 0.75, FP32", "INT8 mse4", "INT8 hist8", "(best INT8)", "majority class"):
+    summary = out[out.index("== summary") :]
+    for what in (
+        "fine-tuned, FP32",
+        "pruned to 0.75, FP32",
+        "INT8 mse4",
+        "INT8 hist8",
+        "(best INT8)",
+        "majority class",
+    ):
         assert what in summary
     assert "partial train data: 40 of 60 train records" in summary

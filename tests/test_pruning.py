@@ -12,9 +12,16 @@ import utils
 
 @pytest.fixture
 def features(workspace):
-    return [f._replace(label=i % 4) for i, f in enumerate(
-        [data.Feature(ids, [0] * len(ids), None) for ids in
-         np.split(np.random.default_rng(0).integers(5, 200, 240), np.arange(10, 240, 10)) for ids in [[2, *ids.tolist(), 3]]])]
+    return [
+        f._replace(label=i % 4)
+        for i, f in enumerate(
+            [
+                data.Feature(ids, [0] * len(ids), None)
+                for ids in np.split(np.random.default_rng(0).integers(5, 200, 240), np.arange(10, 240, 10))
+                for ids in [[2, *ids.tolist(), 3]]
+            ]
+        )
+    ]
 
 
 @pytest.fixture(params=["ppminilm", "bert", "ernie", "roberta"])
@@ -22,8 +29,19 @@ def model(request):
     """Each family, untrained but far from its start, so that heads and neurons differ."""
     paddle.seed(7)
     cls = modeling.model_class(request.param)
-    model = cls(cls.config_class(vocab_size=220, hidden_size=24, num_hidden_layers=2, num_attention_heads=6, num_labels=4,
-                                 intermediate_size=36, hidden_act="gelu", max_position_embeddings=64, pad_token_id=0))
+    model = cls(
+        cls.config_class(
+            vocab_size=220,
+            hidden_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            num_labels=4,
+            intermediate_size=36,
+            hidden_act="gelu",
+            max_position_embeddings=64,
+            pad_token_id=0,
+        )
+    )
     for p in model.parameters():
         if p.ndim == 2:
             p.set_value(p * 8)
@@ -77,9 +95,17 @@ def test_importance_against_finite_differences(model, features):
     layer = dynabert.layers_of(model)[0]
 
     def losses():
-        return np.array([float(paddle.nn.functional.cross_entropy(
-            model(paddle.to_tensor(b.input_ids), paddle.to_tensor(b.token_type_ids)).astype("float64"), paddle.to_tensor(b.labels)
-        )) for b in batches])
+        return np.array(
+            [
+                float(
+                    paddle.nn.functional.cross_entropy(
+                        model(paddle.to_tensor(b.input_ids), paddle.to_tensor(b.token_type_ids)).astype("float64"),
+                        paddle.to_tensor(b.labels),
+                    )
+                )
+                for b in batches
+            ]
+        )
 
     def derivative(parameter, rows, step=2e-2):
         """Of each batch's loss by a factor on a part of the parameter, at factor 1."""
@@ -122,7 +148,9 @@ def test_distillation_loss_against_numpy():
     expected = 0.1 * sum(((s - t) ** 2).mean() for s, t in zip(student, teacher))
     expected += 2.0 * -(softmax(teacher_logits) * np.log(softmax(student_logits))).sum(-1).mean()
     tensors = [[paddle.to_tensor(x) for x in states] for states in (student, teacher)]
-    found = dynabert.distillation_loss(*tensors, paddle.to_tensor(student_logits), paddle.to_tensor(teacher_logits), 2.0)
+    found = dynabert.distillation_loss(
+        *tensors, paddle.to_tensor(student_logits), paddle.to_tensor(teacher_logits), 2.0
+    )
     assert float(found) == pytest.approx(expected, abs=1e-5)
 
 

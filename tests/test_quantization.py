@@ -10,6 +10,7 @@ from conftest import load_script, record
 import data
 import engine
 import tokenization
+import records
 import utils
 
 
@@ -38,21 +39,40 @@ def test_int8_engine_is_really_int8(pruned, quantized, dev):
     int8 = engine.Engine(str(quantized / "mse8/int8"), precision="int8").predict(dev)
     assert 1e-3 < np.abs(int8 - fp32).max()
     assert (int8.argmax(1) == fp32.argmax(1)).mean() > 0.97
-    if "avx512f" in utils.describe_machine()["flags"]:
+    if "avx512f" in records.describe_machine()["flags"]:
         assert 1e-4 < np.abs(bf16 - fp32).max()
     assert (bf16.argmax(1) == fp32.argmax(1)).mean() > 0.97
 
 
 def quantize(workspace, source, output, *more):
     load_script("quantization", "quant_post").main(
-        ["--task_name", "topics", "--input_dir", str(source), "--output_dir", str(output), "--data_dir",
-         str(workspace / "data"), "--algorithms", "abs_max", "--calib_samples", "4", *more])
+        [
+            "--task_name",
+            "topics",
+            "--input_dir",
+            str(source),
+            "--output_dir",
+            str(output),
+            "--data_dir",
+            str(workspace / "data"),
+            "--algorithms",
+            "abs_max",
+            "--calib_samples",
+            "4",
+            *more,
+        ]
+    )
 
 
 def test_gate_on_agreement(workspace, pruned, tmp_path, monkeypatch, capsys):
     """A variant whose predictions are not FP32's is reported, not written, and fails the stage."""
-    monkeypatch.setattr(engine.Engine, "predict", lambda self, features, *a, _original=engine.Engine.predict, **k:
-                        _original(self, features, *a, **k) * (-1 if "int8" in self.prefix else 1))
+    monkeypatch.setattr(
+        engine.Engine,
+        "predict",
+        lambda self, features, *a, _original=engine.Engine.predict, **k: (
+            _original(self, features, *a, **k) * (-1 if "int8" in self.prefix else 1)
+        ),
+    )
     with pytest.raises(SystemExit) as stopped:
         quantize(workspace, pruned / "0.75/sub_static", tmp_path / "q")
     assert stopped.value.code == 1 and not (tmp_path / "q").exists()
@@ -79,36 +99,54 @@ def test_inputs_that_are_no_export_are_refused(workspace, tuned, pruned, tmp_pat
     with pytest.raises(utils.UserError, match="float.pdiparams: missing, damaged"):
         quantize(workspace, tmp_path / "damaged", tmp_path / "q")
     with pytest.raises(utils.UserError, match="AFQMC: .*is a model of topics"):
-        load_script("quantization", "quant_post").main(["--task_name", "AFQMC", "--input_dir", str(pruned / "0.75/sub_static")])
+        load_script("quantization", "quant_post").main(
+            ["--task_name", "AFQMC", "--input_dir", str(pruned / "0.75/sub_static")]
+        )
     assert not (tmp_path / "q").exists()
 
 
-@pytest.mark.parametrize("stage, width, expected", [
-    ("finetune", 1.0, "tnews_finetuned_quant_models"), ("prune_export", 0.75, "tnews_quant_models"),
-    ("prune_export", 0.5, "tnews_0.5_quant_models"),
-])
+@pytest.mark.parametrize(
+    "stage, width, expected",
+    [
+        ("finetune", 1.0, "tnews_finetuned_quant_models"),
+        ("prune_export", 0.75, "tnews_quant_models"),
+        ("prune_export", 0.5, "tnews_0.5_quant_models"),
+    ],
+)
 def test_output_directory_follows_the_input(stage, width, expected):
-    found = load_script("quantization", "quant_post").default_output_dir({"task": "TNEWS", "stage": stage, "model": {"width_mult": width}})
+    found = load_script("quantization", "quant_post").default_output_dir(
+        {"task": "TNEWS", "stage": stage, "model": {"width_mult": width}}
+    )
     assert found == expected
 
 
 def test_precisions_are_checked(tuned, quantized):
     int8, fp32 = str(quantized / "mse4/int8"), str(tuned / "inference")
     for prefix, device, precision, message in (
-        (int8, "cpu", "fp32", "a quantized model; add --int8"), (int8, "cpu", "bf16", "add --int8"),
-        (fp32, "cpu", "int8", "not a quantized model"), (fp32, "cpu", "fp16", "is for a GPU"),
-        (fp32, "gpu", "bf16", "on a GPU use fp16"), (int8, "gpu", "int8", "add --use_trt"),
+        (int8, "cpu", "fp32", "a quantized model; add --int8"),
+        (int8, "cpu", "bf16", "add --int8"),
+        (fp32, "cpu", "int8", "not a quantized model"),
+        (fp32, "cpu", "fp16", "is for a GPU"),
+        (fp32, "gpu", "bf16", "on a GPU use fp16"),
+        (int8, "gpu", "int8", "add --use_trt"),
     ):
         with pytest.raises(utils.UserError, match=message):
             engine.check_precision(prefix, device, precision)
 
 
-@pytest.mark.parametrize("flags, precision, expected", [
-    (["avx512_vnni"], "int8", "VNNI, full speed"), (["avx2"], "int8", "no VNNI"), (["amx_int8"], "int8", "AMX"),
-    (["avx512f", "avx512_bf16"], "bf16", "full speed"), (["avx512f"], "bf16", "emulates"), (["avx2"], "bf16", "stays with FP32"),
-])
+@pytest.mark.parametrize(
+    "flags, precision, expected",
+    [
+        (["avx512_vnni"], "int8", "VNNI, full speed"),
+        (["avx2"], "int8", "no VNNI"),
+        (["amx_int8"], "int8", "AMX"),
+        (["avx512f", "avx512_bf16"], "bf16", "full speed"),
+        (["avx512f"], "bf16", "emulates"),
+        (["avx2"], "bf16", "stays with FP32"),
+    ],
+)
 def test_preflight_says_what_this_cpu_has(monkeypatch, flags, precision, expected):
-    monkeypatch.setattr(utils, "describe_machine", lambda: {"flags": flags})
+    monkeypatch.setattr(records, "describe_machine", lambda: {"flags": flags})
     assert expected in engine.preflight(precision)
 
 
@@ -122,8 +160,13 @@ def test_infer_on_own_texts(workspace, quantized, tmp_path, capsys):
     assert [a["label"] for a in answers] == ["体育", "财经"]
     for answer in answers:
         assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-4)
-        assert answer["probability"] == max(answer["probabilities"].values()) == answer["probabilities"][answer["label"]]
-    for arguments, message in ((["--text", " "], "text 1 is empty"), (["--text", "甲", "--text_pair", "乙"], "takes single texts"),
-                               (["--input_file", os.devnull], "no text in it")):
+        assert (
+            answer["probability"] == max(answer["probabilities"].values()) == answer["probabilities"][answer["label"]]
+        )
+    for arguments, message in (
+        (["--text", " "], "text 1 is empty"),
+        (["--text", "甲", "--text_pair", "乙"], "takes single texts"),
+        (["--input_file", os.devnull], "no text in it"),
+    ):
         with pytest.raises(utils.UserError, match=message):
             infer.main(["--model_path", str(quantized / "mse4/int8"), "--int8", *arguments])

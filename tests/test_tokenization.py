@@ -12,14 +12,74 @@ import tokenization
 from utils import UserError
 
 LETTERS = [chr(c) for c in range(0x21, 0x7F)]
-VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{c}" for c in LETTERS), "高", "考", "σ", "ς", "##σ", "##ς",
-         "ａ", "##ａ", "！", "，", "㐀", "\U00020000", "é", "e", "unable", "##able", "un", "℃", "×", "│", "｜", "ß", "ss", "😀"]
+VOCAB = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    *LETTERS,
+    *(f"##{c}" for c in LETTERS),
+    "高",
+    "考",
+    "σ",
+    "ς",
+    "##σ",
+    "##ς",
+    "ａ",
+    "##ａ",
+    "！",
+    "，",
+    "㐀",
+    "\U00020000",
+    "é",
+    "e",
+    "unable",
+    "##able",
+    "un",
+    "℃",
+    "×",
+    "│",
+    "｜",
+    "ß",
+    "ss",
+    "😀",
+]
 
 HARD = [
-    "", " ", "\t\n\r", "a\x00b\x07c", "高\u200b考", "\ufeff高考", "a\u2028b\u2029c\u0085d", "ａｂｃ！，｜", "高考×20℃│表格│", "😀高👨‍👩‍👧考🇨🇳",
-    "ΑΣ ΣΑΣ ὈΔΥΣΣΕΎΣ Σ", "İstanbul ıI ẞß", "é e\u0301 É ñ Å ﬁ", "e\u0302\u0323 a\u0323\u0302", "한국어 ガギグ か\u3099", "unable UNABLE Unable,un-able",
-    "x" * 100, "x" * 101, "a" * 5000, "高" * 700, "[SEP] [CLS]高[MASK]考 [sep] [ UNK ] [PAD]", "[SEP][SEP]", "a[UNK]b", "x[SEP]e\u0302\u0323y", "_小明_说[他]", "高[UNK]考 [PAD]x x[PAD]",
-    "\u302e\u302f a\u302f\u302e", "\U0001d165\U0001d16d", "º²µØŋƱ〇\u00ad", "ﷺ ㎏ Ⅷ ½", "\ud7ff\ue000\uffff", "٣٤ १२", "高\u00a0考\u3000题",
+    "",
+    " ",
+    "\t\n\r",
+    "a\x00b\x07c",
+    "高\u200b考",
+    "\ufeff高考",
+    "a\u2028b\u2029c\u0085d",
+    "ａｂｃ！，｜",
+    "高考×20℃│表格│",
+    "😀高👨‍👩‍👧考🇨🇳",
+    "ΑΣ ΣΑΣ ὈΔΥΣΣΕΎΣ Σ",
+    "İstanbul ıI ẞß",
+    "é e\u0301 É ñ Å ﬁ",
+    "e\u0302\u0323 a\u0323\u0302",
+    "한국어 ガギグ か\u3099",
+    "unable UNABLE Unable,un-able",
+    "x" * 100,
+    "x" * 101,
+    "a" * 5000,
+    "高" * 700,
+    "[SEP] [CLS]高[MASK]考 [sep] [ UNK ] [PAD]",
+    "[SEP][SEP]",
+    "a[UNK]b",
+    "x[SEP]e\u0302\u0323y",
+    "_小明_说[他]",
+    "高[UNK]考 [PAD]x x[PAD]",
+    "\u302e\u302f a\u302f\u302e",
+    "\U0001d165\U0001d16d",
+    "º²µØŋƱ〇\u00ad",
+    "ﷺ ㎏ Ⅷ ½",
+    "\ud7ff\ue000\uffff",
+    "٣٤ १२",
+    "高\u00a0考\u3000题",
 ]
 
 
@@ -30,7 +90,11 @@ def both():
 
 def same(both, texts, pairs=None, length=128):
     fast, reference = (tokenizer.encode(texts, pairs, length) for tokenizer in both)
-    different = [(texts[i], fast[i][0], reference[i][0]) for i in range(len(texts)) if (list(fast[i][0]), list(fast[i][1])) != tuple(map(list, reference[i]))]
+    different = [
+        (texts[i], fast[i][0], reference[i][0])
+        for i in range(len(texts))
+        if (list(fast[i][0]), list(fast[i][1])) != tuple(map(list, reference[i]))
+    ]
     assert not different, different[:3]
 
 
@@ -74,7 +138,9 @@ def test_saved_tokenizer_loads_in_paddlenlp(both, tmp_path):
     both[0].save(str(tmp_path))
     loaded = tokenization.load_tokenizer(str(tmp_path))
     assert loaded.vocab == VOCAB
-    assert PPMiniLMTokenizer.from_pretrained(str(tmp_path))("高考able")["input_ids"] == loaded.encode(["高考able"])[0][0]
+    assert (
+        PPMiniLMTokenizer.from_pretrained(str(tmp_path))("高考able")["input_ids"] == loaded.encode(["高考able"])[0][0]
+    )
 
 
 CLUE = os.environ.get("CLUE_DATA_DIR")  # read here: a fixture hides it from the tests

@@ -15,33 +15,51 @@ from conftest import ROOT, load_script, record
 
 import data
 import modeling
+import records
+import training
 import utils
 
 
 def arguments(**changed):
     from argparse import Namespace
 
-    return Namespace(**{**dict(batch_size=4, seed=3, group_by_length=False, learning_rate=1e-3, warmup_steps=0, weight_decay=0.1,
-                               warmup_proportion=0.1, adam_epsilon=1e-8, max_grad_norm=1.0), **changed})
+    return Namespace(
+        **{
+            **dict(
+                batch_size=4,
+                seed=3,
+                group_by_length=False,
+                learning_rate=1e-3,
+                warmup_steps=0,
+                weight_decay=0.1,
+                warmup_proportion=0.1,
+                adam_epsilon=1e-8,
+                max_grad_norm=1.0,
+            ),
+            **changed,
+        }
+    )
 
 
 @pytest.mark.parametrize("group_by_length", [False, True])
 def test_an_epoch_sees_each_record_once(group_by_length):
     features = [data.Feature([2] * (1 + i % 7), [0] * (1 + i % 7), i) for i in range(1003)]
     args = arguments(group_by_length=group_by_length)
-    seen = [batch.labels.tolist() for _, batch in modeling.training_batches(features, args, 0, 2 * 251)]
+    seen = [batch.labels.tolist() for _, batch in training.training_batches(features, args, 0, 2 * 251)]
     for epoch in (seen[:251], seen[251:]):
         assert sorted(sum(epoch, [])) == list(range(1003))
     assert seen[:251] != seen[251:]
-    again = [batch.labels.tolist() for _, batch in modeling.training_batches(features, args, 100, 2 * 251)]
+    again = [batch.labels.tolist() for _, batch in training.training_batches(features, args, 100, 2 * 251)]
     assert again == seen[100:]
-    padding = sum(b.input_ids.size for _, b in modeling.training_batches(features, args, 0, 251)) / sum(len(f.input_ids) for f in features)
+    padding = sum(b.input_ids.size for _, b in training.training_batches(features, args, 0, 251)) / sum(
+        len(f.input_ids) for f in features
+    )
     assert padding < 1.02 if group_by_length else padding > 1.2
 
 
 def test_weight_decay_spares_biases_and_norms(tuned):
     model, _, _ = modeling.load_finished(str(tuned))
-    optimizer, _ = modeling.make_optimizer(model, arguments(learning_rate=1.0, warmup_proportion=0.0), 10)
+    optimizer, _ = training.make_optimizer(model, arguments(learning_rate=1.0, warmup_proportion=0.0), 10)
     before = {name: p.numpy().copy() for name, p in model.named_parameters()}
     loss = sum((p * 0).sum() for p in model.parameters())  # zero gradients: all that moves is decay
     loss.backward()
@@ -64,21 +82,65 @@ def test_score_against_numpy(tuned, workspace):
 
 
 def finetune_command(workspace, output, *more):
-    return [os.path.join(ROOT, "finetuning/run_clue.py"), "--task_name", "topics", "--init_config", str(workspace / "tiny.json"),
-            "--vocab_file", str(workspace / "vocab.txt"), "--data_dir", str(workspace / "data"), "--output_dir", str(output),
-            "--max_steps", "300", "--save_steps", "20", "--batch_size", "32", "--learning_rate", "3e-3", "--max_seq_length", "48", *more]
+    return [
+        os.path.join(ROOT, "finetuning/run_clue.py"),
+        "--task_name",
+        "topics",
+        "--init_config",
+        str(workspace / "tiny.json"),
+        "--vocab_file",
+        str(workspace / "vocab.txt"),
+        "--data_dir",
+        str(workspace / "data"),
+        "--output_dir",
+        str(output),
+        "--max_steps",
+        "300",
+        "--save_steps",
+        "20",
+        "--batch_size",
+        "32",
+        "--learning_rate",
+        "3e-3",
+        "--max_seq_length",
+        "48",
+        *more,
+    ]
 
 
 def prune_command(workspace, tuned, output):
-    return [os.path.join(ROOT, "pruning/prune.py"), "--task_name", "topics", "--model_name_or_path", str(tuned),
-            "--data_dir", str(workspace / "data"), "--output_dir", str(output), "--max_steps", "40", "--save_steps", "5",
-            "--batch_size", "16", "--learning_rate", "1e-3", "--width_mult_list", "0.75", "0.25"]
+    return [
+        os.path.join(ROOT, "pruning/prune.py"),
+        "--task_name",
+        "topics",
+        "--model_name_or_path",
+        str(tuned),
+        "--data_dir",
+        str(workspace / "data"),
+        "--output_dir",
+        str(output),
+        "--max_steps",
+        "40",
+        "--save_steps",
+        "5",
+        "--batch_size",
+        "16",
+        "--learning_rate",
+        "1e-3",
+        "--width_mult_list",
+        "0.75",
+        "0.25",
+    ]
 
 
 def run_and_kill_at(command, unfinished, step):
     """Starts a training and kills it with SIGKILL as soon as the state of ``step`` is there."""
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     deadline = time.time() + 120
     while not os.path.isdir(os.path.join(unfinished, f"state-{step}")):
         assert process.poll() is None and time.time() < deadline, process.stderr.read().decode()
@@ -88,7 +150,13 @@ def run_and_kill_at(command, unfinished, step):
 
 
 def finish(command):
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout
+    return subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ).stdout
 
 
 def same_result(first, second):
@@ -143,11 +211,11 @@ def test_other_arguments_are_refused(workspace, tuned, tmp_path, capsys):
 def test_two_runs_into_one_directory(tmp_path):
     from argparse import Namespace
 
-    first = utils.Unfinished(str(tmp_path / "out"), Namespace(a=1))
+    first = training.Unfinished(str(tmp_path / "out"), Namespace(a=1))
     with pytest.raises(utils.UserError, match="another run is writing there"):
-        utils.Unfinished(str(tmp_path / "out"), Namespace(a=1))
+        training.Unfinished(str(tmp_path / "out"), Namespace(a=1))
     first.remove()
-    utils.Unfinished(str(tmp_path / "out"), Namespace(a=1)).remove()
+    training.Unfinished(str(tmp_path / "out"), Namespace(a=1)).remove()
 
 
 def test_whole_directory_is_all_or_nothing(tmp_path):
@@ -168,12 +236,12 @@ def test_records_are_checked_and_name_no_machine(tuned, tmp_path, workspace):
     del broken["labels"]
     (tmp_path / "stage.json").write_text(json.dumps(broken))
     with pytest.raises(utils.UserError, match="field 'labels' is missing"):
-        utils.read_record(str(tmp_path))
+        records.read_record(str(tmp_path))
     (tmp_path / "stage.json").write_text(text[:50])
     with pytest.raises(utils.UserError, match="not JSON"):
-        utils.read_record(str(tmp_path))
+        records.read_record(str(tmp_path))
     with pytest.raises(utils.UserError, match="no such directory"):
-        utils.read_record(str(tmp_path / "none"))
+        records.read_record(str(tmp_path / "none"))
 
 
 def test_damaged_weights_are_refused(tuned, tmp_path):

@@ -21,33 +21,64 @@ import numpy as np
 import data
 import engine
 import tokenization
+import records
 import utils
 
 
 def parse_args(argv=None):
     parser = utils.Parser(__doc__)
     main = parser.add_argument_group("what to run")
-    main.add_argument("--model_path", nargs="+", required=True, help="file prefix of a graph, without .pdmodel, or the "
-                      "directory with it; several of one task give a table")
+    main.add_argument(
+        "--model_path",
+        nargs="+",
+        required=True,
+        help="file prefix of a graph, without .pdmodel, or the directory with it; several of one task give a table",
+    )
     main.add_argument("--task_name", help="default, and checked: the task in the model's stage.json")
     main.add_argument("--text", nargs="+", help="classify these texts instead of scoring dev")
     main.add_argument("--text_pair", nargs="+", help="the second text of each, for sentence-pair tasks")
-    main.add_argument("--input_file", help="classify a file: one text a line (a tab before the second text of a pair), "
-                      "or .json with one record of the task a line; - is standard input")
+    main.add_argument(
+        "--input_file",
+        help="classify a file: one text a line (a tab before the second text of a pair), "
+        "or .json with one record of the task a line; - is standard input",
+    )
     engine_group = parser.add_argument_group("engine")
     engine_group.add_argument("--device", help="gpu or cpu (default: gpu if Paddle has one)")
-    engine_group.add_argument("--precision", choices=("fp32", "bf16", "fp16", "int8"), help="bf16 on a CPU, fp16 on a "
-                              "GPU with --use_trt, int8 for quantized models (default: fp32)")
-    engine_group.add_argument("--int8", nargs="?", const=True, default=False, type=utils.boolean, help="--precision int8")
-    engine_group.add_argument("--use_trt", nargs="?", const=True, default=False, type=utils.boolean,
-                              help="TensorRT on a GPU; on a CPU oneDNN is used anyway")
-    engine_group.add_argument("--collect_shape", nargs="?", const=True, default=False, type=utils.boolean,
-                              help="collect TensorRT's shape ranges anew and stop")
+    engine_group.add_argument(
+        "--precision",
+        choices=("fp32", "bf16", "fp16", "int8"),
+        help="bf16 on a CPU, fp16 on a GPU with --use_trt, int8 for quantized models (default: fp32)",
+    )
+    engine_group.add_argument(
+        "--int8", nargs="?", const=True, default=False, type=utils.boolean, help="--precision int8"
+    )
+    engine_group.add_argument(
+        "--use_trt",
+        nargs="?",
+        const=True,
+        default=False,
+        type=utils.boolean,
+        help="TensorRT on a GPU; on a CPU oneDNN is used anyway",
+    )
+    engine_group.add_argument(
+        "--collect_shape",
+        nargs="?",
+        const=True,
+        default=False,
+        type=utils.boolean,
+        help="collect TensorRT's shape ranges anew and stop",
+    )
     engine_group.add_argument("--threads", type=int, help="of the CPU (default: all cores)")
     engine_group.add_argument("--batch_size", type=int, default=32, help="sequences per batch")
     timing = parser.add_argument_group("timing")
-    timing.add_argument("--perf", nargs="?", const=True, default=False, type=utils.boolean, help="time dev end to end, "
-                        "tokenizing included, in five runs")
+    timing.add_argument(
+        "--perf",
+        nargs="?",
+        const=True,
+        default=False,
+        type=utils.boolean,
+        help="time dev end to end, tokenizing included, in five runs",
+    )
     timing.add_argument("--perf_warmup_steps", type=int, default=20, help="batches before the clock starts")
     inputs = parser.add_argument_group("data")
     utils.add_data_arguments(inputs)
@@ -96,11 +127,17 @@ def read_texts(args, task_name, pairs):
 def classify(args, predictor, tokenizer, record, length):
     """Prints one JSON line per text of the user: label and probabilities."""
     examples = read_texts(args, record["task"], record["data"]["dev"].get("pairs"))
-    logits = predictor.predict(data.convert(examples, tokenizer, length), args.batch_size, tokenizer.pad_id).astype("float64")
+    logits = predictor.predict(data.convert(examples, tokenizer, length), args.batch_size, tokenizer.pad_id).astype(
+        "float64"
+    )
     exponentials = np.exp(logits - logits.max(-1, keepdims=True))
     for example, row in zip(examples, exponentials / exponentials.sum(-1, keepdims=True)):
-        answer = {"text": example.text, "label": record["labels"][row.argmax()], "probability": round(float(row.max()), 6),
-                  "probabilities": {label: round(float(p), 6) for label, p in zip(record["labels"], row)}}
+        answer = {
+            "text": example.text,
+            "label": record["labels"][row.argmax()],
+            "probability": round(float(row.max()), 6),
+            "probabilities": {label: round(float(p), 6) for label, p in zip(record["labels"], row)},
+        }
         if example.text_pair is not None:
             answer["text_pair"] = example.text_pair
         print(json.dumps(answer, ensure_ascii=False))
@@ -116,8 +153,10 @@ def time_runs(args, predictor, tokenizer, examples, length, runs=5):
         predictor.predict(data.convert(examples, tokenizer, length), args.batch_size, tokenizer.pad_id)
         seconds.append(time.perf_counter() - started)
         print(f"run {number}: {seconds[-1]:.3f} s, {len(examples) / seconds[-1]:.1f} sentences/s", flush=True)
-    print(f"mean of {runs} runs: {np.mean(seconds):.3f} s, {len(examples) / np.mean(seconds):.1f} sentences/s, "
-          f"batch size {args.batch_size}, maximum length {length}")
+    print(
+        f"mean of {runs} runs: {np.mean(seconds):.3f} s, {len(examples) / np.mean(seconds):.1f} sentences/s, "
+        f"batch size {args.batch_size}, maximum length {length}"
+    )
 
 
 def main(argv=None):
@@ -135,7 +174,7 @@ def main(argv=None):
     for prefix in args.model_path:
         record = engine.open_exported(prefix)
         if args.task_name:
-            utils.check_task(record, args.task_name, prefix)
+            records.check_task(record, args.task_name, prefix)
         tokenizer = tokenization.load_tokenizer(os.path.dirname(os.path.abspath(prefix)), args.use_faster_tokenizer)
         length = args.max_seq_length or record["arguments"]["max_seq_length"]
         if args.text or args.input_file:
@@ -147,23 +186,36 @@ def main(argv=None):
             dev = data.read_split(task, "dev", args.data_dir, args.max_eval_samples)
             examples = dev.examples
         elif record["task"] != task.name:
-            raise utils.UserError(f"--model_path {prefix}: a model of {record['task']}; a table is of one task, {task.name}")
+            raise utils.UserError(
+                f"--model_path {prefix}: a model of {record['task']}; a table is of one task, {task.name}"
+            )
         features = data.convert(examples, tokenizer, length)
         if args.collect_shape:
             if device == "cpu":
                 raise utils.UserError("--collect_shape: shapes are collected for TensorRT, on a GPU")
             engine.collect_shapes(prefix, features, f"{prefix}.shape_ranges.pbtxt", args.batch_size, tokenizer.pad_id)
             continue
-        predictor = engine.open_engine(prefix, features, device, args.precision, args.threads, args.use_trt,
-                                       args.batch_size, tokenizer.pad_id)
+        predictor = engine.open_engine(
+            prefix, features, device, args.precision, args.threads, args.use_trt, args.batch_size, tokenizer.pad_id
+        )
         if args.perf:
             time_runs(args, predictor, tokenizer, examples, length)
             continue
         logits = predictor.predict(features, args.batch_size, tokenizer.pad_id)
         rows[prefix] = round(data.accuracy(logits, [f.label for f in features]), 6)
         if len(args.model_path) == 1:
-            print(json.dumps({"task": task.name, "model": utils.relative(prefix), "precision": args.precision,
-                              "accuracy": rows[prefix], **dev.describe()}, ensure_ascii=False))
+            print(
+                json.dumps(
+                    {
+                        "task": task.name,
+                        "model": records.relative(prefix),
+                        "precision": args.precision,
+                        "accuracy": rows[prefix],
+                        **dev.describe(),
+                    },
+                    ensure_ascii=False,
+                )
+            )
     if len(rows) > 1:
         best = max(rows, key=rows.get)
         print(f"| {task.name}, {args.precision}, {len(examples)} dev records | accuracy |\n| --- | --- |")

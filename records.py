@@ -1,0 +1,168 @@
+"""stage.json: what a stage did, from what, with what result; its schema, and the checks of whoever reads it."""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import time
+
+from utils import ROOT, UserError, write_whole
+
+RECORD = "stage.json"
+
+# What a stage.json holds, field by field: type. Checked when it is written and when it is read.
+SCHEMA = {
+    "schema": int,  # 1
+    "stage": str,  # finetune, prune, prune_export, quantize, infer
+    "task": str,
+    "labels": list,  # str, in the order of the logits
+    "arguments": dict,  # every argument; paths relative to the repository
+    "model": dict,  # model_type, architecture (the config's fields), width_mult, initialized_from
+    "data": dict,  # split name: file, md5, examples, majority_class, partial
+    "parent": (dict, type(None)),  # path, and sha256 of its weights
+    "weights": dict,  # file name: sha256
+    "metrics": dict,
+    "params": (int, type(None)),
+    "flops": (int, type(None)),  # multiply-adds of the encoder's linear layers at 128 tokens
+    "notes": list,  # str: what was random or partial
+    "seconds": (int, float),
+    "machine": dict,  # cpu, flags, cores
+    "versions": dict,
+}
+
+
+def relative(path):
+    """A path as records may name it: relative to the repository, or the last two names of one that lies outside."""
+    path = os.path.abspath(path)
+    if path == ROOT or path.startswith(ROOT + os.sep):
+        return os.path.relpath(path, ROOT)
+    return os.path.join("...", *path.split(os.sep)[-2:])
+
+
+def describe_arguments(args):
+    """The arguments for a record: file system paths made relative, nothing of the machine."""
+    described = {}
+    for name, value in sorted(vars(args).items()):
+        if isinstance(value, str) and (os.sep in value or os.path.exists(value)):
+            value = relative(value)
+        described[name] = value
+    return described
+
+
+def describe_machine():
+    """CPU model, the instruction sets that matter here, cores, and the GPU if one is used."""
+    flags, model = [], platform.processor() or platform.machine()
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            key, _, value = (part.strip() for part in line.partition(":"))
+            if key == "model name":
+                model = value
+            elif key == "flags":
+                wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+                flags = [flag for flag in wanted if flag in value.split()]
+                break
+    return {"cpu": model, "flags": flags, "cores": len(os.sched_getaffinity(0))}
+
+
+def describe_versions():
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in ("paddlepaddle", "paddlepaddle-gpu", "paddlenlp", "paddleslim", "tokenizers", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def make_record(stage, args, started, **fields):
+    """A stage record; ``started`` is the time.time() at which the work began, earlier runs' seconds included."""
+    return {
+        "schema": 1,
+        "stage": stage,
+        "arguments": describe_arguments(args),
+        "seconds": round(time.time() - started, 1),
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+        **fields,
+    }
+
+
+def check_record(record, path):
+    for name, kind in SCHEMA.items():
+        if not isinstance(record, dict) or not isinstance(record.get(name, ...), kind):
+            raise UserError(f"{path}: not a stage record: field {name!r} is missing or of the wrong type")
+    if record["schema"] != 1:
+        raise UserError(f"{path}: written by another version of this project (schema {record['schema']}, not 1)")
+    return record
+
+
+def write_record(directory, record):
+    check_record(record, os.path.join(directory, RECORD))
+    write_whole(os.path.join(directory, RECORD), json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+
+
+def read_record(directory, what="a stage's output"):
+    """The checked stage.json of a directory. Raises: UserError if it is no complete output of a stage."""
+    path = os.path.join(directory, RECORD)
+    if not os.path.isdir(directory):
+        raise UserError(f"{directory}: no such directory; {what} is needed")
+    if not os.path.isfile(path):
+        raise UserError(f"{directory}: no {RECORD} there, so it is not {what}")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return check_record(json.load(file), path)
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+
+
+def check_task(record, task_name, where):
+    """Raises: UserError if the record is of another task."""
+    if record["task"].lower() != task_name.lower():
+        raise UserError(f"--task_name {task_name}: {where} is a model of {record['task']}")
+
+
+def check_weights(directory, weights):
+    """Compares files with the hashes of the record that names them. Raises: UserError at the first difference."""
+    for name, digest in weights.items():
+        path = os.path.join(directory, name)
+        if not os.path.isfile(path) or file_hash(path) != digest:
+            raise UserError(f"{path}: missing, damaged or not of this record; repeat the stage that wrote it")
+
+
+def finished(directory, args, force=False):
+    """True if ``directory`` holds the finished output of just this command, so that there is nothing to do.
+
+    Raises: UserError if it holds something else, unless ``force`` allows to replace it.
+    """
+    if not os.path.exists(directory) or not os.listdir(directory) or force:
+        return False
+    if not os.path.isfile(os.path.join(directory, RECORD)):
+        raise UserError(f"{directory}: exists and is not this project's; name another output directory or remove it")
+    before, now = read_record(directory)["arguments"], describe_arguments(args)
+    changed = different_arguments(before, now)
+    if changed:
+        raise UserError(
+            f"{directory}: holds the result of other arguments ({changed}); "
+            "--overwrite replaces it, or name another output directory"
+        )
+    return True
+
+
+def different_arguments(before, now):
+    """The arguments in which two runs differ, as text, or ''."""
+    names = sorted((set(before) | set(now)) - {"overwrite", "visualdl_dir", "logging_steps"})
+    return ", ".join(f"{n} {before.get(n)} -> {now.get(n)}" for n in names if before.get(n) != now.get(n))
+
+
+def file_hash(path):
+    """sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_files(directory, names):
+    return {name: file_hash(os.path.join(directory, name)) for name in names}

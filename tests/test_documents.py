@@ -1,0 +1,83 @@
+"""The two READMEs show the same commands, and each of them is one that the scripts accept."""
+
+import os
+import re
+import shlex
+import string
+import subprocess
+
+import pytest
+from conftest import ROOT, load_script
+
+
+def blocks(name):
+    return re.findall(r"^```sh\n(.*?)^```", open(os.path.join(ROOT, name), encoding="utf-8").read(), re.M | re.S)
+
+
+def commands(name):
+    """(directory, words) of every command in the sh blocks; ``cd`` opens a block and names the directory."""
+    found = []
+    for block in blocks(name):
+        directory, variables = ".", {}
+        for line in block.splitlines():
+            words = shlex.split(string.Template(line).substitute(variables), comments=True)
+            if words[0] == "cd":
+                directory = words[1]
+            elif re.match(r"\w+=", words[-1]):
+                variables.update([words[-1].split("=", 1)])
+            else:
+                found.append((directory, words))
+    return found
+
+
+def test_both_readmes_show_the_same():
+    assert commands("README.md") == commands("README_en.md") and len(commands("README.md")) > 10
+    figures = [
+        sorted(re.findall(r"\d+\.\d+", open(os.path.join(ROOT, name), encoding="utf-8").read()))
+        for name in ("README.md", "README_en.md")
+    ]
+    assert figures[0] == figures[1]
+
+
+@pytest.mark.parametrize(
+    "directory, words",
+    commands("README_en.md"),
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else value,
+)
+def test_commands_are_accepted(directory, words):
+    """Python commands by the script's own parser; launchers exist, are sound under dash, and take that many arguments."""
+    script = os.path.normpath(os.path.join(ROOT, directory, words[1]))
+    if words[0] == "python":
+        name = os.path.basename(script)[:-3]
+        assert load_script(os.path.relpath(os.path.dirname(script), ROOT), name).parse_args(words[2:])
+        return
+    assert words[0] in ("sh", "bash") and subprocess.run([words[0], "-n", script]).returncode == 0
+    wanted = re.search(r"^usage (\d+)", open(script, encoding="utf-8").read(), re.M)
+    assert len(words) - 2 >= int(wanted.group(1) if wanted else 0)
+
+
+@pytest.mark.parametrize(
+    "launcher, count",
+    [
+        ("finetuning/run_clue.sh", 7),
+        ("pruning/prune.sh", 8),
+        ("pruning/export.sh", 2),
+        ("quantization/quant.sh", 2),
+        ("run_all.sh", 7),
+    ],
+)
+def test_launchers_show_their_usage(launcher, count, tmp_path):
+    done = subprocess.run(
+        ["sh", os.path.join(ROOT, launcher), *["x"] * (count - 1)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.startswith(f"usage: sh {os.path.basename(launcher)} ")
+
+
+def test_launchers_are_plain_sh():
+    scripts = subprocess.run(
+        ["git", "ls-files", "*.sh"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert len(scripts) >= 10
+    for script in scripts:
+        if not open(os.path.join(ROOT, script)).readline().startswith("#!/usr/bin/env bash"):
+            assert subprocess.run(["dash", "-n", os.path.join(ROOT, script)]).returncode == 0, script

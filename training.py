@@ -1,0 +1,203 @@
+"""What fine-tuning and pruning share: their arguments, AdamW, the order of the data, states to go on from."""
+
+import fcntl
+import json
+import math
+import os
+import re
+import shutil
+
+import compat  # noqa: F401  before Paddle
+
+import numpy as np
+import paddle
+
+import data
+import records
+import utils
+
+
+def add_training_arguments(group):
+    """The optimization arguments that fine-tuning and pruning share."""
+    group.add_argument(
+        "--learning_rate",
+        type=float,
+        default=5e-5,
+        help="peak of AdamW's schedule; 3e-5 to 1e-4 for "
+        "pre-trained weights, about 1e-3 for a small model from random weights",
+    )
+    group.add_argument("--batch_size", type=int, default=32, help="sequences per step and device")
+    group.add_argument("--num_train_epochs", type=int, default=3, help="passes over the train data")
+    group.add_argument("--max_steps", type=int, default=-1, help="if above 0: that many steps instead of epochs")
+    group.add_argument("--weight_decay", type=float, default=0.01, help="not on biases and layer norms")
+    group.add_argument("--warmup_steps", type=int, default=0, help="steps of linear warm-up; if 0, --warmup_proportion")
+    group.add_argument("--warmup_proportion", type=float, default=0.1, help="warm-up as a share of all steps")
+    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon")
+    group.add_argument("--max_grad_norm", type=float, default=1.0, help="clipping of the global gradient norm; 0: none")
+    group.add_argument(
+        "--group_by_length",
+        nargs="?",
+        const=True,
+        default=False,
+        type=utils.boolean,
+        help="put records of similar length into a batch: less padding, up to twice as fast, a little less random",
+    )
+    group.add_argument("--logging_steps", type=int, default=100, help="steps between two lines of loss")
+    group.add_argument(
+        "--save_steps", type=int, default=100, help="steps between two evaluations, each with a checkpoint"
+    )
+    group.add_argument("--seed", type=int, default=42, help="seeds weights, order of the data, dropout")
+    group.add_argument("--device", help="gpu or cpu (default: gpu if Paddle has one)")
+    group.add_argument("--visualdl_dir", help="write scalars for VisualDL there")
+    group.add_argument("--overwrite", action="store_true", help="replace the output of a run with other arguments")
+
+
+def check_training_arguments(args):
+    utils.check_positive(args, "batch_size", "num_train_epochs", "save_steps", "logging_steps", "learning_rate")
+
+
+def total_steps(args, examples):
+    """Steps of the whole training: --max_steps, or epochs x batches (the last batch of an epoch may be smaller)."""
+    return args.max_steps if args.max_steps > 0 else args.num_train_epochs * math.ceil(examples / args.batch_size)
+
+
+def make_optimizer(model, args, steps):
+    """(AdamW with decay on matrices only, its linear warm-up and decay schedule)."""
+    from paddlenlp.transformers import LinearDecayWithWarmup
+
+    schedule = LinearDecayWithWarmup(args.learning_rate, steps, args.warmup_steps or args.warmup_proportion)
+    decayed = {p.name for name, p in model.named_parameters() if "bias" not in name and "norm" not in name}
+    optimizer = paddle.optimizer.AdamW(
+        learning_rate=schedule,
+        epsilon=args.adam_epsilon,
+        weight_decay=args.weight_decay,
+        apply_decay_param_fun=decayed.__contains__,
+        parameters=model.parameters(),
+        grad_clip=paddle.nn.ClipGradByGlobalNorm(args.max_grad_norm) if args.max_grad_norm > 0 else None,
+    )
+    return optimizer, schedule
+
+
+def epoch_order(features, batch_size, seed, epoch, group_by_length):
+    """The order of an epoch, a function of seed and epoch: int [len(features)]."""
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(features))
+    if not group_by_length:
+        return order
+    # Sort within windows of 100 batches, which are far shorter than an epoch, then shuffle the batches.
+    lengths = np.array([len(f.input_ids) for f in features])
+    windows = np.array_split(order, max(1, len(order) // (100 * batch_size)))
+    order = np.concatenate([window[np.argsort(lengths[window], kind="stable")] for window in windows])
+    whole = len(order) // batch_size * batch_size
+    shuffled = random.permutation(order[:whole].reshape(-1, batch_size)).reshape(-1)
+    return np.concatenate([shuffled, order[whole:]])
+
+
+def training_batches(features, args, first_step, steps, pad_id=0):
+    """Yields (step, Batch) for the steps after ``first_step``. An epoch sees each record once.
+
+    The order is a function of seed and epoch, and dropout is seeded anew from seed and step: so a run that was killed
+    goes on exactly as if it had not been, with no state of a random generator to save.
+    """
+    batch_size, seed = args.batch_size, args.seed
+    per_epoch = math.ceil(len(features) / batch_size)
+    order = None
+    for step in range(first_step + 1, steps + 1):
+        epoch, position = divmod(step - 1, per_epoch)
+        if order is None or position == 0:
+            order = epoch_order(features, batch_size, seed, epoch, args.group_by_length)
+        paddle.seed(seed * 1_000_003 + step)
+        yield step, data.collate(features, order[position * batch_size : (position + 1) * batch_size], pad_id)
+
+
+class Unfinished:
+    """The working directory ``<output>.unfinished`` of a run: what kill -9 leaves, and the same command goes on from.
+
+    ``state-<step>/`` holds the newest state, written whole; older ones go when it is there.
+    """
+
+    def __init__(self, output_dir, args):
+        self.directory = os.path.abspath(output_dir) + ".unfinished"
+        os.makedirs(self.directory, exist_ok=True)
+        self.lock = open(os.path.join(self.directory, "lock"), "w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise utils.UserError(f"{self.directory}: another run is writing there") from None
+        path, now = os.path.join(self.directory, "arguments.json"), records.describe_arguments(args)
+        if os.path.isfile(path):
+            with open(path, encoding="utf-8") as file:
+                changed = records.different_arguments(json.load(file), now)
+            if changed and not getattr(args, "overwrite", False):
+                raise utils.UserError(
+                    f"{self.directory}: an unfinished run with other arguments ({changed}); repeat its "
+                    "command, remove the directory, or pass --overwrite"
+                )
+            if changed:
+                self.remove_states([])
+        utils.write_whole(path, json.dumps(now, ensure_ascii=False))
+
+    def states(self):
+        names = [name for name in os.listdir(self.directory) if re.fullmatch(r"state-\d+", name)]
+        return sorted(names, key=lambda name: int(name.split("-")[1]))
+
+    def newest_state(self):
+        """The directory of the newest whole state, or None."""
+        names = self.states()
+        return os.path.join(self.directory, names[-1]) if names else None
+
+    def remove_states(self, keep):
+        """Removes every entry but the lock, the arguments, and ``keep``."""
+        for name in set(os.listdir(self.directory)) - {"lock", "arguments.json", *keep}:
+            path = os.path.join(self.directory, name)
+            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+
+    def remove(self):
+        shutil.rmtree(self.directory)
+        self.lock.close()
+
+
+ADAM_STATE = ("moment1_0", "moment2_0", "beta1_pow_acc_0", "beta2_pow_acc_0")
+
+
+def save_training_state(unfinished, step, model, optimizer, best, state):
+    """Writes ``state-<step>`` whole: parameters, optimizer and ``state`` (JSON); then removes what it supersedes.
+
+    best: the names of entries of the working directory that the state refers to.
+    """
+    own = optimizer.state_dict()
+    with utils.whole_directory(os.path.join(unfinished.directory, f"state-{step}")) as directory:
+        np.savez(os.path.join(directory, "model.npz"), **{k: v.numpy() for k, v in model.state_dict().items()})
+        # Paddle keys the optimizer's state by names that depend on how many layers the process made before; ours are
+        # the parameters' places in the model.
+        np.savez(
+            os.path.join(directory, "optimizer.npz"),
+            **{
+                f"{place}/{kind}": own[f"{parameter.name}_{kind}"].numpy()
+                for place, parameter in model.named_parameters()
+                for kind in ADAM_STATE
+                if f"{parameter.name}_{kind}" in own
+            },
+        )
+        utils.write_whole(os.path.join(directory, "state.json"), json.dumps({**state, "step": step}))
+    unfinished.remove_states({f"state-{step}", *best})
+
+
+def load_training_state(unfinished, model, optimizer, schedule):
+    """Restores the newest state into model, optimizer and schedule. Returns: its ``state``, or None if there is none."""
+    directory = unfinished.newest_state()
+    if directory is None:
+        return None
+    with open(os.path.join(directory, "state.json"), encoding="utf-8") as file:
+        state = json.load(file)
+    with np.load(os.path.join(directory, "model.npz")) as arrays:
+        model.set_state_dict({key: paddle.to_tensor(arrays[key]) for key in arrays.files})
+    names = {place: parameter.name for place, parameter in model.named_parameters()}
+    with np.load(os.path.join(directory, "optimizer.npz")) as arrays:
+        loaded = {}
+        for key in arrays.files:
+            place, kind = key.rsplit("/", 1)
+            loaded[f"{names[place]}_{kind}"] = paddle.to_tensor(arrays[key])
+    schedule.step(state["step"])
+    optimizer.set_state_dict({**loaded, "LR_Scheduler": schedule.state_dict()})
+    return state
