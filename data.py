@@ -262,10 +262,10 @@ def by_length(features):
     return np.argsort([len(f.input_ids) for f in features], kind="stable")
 
 
-def collate(features, index, pad_id=0):
-    """The Batch of ``features[i] for i in index``, padded to its longest sequence."""
+def collate(features, index, pad_id=0, length=None):
+    """The Batch of ``features[i] for i in index``, padded to its longest sequence, or to ``length``."""
     rows = [features[i] for i in index]
-    shape = len(rows), max(len(row.input_ids) for row in rows)
+    shape = len(rows), length or max(len(row.input_ids) for row in rows)
     input_ids = np.full(shape, pad_id, dtype="int64")
     token_type_ids = np.zeros(shape, dtype="int64")
     for i, row in enumerate(rows):

@@ -2,13 +2,14 @@
 # One task through every stage: fine-tune, export, prune to 3/4 width, export, quantize in eight ways, score in INT8, and
 # the table of it all. What follows the seven arguments goes to fine-tuning; DATA_ARGS goes to every stage that reads
 # data (e.g. DATA_ARGS='--max_eval_samples 200'), PRUNE_ARGS to pruning; WIDTHS (0.75) and PRUNE_LR, PRUNE_EPOCHS
-# (those of fine-tuning) may be set.
+# (those of fine-tuning) may be set. Relative paths among the arguments start from finetuning/.
 set -e
 . "$(dirname -- "$0")/launcher.sh"
 usage 7 $# "sh run_all.sh TASK LR BATCH EPOCHS MAX_SEQ_LEN GPU_ID MODEL [more arguments of run_clue.py]"
 task=$(task_name "$1") lr=$2 batch=$3 epochs=$4 length=$5 gpu=$6 model=$7
 shift 7
 widths=${WIDTHS:-0.75}
+case $CLUE_DATA_DIR in '' | /*) ;; *) export CLUE_DATA_DIR="$PWD/$CLUE_DATA_DIR" ;; esac
 case $model in /*) base=$model ;; *) base=$root/finetuning/$model ;; esac
 tuned=$base/models/$task/${lr}_$batch
 

@@ -32,7 +32,7 @@ def find_records(directories):
         if not os.path.isdir(root):
             raise utils.UserError(f"{root}: no such directory")
         for directory, subdirectories, files in sorted(os.walk(root)):
-            subdirectories[:] = [d for d in subdirectories if not d.endswith(".unfinished") and ".writing-" not in d]
+            subdirectories[:] = [d for d in subdirectories if not d.endswith(".unfinished") and not d.startswith(".")]
             if RECORD in files:
                 records.append({**read_record(directory), "directory": relative(directory)})
     return records

@@ -58,7 +58,8 @@ def check_training_arguments(args):
 
 def total_steps(args, examples):
     """Steps of the whole training: --max_steps, or epochs x batches (the last batch of an epoch may be smaller)."""
-    return args.max_steps if args.max_steps > 0 else args.num_train_epochs * math.ceil(examples / args.batch_size)
+    joint = args.batch_size * rank_and_world()[1]
+    return args.max_steps if args.max_steps > 0 else args.num_train_epochs * math.ceil(examples / joint)
 
 
 def make_optimizer(model, args, steps):
@@ -94,20 +95,72 @@ def epoch_order(features, batch_size, seed, epoch, group_by_length):
 
 
 def training_batches(features, args, first_step, steps, pad_id=0):
-    """Yields (step, Batch) for the steps after ``first_step``. An epoch sees each record once.
+    """Yields (step, Batch, share) for the steps after ``first_step``. An epoch sees each record once.
 
+    Of several processes each gets its part of the joint batch, which is --batch_size times their number; share is the
+    part's size over the joint batch's, by which its mean loss is to be multiplied. An empty part has no Batch.
     The order is a function of seed and epoch, and dropout is seeded anew from seed and step: so a run that was killed
     goes on exactly as if it had not been, with no state of a random generator to save.
     """
-    batch_size, seed = args.batch_size, args.seed
-    per_epoch = math.ceil(len(features) / batch_size)
+    rank, world = rank_and_world()
+    joint_size = args.batch_size * world
+    per_epoch = math.ceil(len(features) / joint_size)
     order = None
     for step in range(first_step + 1, steps + 1):
         epoch, position = divmod(step - 1, per_epoch)
         if order is None or position == 0:
-            order = epoch_order(features, batch_size, seed, epoch, args.group_by_length)
-        paddle.seed(seed * 1_000_003 + step)
-        yield step, data.collate(features, order[position * batch_size : (position + 1) * batch_size], pad_id)
+            order = epoch_order(features, joint_size, args.seed, epoch, args.group_by_length)
+        paddle.seed((args.seed * 1_000_003 + step) * world + rank)
+        joint = order[position * joint_size : (position + 1) * joint_size]
+        part = joint[rank * args.batch_size : (rank + 1) * args.batch_size]
+        length = max(len(features[i].input_ids) for i in joint)  # of the joint batch: pruning's loss counts padding
+        yield step, data.collate(features, part, pad_id, length) if len(part) else None, len(part) / len(joint)
+
+
+# Several processes (python -m paddle.distributed.launch), on GPUs or on CPUs through gloo
+
+
+def start_processes():
+    """Joins the processes that paddle.distributed.launch started, if it did. Returns: (rank, number of processes)."""
+    if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1:
+        with utils.quiet():
+            paddle.distributed.init_parallel_env()
+    return rank_and_world()
+
+
+def rank_and_world():
+    return paddle.distributed.get_rank(), paddle.distributed.get_world_size()
+
+
+def sum_over_processes(*numbers):
+    """The sums of numbers over all processes, as a list of float."""
+    if rank_and_world()[1] == 1:
+        return list(numbers)
+    total = paddle.to_tensor(numbers, dtype="float64")
+    paddle.distributed.all_reduce(total)
+    return total.tolist()
+
+
+@paddle.no_grad()
+def sum_gradients(parameters, factor=1.0):
+    """Makes each gradient its sum over all processes, times ``factor``. A process without one counts as zero."""
+    several = rank_and_world()[1] > 1
+    for parameter in parameters:
+        if parameter.stop_gradient:
+            continue
+        if parameter.grad is None:
+            if not several:
+                continue
+            parameter.grad = paddle.zeros_like(parameter)
+        if several:
+            paddle.distributed.all_reduce(parameter.grad)
+        if factor != 1.0:
+            parameter.grad.scale_(factor)
+
+
+def wait_for_all():
+    if rank_and_world()[1] > 1:
+        paddle.distributed.barrier()
 
 
 class Unfinished:
@@ -116,15 +169,21 @@ class Unfinished:
     ``state-<step>/`` holds the newest state, written whole; older ones go when it is there.
     """
 
-    def __init__(self, output_dir, args):
+    def __init__(self, output_dir, args, splits=None, shared=False):
+        """splits: data.Split by name. shared: another process of this run (rank 0) holds the lock and writes."""
         self.directory = os.path.abspath(output_dir) + ".unfinished"
         os.makedirs(self.directory, exist_ok=True)
+        if shared:
+            wait_for_all()
+            return
         self.lock = open(os.path.join(self.directory, "lock"), "w")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise utils.UserError(f"{self.directory}: another run is writing there") from None
-        path, now = os.path.join(self.directory, "arguments.json"), records.describe_arguments(args)
+        path = os.path.join(self.directory, "arguments.json")
+        # The data count as arguments: a run must not go on with other records than it began with.
+        now = {**records.describe_arguments(args), **{f"md5 of {name}": s.md5 for name, s in (splits or {}).items()}}
         if os.path.isfile(path):
             with open(path, encoding="utf-8") as file:
                 changed = records.different_arguments(json.load(file), now)
@@ -136,6 +195,7 @@ class Unfinished:
             if changed:
                 self.remove_states([])
         utils.write_whole(path, json.dumps(now, ensure_ascii=False))
+        wait_for_all()  # before the others look for a state
 
     def states(self):
         names = [name for name in os.listdir(self.directory) if re.fullmatch(r"state-\d+", name)]

@@ -158,22 +158,21 @@ def whole_directory(target):
 
     ``target`` must not exist, or is replaced: so it is there whole or not at all, also after kill -9.
     """
-    target = os.path.abspath(target)
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    temporary = f"{target}.writing-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    parent, name = os.path.split(os.path.abspath(target))
+    os.makedirs(parent, exist_ok=True)
+    # Hidden names, so that no launcher's glob takes what kill -9 leaves for a result; the next run clears them away.
+    temporary, old = (os.path.join(parent, f".{name}.{state}") for state in ("writing", "old"))
+    for left in (temporary, old):
+        shutil.rmtree(left, ignore_errors=True)
     os.makedirs(temporary)
     try:
         yield temporary
         if os.path.isdir(target):
-            old = f"{target}.old-{os.getpid()}"
             os.rename(target, old)
-            os.rename(temporary, target)
-            shutil.rmtree(old)
-        else:
-            os.rename(temporary, target)
+        os.rename(temporary, target)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in (temporary, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def write_whole(path, text):

@@ -49,7 +49,7 @@ def main(argv=None):
     features, inputs = modeling.parity_features(
         record["task"], record["labels"], tokenizer, record["arguments"]["max_seq_length"], args.data_dir
     )
-    with tempfile.TemporaryDirectory(dir=args.model_path, prefix="export.writing-") as directory:
+    with tempfile.TemporaryDirectory(dir=args.model_path, prefix=".export-") as directory:
         prefix = os.path.join(directory, "inference")
         expected = modeling.predict(model, features, tokenizer.pad_id)
         modeling.export_static(model, prefix)

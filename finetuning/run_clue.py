@@ -7,6 +7,7 @@ its tokenizer, evaluations.jsonl and stage.json to --output_dir, whole, when tra
     python run_clue.py --task_name TNEWS --model_name_or_path ppminilm-6l-768h --learning_rate 5e-5 --batch_size 32 \\
         --num_train_epochs 3 --output_dir ppminilm-6l-768h/models/TNEWS/5e-5_32
     python run_clue.py --task_name TNEWS --model_name_or_path ppminilm-6l-768h/models/TNEWS/5e-5_32 --do_eval
+    python -m paddle.distributed.launch --nproc_per_node 2 run_clue.py ...       # batch_size is per process
 """
 
 import json
@@ -72,24 +73,31 @@ def train(args, model, train_features, dev_features, unfinished, pad_id):
     steps = training.total_steps(args, len(train_features))
     optimizer, schedule = training.make_optimizer(model, args, steps)
     state = training.load_training_state(unfinished, model, optimizer, schedule)
-    if state:
+    if state and training.rank_and_world()[0] == 0:
         print(f"going on after step {state['step']} of {steps}")
-    else:
-        state = {"step": 0, "best": None, "evaluations": [], "seconds": 0.0}
-    scalars = utils.scalar_writer(args.visualdl_dir)
+    state = state or {"step": 0, "best": None, "evaluations": [], "seconds": 0.0}
+    rank, _ = training.rank_and_world()
+    scalars = utils.scalar_writer(args.visualdl_dir if rank == 0 else None)
 
     model.train()
     started, running = time.time() - state["seconds"], []
     batches = training.training_batches(train_features, args, state["step"], steps, pad_id)
-    progress = tqdm(batches, total=steps, initial=state["step"], desc=args.task_name, mininterval=1, disable=None)
-    for step, batch in progress:
-        logits = model(paddle.to_tensor(batch.input_ids), paddle.to_tensor(batch.token_type_ids))
-        loss = paddle.nn.functional.cross_entropy(logits, paddle.to_tensor(batch.labels))
-        loss.backward()
+    progress = tqdm(
+        batches, total=steps, initial=state["step"], desc=args.task_name, mininterval=1, disable=True if rank else None
+    )
+    for step, batch, share in progress:
+        loss = paddle.zeros([])
+        if batch:
+            logits = model(paddle.to_tensor(batch.input_ids), paddle.to_tensor(batch.token_type_ids))
+            loss = paddle.nn.functional.cross_entropy(logits, paddle.to_tensor(batch.labels)) * share
+            loss.backward()
+        training.sum_gradients(model.parameters())
         optimizer.step()
         schedule.step()
         optimizer.clear_grad()
-        running.append(float(loss))
+        running += training.sum_over_processes(float(loss))
+        if rank > 0:  # the first process logs, evaluates and writes
+            continue
 
         if step % args.logging_steps == 0:
             progress.write(f"step {step}/{steps} loss {sum(running) / len(running):.4f} lr {schedule.get_lr():.2e}")
@@ -118,6 +126,7 @@ def main(argv=None):
     utils.set_device(args.device)
     if not args.do_train:
         return evaluate_only(args)
+    rank, _ = training.start_processes()
     args.max_seq_length = args.max_seq_length or 128
     if records.finished(args.output_dir, args, args.overwrite):
         print(f"{args.output_dir}: already finished with these arguments, nothing to do")
@@ -131,8 +140,11 @@ def main(argv=None):
         "dev": data.read_split(task, "dev", args.data_dir, args.max_eval_samples),
     }
     features = {name: data.convert(split.examples, tokenizer, args.max_seq_length) for name, split in splits.items()}
-    unfinished = training.Unfinished(args.output_dir, args)
+    unfinished = training.Unfinished(args.output_dir, args, splits, shared=rank > 0)
     state = train(args, model, features["train"], features["dev"], unfinished, tokenizer.pad_id)
+    training.wait_for_all()
+    if rank > 0:
+        return None
 
     params, flops = modeling.count(model)
     splits = {name: split.describe() for name, split in splits.items()}

@@ -75,34 +75,44 @@ def train(args, teacher, supernet, train_features, dev_features, unfinished, pad
     steps = training.total_steps(args, len(train_features))
     optimizer, schedule = training.make_optimizer(supernet.model, args, steps)
     state = training.load_training_state(unfinished, supernet.model, optimizer, schedule)
-    if state:
+    rank, _ = training.rank_and_world()
+    if state and rank == 0:
         print(f"going on after step {state['step']} of {steps}")
-    else:
+    state = state or {"step": 0, "best": {}, "evaluations": [], "seconds": 0.0}
+    if not state["evaluations"] and rank == 0:
         start = evaluate(supernet, args.width_mult_list, dev_features, pad_id)
         print("before training: " + ", ".join(f"width {w} accuracy {s['accuracy']:.4f}" for w, s in start.items()))
-        state = {"step": 0, "best": {}, "evaluations": [{"step": 0, **start}], "seconds": 0.0}
-    scalars = utils.scalar_writer(args.visualdl_dir)
+        state["evaluations"].append({"step": 0, **start})
+    scalars = utils.scalar_writer(args.visualdl_dir if rank == 0 else None)
     student_states, teacher_states = dynabert.HiddenStates(supernet.model), dynabert.HiddenStates(teacher)
 
     started, running = time.time() - state["seconds"], []
     batches = training.training_batches(train_features, args, state["step"], steps, pad_id)
-    progress = tqdm(batches, total=steps, initial=state["step"], desc=args.task_name, mininterval=1, disable=None)
-    for step, batch in progress:
+    progress = tqdm(
+        batches, total=steps, initial=state["step"], desc=args.task_name, mininterval=1, disable=True if rank else None
+    )
+    for step, batch, share in progress:
         supernet.train()
-        inputs = paddle.to_tensor(batch.input_ids), paddle.to_tensor(batch.token_type_ids)
-        with paddle.no_grad():  # once per batch, for all widths
-            teacher_logits, taught = teacher(*inputs), teacher_states.take()
-        losses = []
-        for width in args.width_mult_list:
-            dynabert.set_width(supernet, width)
-            logits = supernet(*inputs)
-            loss = dynabert.distillation_loss(student_states.take(), taught, logits, teacher_logits, args.lambda_logit)
-            loss.backward()
-            losses.append(float(loss))
+        loss_of_step = 0.0
+        if batch:
+            inputs = paddle.to_tensor(batch.input_ids), paddle.to_tensor(batch.token_type_ids)
+            with paddle.no_grad():  # once per batch, for all widths
+                teacher_logits, taught = teacher(*inputs), teacher_states.take()
+            for width in args.width_mult_list:
+                dynabert.set_width(supernet, width)
+                logits = supernet(*inputs)
+                loss = share * dynabert.distillation_loss(
+                    student_states.take(), taught, logits, teacher_logits, args.lambda_logit
+                )
+                loss.backward()
+                loss_of_step += float(loss) / len(args.width_mult_list)
+        training.sum_gradients(supernet.model.parameters())
         optimizer.step()
         schedule.step()
         optimizer.clear_grad()
-        running.append(sum(losses) / len(losses))
+        running += training.sum_over_processes(loss_of_step)
+        if rank > 0:  # the first process logs, evaluates and writes
+            continue
 
         if step % args.logging_steps == 0:
             progress.write(f"step {step}/{steps} loss {np.mean(running):.4f} lr {schedule.get_lr():.2e}")
@@ -142,6 +152,7 @@ def main(argv=None):
     args = parse_args(argv)
     training.check_training_arguments(args)
     utils.set_device(args.device)
+    rank, _ = training.start_processes()
     teacher, tokenizer, record = modeling.load_finished(args.model_name_or_path, args.use_faster_tokenizer)
     records.check_task(record, args.task_name, args.model_name_or_path)
     if record["stage"] != "finetune":
@@ -166,7 +177,7 @@ def main(argv=None):
         "dev": data.read_split(task, "dev", args.data_dir, args.max_eval_samples),
     }
     features = {name: data.convert(split.examples, tokenizer, args.max_seq_length) for name, split in splits.items()}
-    unfinished = training.Unfinished(args.output_dir, args)
+    unfinished = training.Unfinished(args.output_dir, args, splits, shared=rank > 0)
 
     student = modeling.load_finished(args.model_name_or_path)[0]
     if unfinished.newest_state() is None:  # otherwise the state that is loaded is in order already
@@ -179,6 +190,9 @@ def main(argv=None):
         dynabert.reorder(student, *dynabert.importance(student, batches))
     supernet = dynabert.make_supernet(student, args.width_mult_list)
     state = train(args, teacher, supernet, features["train"], features["dev"], unfinished, tokenizer.pad_id)
+    training.wait_for_all()
+    if rank > 0:
+        return
 
     described = {name: split.describe() for name, split in splits.items()}
     notes = list(record["notes"]) + [

@@ -45,13 +45,13 @@ def arguments(**changed):
 def test_an_epoch_sees_each_record_once(group_by_length):
     features = [data.Feature([2] * (1 + i % 7), [0] * (1 + i % 7), i) for i in range(1003)]
     args = arguments(group_by_length=group_by_length)
-    seen = [batch.labels.tolist() for _, batch in training.training_batches(features, args, 0, 2 * 251)]
+    seen = [batch.labels.tolist() for _, batch, _ in training.training_batches(features, args, 0, 2 * 251)]
     for epoch in (seen[:251], seen[251:]):
         assert sorted(sum(epoch, [])) == list(range(1003))
     assert seen[:251] != seen[251:]
-    again = [batch.labels.tolist() for _, batch in training.training_batches(features, args, 100, 2 * 251)]
+    again = [batch.labels.tolist() for _, batch, _ in training.training_batches(features, args, 100, 2 * 251)]
     assert again == seen[100:]
-    padding = sum(b.input_ids.size for _, b in training.training_batches(features, args, 0, 251)) / sum(
+    padding = sum(b.input_ids.size for _, b, _ in training.training_batches(features, args, 0, 251)) / sum(
         len(f.input_ids) for f in features
     )
     assert padding < 1.02 if group_by_length else padding > 1.2
@@ -251,3 +251,43 @@ def test_damaged_weights_are_refused(tuned, tmp_path):
         file.write(b"\0\1\2\3")
     with pytest.raises(utils.UserError, match="missing, damaged"):
         modeling.load_finished(str(tmp_path / "m"))
+
+
+def run_on_two_processes(command, log_dir):
+    launched = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", str(log_dir)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PADDLE_DISTRI_BACKEND": "gloo"}
+    done = subprocess.run([*launched, *map(str, command)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr + "".join(f.read_text() for f in log_dir.glob("worker*"))
+
+
+@pytest.fixture(scope="module")
+def without_dropout(workspace, tuned, tmp_path_factory):
+    """tiny.json and the fine-tuned model with dropout 0, and 57 train records: the last joint batch has one part only."""
+    root = tmp_path_factory.mktemp("without_dropout")
+    config = {**json.loads((workspace / "tiny.json").read_text()), "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (root / "tiny.json").write_text(json.dumps(config))
+    shutil.copytree(tuned, root / "tuned")
+    changed = json.loads((root / "tuned/config.json").read_text())
+    (root / "tuned/config.json").write_text(json.dumps({**changed, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}))
+    return root
+
+
+@pytest.mark.parametrize("stage", ["finetune", "prune"])
+def test_two_processes_equal_one_on_the_joint_batch(workspace, without_dropout, tmp_path, stage):
+    common = ["--task_name", "topics", "--data_dir", workspace / "data", "--num_train_epochs", "2", "--save_steps", "4",
+              "--max_train_samples", "57", "--max_eval_samples", "60", "--learning_rate", "5e-4", "--adam_epsilon", "1e-6",
+              "--max_seq_length", "48", "--logging_steps", "1"]  # fmt: skip
+    if stage == "finetune":
+        common = [os.path.join(ROOT, "finetuning/run_clue.py"), "--init_config", without_dropout / "tiny.json",
+                  "--vocab_file", workspace / "vocab.txt", *common]  # fmt: skip
+    else:
+        common = [os.path.join(ROOT, "pruning/prune.py"), "--model_name_or_path", without_dropout / "tuned",
+                  "--width_mult_list", "0.5", "--importance_samples", "20", *common]  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish([*map(str, common), "--batch_size", "24", "--output_dir", str(one)])
+    run_on_two_processes([*common, "--batch_size", "12", "--output_dir", two], tmp_path / "log")
+    if stage == "prune":
+        one, two = (directory / "0.5/best_model" for directory in (one, two))
+    a, b = (paddle.load(str(d / "model_state.pdparams")) for d in (one, two))
+    assert max(np.abs(a[k].numpy() - b[k].numpy()).max() for k in a) < 1e-5
+    assert record(one)["metrics"]["loss"] == pytest.approx(record(two)["metrics"]["loss"], abs=1e-5)

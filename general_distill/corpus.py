@@ -1,0 +1,82 @@
+"""A corpus of text shards, one sentence a line, streamed in a shuffled order with memory that does not grow with it."""
+
+import os
+
+import numpy as np
+
+import records
+from utils import UserError
+
+BLOCK = 50_000  # lines that are in memory and shuffled together
+
+
+class Corpus:
+    """The sentences of every file of a directory.
+
+    An epoch sees each line that is not blank once: the shards in an order, and the lines of each block of 50,000 in an
+    order, that are functions of seed and epoch.
+    """
+
+    def __init__(self, directory, seed):
+        if not os.path.isdir(directory):
+            raise UserError(
+                f"--input_dir {directory}: no such directory; one with text files, one sentence a line, is needed"
+            )
+        names = sorted(n for n in os.listdir(directory) if os.path.isfile(os.path.join(directory, n)) and n[0] != ".")
+        self.shards = [os.path.join(directory, name) for name in names]
+        self.seed = seed
+        if next(self.lines(0), None) is None:
+            raise UserError(f"--input_dir {directory}: no line of text in its {len(self.shards)} files")
+
+    def lines(self, epoch):
+        """Yields the lines in the epoch's order of shards. Raises: UserError for a line that is not UTF-8."""
+        for shard in np.random.default_rng([self.seed, epoch]).permutation(len(self.shards)):
+            with open(self.shards[shard], "rb") as file:  # in bytes: str lines would also end at U+2028
+                for number, line in enumerate(file, 1):
+                    try:
+                        text = line.decode("utf-8").strip()
+                    except UnicodeDecodeError as error:
+                        raise UserError(f"{self.shards[shard]}:{number}: not UTF-8 ({error.reason})") from error
+                    if text:
+                        yield text
+
+    def sentences(self, epoch):
+        """Yields the sentences of an epoch in its shuffled order."""
+        random = np.random.default_rng([self.seed, epoch, 1])
+        block = []
+        for text in self.lines(epoch):
+            block.append(text)
+            if len(block) == BLOCK:
+                yield from (block[i] for i in random.permutation(BLOCK))
+                block = []
+        yield from (block[i] for i in random.permutation(len(block)))
+
+    def batches(self, batch_size, skip=0):
+        """Yields (epoch, list of batch_size sentences) without end, from the batch after ``skip`` on.
+
+        The last batch of an epoch may be smaller. What is skipped is read but neither shuffled into memory for longer
+        than its block nor tokenized: about a million lines a second.
+        """
+        epoch = 0
+        while True:
+            batch = []
+            for text in self.sentences(epoch):
+                batch.append(text)
+                if len(batch) == batch_size:
+                    if skip:
+                        skip -= 1
+                    else:
+                        yield epoch, batch
+                    batch = []
+            if batch and skip:
+                skip -= 1
+            elif batch:
+                yield epoch, batch
+            epoch += 1
+
+    def describe(self):
+        """For stage.json: each shard by name, sha256 and number of bytes."""
+        return [
+            {"file": os.path.basename(path), "sha256": records.file_hash(path), "bytes": os.path.getsize(path)}
+            for path in self.shards
+        ]

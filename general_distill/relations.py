@@ -1,0 +1,89 @@
+"""Multi-head self-attention relation distillation (MiniLMv2, arXiv 2012.15828), with PP-MiniLM's sample relations.
+
+Queries, keys and values of one layer of teacher and student are regrouped into the same number of relation heads, whatever
+heads either model has. With X one of the three, d its width per relation head, a relation is R = softmax(X X^T / sqrt(d)),
+over three pairings:
+
+    token-token    X as [batch, heads, tokens, d]: how each token attends to the tokens of its sequence
+    head-head      X as [batch, tokens, heads, d]: how the relation heads of one token relate
+    sample-sample  X as [tokens, heads, batch, d]: how one position of one sample relates to the others of the micro-batch
+
+The loss of a term is KL(teacher || student), summed over the rows of R; the number of valid rows (relation heads x
+valid tokens of the batch, for each term) divides it. Padding is masked in rows and in columns.
+"""
+
+import compat  # noqa: F401  before Paddle
+
+import paddle
+import paddle.nn.functional as F
+
+MASKED = -1e9  # added to a score: its softmax is 0 in float32
+
+
+class CapturedQKV:
+    """Records what the query, key and value projections of one encoder layer give while the model runs.
+
+    Args: layer: paddle.nn.TransformerEncoderLayer.
+    """
+
+    def __init__(self, layer):
+        self.outputs = {}
+        attention = layer.self_attn
+        for name, projection in (("q", attention.q_proj), ("k", attention.k_proj), ("v", attention.v_proj)):
+            projection.register_forward_post_hook(
+                lambda _, inputs, output, name=name: self.outputs.update({name: output})
+            )
+
+    def take(self):
+        """The three outputs of the last run, float [batch, tokens, hidden], as a tuple."""
+        outputs, self.outputs = self.outputs, {}
+        return outputs["q"], outputs["k"], outputs["v"]
+
+
+def relation_scores(x, mask, heads, term):
+    """The scaled dot products of one term, and its valid rows.
+
+    Args: x: float [batch, tokens, hidden]; mask: float [batch, tokens], 1 for a token, 0 for padding; heads: relation
+        heads, which divide hidden; term: ``token``, ``head`` or ``sample``.
+    Returns: (scores, masked where padding is compared with; rows, 1 where a row counts, in the scores' leading shape).
+    """
+    x = x.reshape([0, 0, heads, -1])
+    width = x.shape[-1]
+    if term == "token":
+        x = x.transpose([0, 2, 1, 3])  # [batch, heads, tokens, d]
+        rows, columns = mask.unsqueeze(1), mask.unsqueeze([1, 2])
+    elif term == "head":
+        rows, columns = mask.unsqueeze(-1), None  # [batch, tokens, heads, d]
+    else:
+        x = x.transpose([1, 2, 0, 3])  # [tokens, heads, batch, d]
+        by_position = mask.transpose([1, 0])
+        rows, columns = by_position.unsqueeze(1), by_position.unsqueeze([1, 2])
+    scores = paddle.matmul(x, x, transpose_y=True) * width**-0.5
+    if columns is not None:
+        scores = scores + (1.0 - columns) * MASKED
+    return scores, rows
+
+
+def term_sum(teacher, student, mask, heads, term):
+    """Sum over valid rows of KL(teacher's relation || student's) for one of Q, K, V; a scalar in nats."""
+    taught, rows = relation_scores(teacher, mask, heads, term)
+    learnt, _ = relation_scores(student, mask, heads, term)
+    log_taught, log_learnt = F.log_softmax(taught), F.log_softmax(learnt)
+    return ((log_taught.exp() * (log_taught - log_learnt)).sum(-1) * rows).sum()
+
+
+def relation_loss(teacher_qkv, student_qkv, mask, heads, alpha=0.0, beta=0.0):
+    """(1 - alpha - beta) x token-token + alpha x head-head + beta x sample-sample, summed over Q, K and V.
+
+    Args: teacher_qkv, student_qkv: three tensors [batch, tokens, hidden] each, the hidden sizes may differ; mask: float
+        [batch, tokens]; heads: number of relation heads.
+    Returns: (sum over rows, number of valid rows), so that micro-batches and processes can be added before dividing.
+    """
+    weights = {"token": 1.0 - alpha - beta, "head": alpha, "sample": beta}
+    total = sum(
+        weight * term_sum(teacher, student, mask, heads, term)
+        for term, weight in weights.items()
+        if weight
+        for teacher, student in zip(teacher_qkv, student_qkv)
+    )
+    return total, float(mask.sum()) * heads

@@ -1,0 +1,215 @@
+"""Relation distillation against NumPy: each term, mixtures, padding; and that what is captured is Q, K and V."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import paddle
+import pytest
+from conftest import FILLER, ROOT, load_script, record
+
+import modeling
+import relations
+import utils
+from corpus import Corpus
+
+
+def numpy_loss(teacher_qkv, student_qkv, lengths, heads, alpha, beta):
+    """The formula, row by row, on the unpadded tokens alone: no mask, so nothing of how padding is masked."""
+    softmax = lambda x: np.exp(x - x.max()) / np.exp(x - x.max()).sum()  # noqa: E731
+    rows = heads * sum(lengths)
+    total = 0.0
+    for teacher, student in zip(teacher_qkv, student_qkv):
+        sums = {"token": 0.0, "head": 0.0, "sample": 0.0}
+        split = [[[np.split(x[b, i].astype("float64"), heads) for i in range(n)] for b, n in enumerate(lengths)]
+                 for x in (teacher, student)]  # fmt: skip
+        for b, n in enumerate(lengths):
+            for i in range(n):
+                for a in range(heads):
+                    others = {"token": [(b, j, a) for j in range(n)], "head": [(b, i, c) for c in range(heads)],
+                              "sample": [(c, i, a) for c, m in enumerate(lengths) if i < m]}  # fmt: skip
+                    for term, places in others.items():
+                        p, q = (
+                            softmax(np.array([x[b][i][a] @ x[k][j][c] for k, j, c in places]) / np.sqrt(len(x[b][i][a])))
+                            for x in split
+                        )
+                        sums[term] += (p * np.log(p / q)).sum()
+        total += (1 - alpha - beta) * sums["token"] + alpha * sums["head"] + beta * sums["sample"]
+    return total / rows
+
+
+@pytest.mark.parametrize("alpha, beta", [(0, 0), (1, 0), (0, 1), (0.3, 0.5)])
+@pytest.mark.parametrize("heads", [1, 4, 12])
+def test_loss_against_numpy(alpha, beta, heads):
+    rng, lengths = np.random.default_rng(heads), [5, 2, 7, 1]
+    teacher, student = (rng.normal(size=(3, 4, 7, hidden)).astype("float32") for hidden in (48, 24))
+    mask = np.array([[float(i < n) for i in range(7)] for n in lengths], "float32")
+    total, rows = relations.relation_loss(
+        [paddle.to_tensor(x) for x in teacher], [paddle.to_tensor(x) for x in student], paddle.to_tensor(mask), heads, alpha, beta
+    )
+    assert rows == heads * sum(lengths)
+    assert float(total) / rows == pytest.approx(numpy_loss(teacher, student, lengths, heads, alpha, beta), abs=1e-5)
+
+
+def test_equal_relations_cost_nothing_and_padding_does_not_matter():
+    rng = np.random.default_rng(0)
+    x = [paddle.to_tensor(rng.normal(size=(2, 5, 12)).astype("float32")) for _ in range(3)]
+    mask = paddle.to_tensor([[1.0, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    assert float(relations.relation_loss(x, x, mask, 3, 0.2, 0.2)[0]) == pytest.approx(0, abs=1e-6)
+    y = [t + 1.0 for t in x]
+    changed = [paddle.where(mask.unsqueeze(-1).astype(bool), t, t * 9 + 3) for t in y]
+    for alpha, beta in ((0, 0), (1, 0), (0, 1)):
+        expected, found = (float(relations.relation_loss(x, s, mask, 3, alpha, beta)[0]) for s in (y, changed))
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["ppminilm", "roberta", "bert", "ernie"])
+def test_captured_q_k_v_are_the_projections(model_type):
+    """By hand from the weights: the input of the layer times the matrix plus the bias."""
+    cls = modeling.model_class(model_type, "Model")
+    model = cls(cls.config_class(vocab_size=50, hidden_size=12, num_hidden_layers=3, num_attention_heads=3,
+                                 intermediate_size=16, max_position_embeddings=32, pad_token_id=0))  # fmt: skip
+    model.eval()
+    captured, seen = relations.CapturedQKV(model.encoder.layers[1]), []
+    model.encoder.layers[0].register_forward_post_hook(lambda *call: seen.append(call[-1]))
+    model(paddle.to_tensor([[2, 7, 9, 3], [2, 5, 3, 0]]))
+    layer_input = (seen[0][0] if isinstance(seen[0], tuple) else seen[0]).numpy().astype("float64")
+    attention = model.encoder.layers[1].self_attn
+    for found, projection in zip(captured.take(), (attention.q_proj, attention.k_proj, attention.v_proj)):
+        expected = layer_input @ projection.weight.numpy().astype("float64") + projection.bias.numpy()
+        assert np.abs(found.numpy() - expected).max() < 1e-5
+
+
+@pytest.fixture(scope="module")
+def distillation(workspace, tmp_path_factory):
+    """A corpus of three shards, and a random teacher of another width than the student, as arguments of the script."""
+    root = tmp_path_factory.mktemp("distillation")
+    rng = np.random.default_rng(3)
+    (root / "corpus").mkdir()
+    for shard in range(3):
+        lines = ["".join(rng.choice(FILLER, rng.integers(3, 30))) for _ in range(40 + shard)]
+        (root / "corpus" / f"{shard}.txt").write_text("\n\n".join(lines), encoding="utf-8")
+    paddle.seed(5)
+    cls = modeling.model_class("roberta", "Model")
+    vocab = (workspace / "vocab.txt").read_text(encoding="utf-8").split()
+    teacher = cls(cls.config_class(vocab_size=len(vocab), hidden_size=96, num_hidden_layers=3, num_attention_heads=4, pad_token_id=0,
+                                   intermediate_size=64, max_position_embeddings=64, initializer_range=0.5))  # fmt: skip
+    (root / "teacher").mkdir()
+    teacher.save_pretrained(str(root / "teacher"))
+    (root / "teacher" / "vocab.txt").write_bytes((workspace / "vocab.txt").read_bytes())
+    (root / "student.json").write_text(json.dumps({
+        "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128, "max_position_embeddings": 64,
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}))  # fmt: skip
+    return root, [
+        "--teacher_model_name_or_path", root / "teacher", "--init_config", root / "student.json", "--vocab_file", workspace / "vocab.txt",
+        "--input_dir", root / "corpus", "--teacher_layer_index", "1", "--student_layer_index", "1", "--num_relation_heads", "8",
+        "--alpha", "0.3", "--beta", "0.3", "--batch_size", "4", "--max_seq_length", "24", "--max_steps", "30", "--save_steps", "10",
+        "--logging_steps", "5", "--learning_rate", "5e-3",
+    ]  # fmt: skip
+
+
+SCRIPT = os.path.join(ROOT, "general_distill", "general_distill.py")
+
+
+def start(arguments, *launch, **env):
+    return subprocess.Popen([sys.executable, *launch, SCRIPT, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", **env})  # fmt: skip
+
+
+def weights(directory):
+    return {name: value.numpy() for name, value in paddle.load(str(directory / "model_state.pdparams")).items()}
+
+
+@pytest.fixture(scope="module")
+def distilled(distillation):
+    root, arguments = distillation
+    done = start([*arguments, "--output_dir", root / "whole", "--gradient_accumulation_steps", "2"])
+    assert done.wait() == 0, done.stdout.read().decode()
+    return root / "whole"
+
+
+def test_the_student_learns_the_relations(distilled):
+    losses = record(distilled / "model_30")["losses"]
+    assert losses[-1][1] < 0.8 * losses[0][1]
+    assert sorted(os.listdir(distilled)) == ["model_10", "model_20", "model_30"]
+
+
+def test_a_later_stage_takes_the_student(distilled, workspace):
+    from argparse import Namespace
+
+    args = Namespace(model_type="ppminilm", model_name_or_path=str(distilled / "model_30"), init_config=None, use_faster_tokenizer=True)
+    model, _, provenance = modeling.load(args, 4)
+    found = model.ppminilm.encoder.layers[1].linear1.weight.numpy()
+    assert np.array_equal(found, weights(distilled / "model_30")["encoder.layers.1.linear1.weight"])
+    assert "student: random weights, no pre-training" in provenance["notes"]
+
+
+def test_distillation_survives_kill(distillation, distilled):
+    root, arguments = distillation
+    command = [*arguments, "--output_dir", root / "killed", "--gradient_accumulation_steps", "2"]
+    process = start(command)
+    while not (root / "killed.unfinished/state-10").is_dir():
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = start(command)
+    output = again.communicate()[0].decode()
+    assert again.returncode == 0 and "going on after step" in output, output
+    whole, killed = (weights(d / "model_30") for d in (distilled, root / "killed"))
+    assert all(np.array_equal(whole[name], killed[name]) for name in whole)
+    assert record(distilled / "model_30")["losses"] == record(root / "killed/model_30")["losses"]
+
+
+def test_two_processes_equal_one_that_accumulates(distillation, tmp_path):
+    """No dropout; a step small enough that Adam does not magnify the last bit of gradients that are nearly zero."""
+    root, arguments = distillation
+    arguments = [*arguments, "--learning_rate", "5e-4", "--adam_epsilon", "1e-6", "--max_steps", "12", "--logging_steps", "1"]
+    one = start([*arguments, "--output_dir", tmp_path / "one", "--gradient_accumulation_steps", "2"])
+    assert one.wait() == 0, one.stdout.read().decode()
+    two = start([*arguments, "--output_dir", tmp_path / "two"], "-m", "paddle.distributed.launch", "--nproc_per_node", "2",
+                "--log_dir", str(tmp_path / "log"), PADDLE_DISTRI_BACKEND="gloo")  # fmt: skip
+    output = two.communicate()[0].decode()
+    assert two.returncode == 0, output + "".join(f.read_text() for f in (tmp_path / "log").glob("worker*"))
+    one, two = (tmp_path / name / "model_12" for name in ("one", "two"))
+    before, after, other = weights(tmp_path / "one/model_10"), weights(one), weights(two)
+    assert max(np.abs(after[name] - other[name]).max() for name in after) < 1e-5
+    assert max(np.abs(after[name] - before[name]).max() for name in after) > 1e-4  # they did move
+    losses = [np.array(record(directory)["losses"]) for directory in (one, two)]
+    assert len(losses[0]) == 12 and np.abs(losses[0] - losses[1]).max() < 1e-5
+
+
+def test_an_epoch_sees_each_line_once(distillation):
+    root, _ = distillation
+    corpus = Corpus(str(root / "corpus"), 1)
+    lines = sorted(line for n in range(3) for line in (root / f"corpus/{n}.txt").read_text(encoding="utf-8").split("\n\n"))
+    epochs = [list(corpus.sentences(epoch)) for epoch in (0, 1)]
+    assert [sorted(e) for e in epochs] == [lines, lines] and epochs[0] != epochs[1]
+    stream = corpus.batches(7)
+    first = [next(stream) for _ in range(40)]
+    assert [next(corpus.batches(7, skip=n)) for n in (0, 1, 17, 18, 39)] == [first[n] for n in (0, 1, 17, 18, 39)]
+
+
+@pytest.mark.parametrize("changed, message", [
+    (["--num_relation_heads", "48"], "--num_relation_heads 48: does not divide the student's 64"),
+    (["--teacher_layer_index", "3"], "the teacher has layers 0 to 2"),
+    (["--num_layers", "6"], "the student has 2"),
+    (["--input_dir", "/nonexistent"], "--input_dir /nonexistent: no such directory"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused(distillation, tmp_path, changed, message):
+    _, arguments = distillation
+    with pytest.raises(utils.UserError, match=message):
+        load_script("general_distill", "general_distill").main([*map(str, arguments), "--output_dir", str(tmp_path / "o"), *changed])
+    assert not (tmp_path / "o.unfinished").exists()
+
+
+def test_another_vocabulary_is_refused(distillation, tmp_path):
+    root, arguments = distillation
+    (tmp_path / "vocab.txt").write_text((root / "teacher/vocab.txt").read_text(encoding="utf-8") + "more\n", encoding="utf-8")
+    with pytest.raises(utils.UserError, match="vocabulary .* is not the teacher's"):
+        load_script("general_distill", "general_distill").main(
+            [*map(str, arguments), "--output_dir", str(tmp_path / "o"), "--vocab_file", str(tmp_path / "vocab.txt")])  # fmt: skip
