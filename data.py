@@ -1,8 +1,8 @@
 """The seven CLUE classification tasks, and tasks of the user's own: reading, features, batches, accuracy.
 
 A task's files are ``train.json``, ``dev.json`` and, if there is one, ``test.json`` with one JSON object a line. They are
-looked for in ``--data_dir`` or ``$CLUE_DATA_DIR`` (as ``<task>_public/``, ``<task>/`` or the directory itself); with
-neither given, PaddleNLP downloads the CLUE task to ``~/.paddlenlp/datasets/Clue/``.
+looked for in ``--data_dir`` or ``$CLUE_DATA_DIR`` (as ``<task>_public/`` or ``<task>/``; a ``--data_dir`` may be the
+task's directory itself); with neither given, PaddleNLP downloads the CLUE task to ``~/.paddlenlp/datasets/Clue/``.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from typing import List, NamedTuple, Optional
 
 import numpy as np
 
+from records import relative
 from utils import UserError
 
 
@@ -71,11 +72,10 @@ class Split:
     partial: Optional[str] = None
 
     def describe(self):
-        """What stage.json says about these data: the file by its last two names, never where it lies."""
-        file = "/".join(os.path.abspath(self.path).split(os.sep)[-2:])
+        """What stage.json says about these data: the file by its last two names at most, never where it lies."""
         counts = np.bincount([e.label for e in self.examples if e.label is not None], minlength=1)
         return {
-            "file": file,
+            "file": relative(self.path),
             "md5": self.md5,
             "examples": len(self.examples),
             "pairs": self.examples[0].text_pair is not None,
@@ -114,8 +114,6 @@ def split_path(task_name, split, data_dir=None):
     task = TASKS.get(task_name.lower(), Task(task_name))
     if directory is None:
         from paddlenlp.datasets import load_dataset
-        from paddlenlp.datasets.clue import Clue
-        from paddlenlp.utils.env import DATA_HOME
 
         try:
             load_dataset("clue", task_name.lower(), splits=split)
@@ -124,12 +122,20 @@ def split_path(task_name, split, data_dir=None):
                 f"{task.name} could not be downloaded ({type(error).__name__}); with no network, name a directory with "
                 "the CLUE files: --data_dir DIR or CLUE_DATA_DIR=DIR"
             ) from error
-        return os.path.join(DATA_HOME, "Clue", Clue.BUILDER_CONFIGS[task_name.lower()]["splits"][split][0])
+        return downloaded_path(task_name, split)
     names = task.train_files if split == "train" else (f"{split}.json",)
     for name in names:
         if os.path.isfile(os.path.join(directory, name)):
             return os.path.join(directory, name)
     raise UserError(f"{directory}: no {' or '.join(names)} there")
+
+
+def downloaded_path(task_name, split):
+    """Where PaddleNLP keeps a split of a CLUE task, whether it is there or not."""
+    from paddlenlp.datasets.clue import Clue
+    from paddlenlp.utils.env import DATA_HOME
+
+    return os.path.join(DATA_HOME, "Clue", Clue.BUILDER_CONFIGS[task_name.lower()]["splits"][split][0])
 
 
 def get_task(task_name, data_dir=None):

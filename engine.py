@@ -43,7 +43,7 @@ def find_prefix(path):
     return prefix
 
 
-def check_precision(prefix, device, precision, use_trt=False):
+def check_precision(prefix, device, precision):
     """Raises: UserError for a precision that the device or the file cannot give."""
     quantized = is_quantized(prefix)
     if quantized and precision != "int8":
@@ -59,8 +59,6 @@ def check_precision(prefix, device, precision, use_trt=False):
         raise UserError("--precision bf16 is for --device cpu; on a GPU use fp16")
     if precision == "fp16" and device == "cpu":
         raise UserError("--precision fp16 is for a GPU; on a CPU use bf16")
-    if device != "cpu" and precision in ("int8", "fp16") and not use_trt:
-        raise UserError(f"--precision {precision} on a GPU is TensorRT's: add --use_trt")
 
 
 def preflight(precision):
@@ -87,7 +85,7 @@ class Engine:
 
     Args:
         prefix: path without ``.pdmodel``.
-        device: ``cpu`` or ``gpu``.
+        device: ``cpu``, ``gpu`` or ``gpu:N``.
         precision: ``fp32``, ``bf16`` (CPU), ``fp16`` (GPU, TensorRT), ``int8`` (quantized graphs only).
         threads: of the CPU; default: all cores.
         use_trt: TensorRT, on a GPU; ``shape_file`` then holds the ranges that ``collect`` recorded.
@@ -109,7 +107,7 @@ class Engine:
         from paddle import inference
 
         self.prefix = prefix = find_prefix(prefix)
-        check_precision(prefix, device, precision, use_trt or collect)
+        check_precision(prefix, device, precision)
         config = inference.Config(f"{prefix}.pdmodel", f"{prefix}.pdiparams")
         config.disable_glog_info()
         config.enable_memory_optim()
@@ -124,7 +122,7 @@ class Engine:
             elif precision == "int8":
                 config.enable_mkldnn_int8(int8_operators) if int8_operators else config.enable_mkldnn_int8()
         else:
-            config.enable_use_gpu(256, 0)
+            config.enable_use_gpu(256, int(device.partition(":")[2] or 0))
             if collect:
                 config.collect_shape_range_info(shape_file)
             elif use_trt:
@@ -165,12 +163,17 @@ class Engine:
         return logits
 
 
+def needs_trt(device, precision, use_trt):
+    """Whether TensorRT is used: on a GPU if asked for, and for what only it computes there."""
+    return device != "cpu" and (use_trt or precision in ("int8", "fp16"))
+
+
 def open_engine(prefix, features, device="cpu", precision="fp32", threads=None, use_trt=False, batch_size=32, pad_id=0):
     """An Engine; for TensorRT the shape ranges of ``features`` are collected first, unless they were before."""
-    shape_file = f"{prefix}.shape_ranges.pbtxt"
-    if use_trt and device != "cpu" and not os.path.isfile(shape_file):
+    shape_file, use_trt = f"{prefix}.shape_ranges.pbtxt", needs_trt(device, precision, use_trt)
+    if use_trt and not os.path.isfile(shape_file):
         collect_shapes(prefix, features, shape_file, batch_size, pad_id)
-    return Engine(prefix, device, precision, threads, use_trt and device != "cpu", shape_file)
+    return Engine(prefix, device, precision, threads, use_trt, shape_file)
 
 
 def collect_shapes(prefix, features, shape_file, batch_size=32, pad_id=0):

@@ -1,8 +1,9 @@
-"""Encoders with a classification head: building, loading, saving, counting, training state, scoring, exporting."""
+"""Encoders with a classification head: building, loading, counting, scoring, exporting."""
 
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 
@@ -35,6 +36,8 @@ ARCHITECTURE = {
     "layer_norm_eps": 1e-12,
     "pad_token_id": 0,
 }
+# Of ERNIE, and only named where a configuration has them.
+MORE_ARCHITECTURE = ("use_task_id", "task_id", "task_type_vocab_size", "pool_act")
 
 
 def model_class(model_type, kind="ForSequenceClassification"):
@@ -52,7 +55,8 @@ def encoder_of(model):
 
 
 def architecture_of(model):
-    return {name: getattr(model.config, name, None) for name in ARCHITECTURE}
+    names = (*ARCHITECTURE, *MORE_ARCHITECTURE)
+    return {name: getattr(model.config, name) for name in names if getattr(model.config, name, None) is not None}
 
 
 def add_model_arguments(group, required=True):
@@ -83,7 +87,9 @@ def random_config(model_type, init_config, vocab_size, num_labels):
             given = json.load(file)
     except ValueError as error:
         raise UserError(f"--init_config {init_config}: not JSON ({error})") from error
-    unknown = sorted(set(given) - set(ARCHITECTURE)) if isinstance(given, dict) else ["(not an object)"]
+    unknown = (
+        sorted(set(given) - {*ARCHITECTURE, *MORE_ARCHITECTURE}) if isinstance(given, dict) else ["(not an object)"]
+    )
     if unknown:
         raise UserError(
             f"--init_config {init_config}: unknown {', '.join(unknown)}; it may set {', '.join(ARCHITECTURE)}"
@@ -119,11 +125,14 @@ def load(args, num_labels, kind="ForSequenceClassification"):
     elif not name:
         raise UserError("--model_name_or_path is needed: a built-in name or a model directory (or --init_config)")
     elif is_model_directory(name):
+        check_model_type(name, args.model_type)
         if os.path.isfile(os.path.join(name, records.RECORD)):
             record = records.read_record(name)
             records.check_weights(name, record["weights"])
             notes, parent = list(record["notes"]), parent_of(name, record)
-        model, source = cls.from_pretrained(name, num_labels=num_labels), records.relative(name)
+        # A head for another number of labels is left out, and a new one begins.
+        model = cls.from_pretrained(name, num_labels=num_labels, ignore_mismatched_sizes=True)
+        source = records.relative(name)
         tokenizer = tokenization.load_tokenizer(name, fast)
     elif name in cls.pretrained_init_configuration:
         try:
@@ -159,6 +168,25 @@ def load(args, num_labels, kind="ForSequenceClassification"):
     return model, tokenizer, provenance
 
 
+def check_model_type(directory, model_type):
+    """Raises: UserError if a model directory is of another family, or of a pruned width."""
+    path = os.path.join(directory, "config.json")
+    if not os.path.isfile(path):
+        if (
+            os.path.isfile(os.path.join(directory, "model_config.json"))
+            and "width_mult" in open(os.path.join(directory, "model_config.json"), encoding="utf-8").read()
+        ):
+            raise UserError(
+                f"{directory}: a pruned model; supernet.load_sub_model loads it, these scripts start from whole ones"
+            )
+        return
+    with open(path, encoding="utf-8") as file:
+        architectures = json.load(file).get("architectures") or []
+    families = [f for f, prefix in MODEL_TYPES.items() if any(re.match(f"{prefix}[A-Z]", a) for a in architectures)]
+    if families and model_type not in families:
+        raise UserError(f"--model_type {model_type}: {directory} holds a model of type {families[0]}")
+
+
 def parent_of(directory, record):
     return {"path": records.relative(directory), "weights": record["weights"]}
 
@@ -168,14 +196,15 @@ def builtin_tokenizer(model_type, name, fast):
     tokenizer = model_class(model_type, "Tokenizer").from_pretrained(name)
     with tempfile.TemporaryDirectory() as directory:
         tokenizer.save_resources(directory)
-        return tokenization.load_tokenizer(directory, fast, os.path.join(directory, "vocab.txt"))
+        lower_case = getattr(tokenizer, "do_lower_case", True)  # cased vocabularies say False
+        return tokenization.load_tokenizer(directory, fast, os.path.join(directory, "vocab.txt"), lower_case)
 
 
-def load_finished(directory, use_faster_tokenizer=True):
-    """A classification model that ``finetuning`` wrote, in eval mode: (model, tokenizer, record)."""
-    record = records.read_record(directory, "a fine-tuned model (finetuning/run_clue.sh)")
-    if not is_model_directory(directory):
-        raise UserError(f"{directory}: no {WEIGHTS} there, so it is not a fine-tuned model")
+def load_finished(directory, use_faster_tokenizer=True, stage="finetune"):
+    """A classification model that ``stage`` (finetune or prune) wrote, in eval mode: (model, tokenizer, record)."""
+    record = records.read_record(directory, f"a model of stage {stage}")
+    if record["stage"] != stage:
+        raise UserError(f"{directory}: written by stage {record['stage']}, a model of stage {stage} is needed")
     records.check_weights(directory, record["weights"])
     cls = model_class(record["model"]["model_type"])
     model = cls.from_pretrained(directory, num_labels=len(record["labels"]))
@@ -233,19 +262,40 @@ def export_static(model, prefix):
     model.eval()
     tokens = [paddle.static.InputSpec([None, None], "int64", name) for name in ("input_ids", "token_type_ids")]
     paddle.jit.save(paddle.jit.to_static(model, input_spec=tokens, full_graph=True), prefix)
+    forget_call_stacks(f"{prefix}.pdmodel")
 
 
-def parity_features(task_name, labels, tokenizer, max_seq_length, data_dir=None):
+def forget_call_stacks(path):
+    """Removes from a .pdmodel where each operator was made in the source: paths of this machine, a third of the file."""
+    from paddle.base.proto import framework_pb2
+
+    program = framework_pb2.ProgramDesc()
+    with open(path, "rb") as file:
+        program.ParseFromString(file.read())
+    for block in program.blocks:
+        for operator in block.ops:
+            kept = [attribute for attribute in operator.attrs if attribute.name != "op_callstack"]
+            del operator.attrs[:]
+            operator.attrs.extend(kept)
+    with open(path, "wb") as file:
+        file.write(program.SerializeToString())
+
+
+def parity_features(args, record, tokenizer, max_seq_length):
     """Inputs to compare a model before and after a hand-off: (features, what they are).
 
     32 dev records if they lie on this machine, else 32 sequences of random tokens: an export should not start a download.
     """
     try:
-        local = data.find_data_dir(task_name, data_dir) is not None
+        directory = data.find_data_dir(record["task"], args.data_dir)
+        local = directory is not None or os.path.isfile(data.downloaded_path(record["task"], "dev"))
     except UserError:
+        if args.data_dir:
+            raise
         local = False
     if local:
-        dev = data.read_split(data.Task(task_name, tuple(labels)), "dev", data_dir, max_samples=32)
+        task = data.Task(record["task"], tuple(record["labels"]))
+        dev = data.read_split(task, "dev", args.data_dir, min(args.max_eval_samples or 32, 32))
         return data.convert(dev.examples, tokenizer, max_seq_length), f"{len(dev.examples)} dev records"
     random = np.random.default_rng(0)
     lengths = random.integers(4, max_seq_length + 1, 32)

@@ -33,20 +33,26 @@ SCHEMA = {
 
 
 def relative(path):
-    """A path as records may name it: relative to the repository, or the last two names of one that lies outside."""
+    """A path as records may name it: relative to the repository; of one that lies outside, the last two names, or the
+    last one where the other would be a user's."""
     path = os.path.abspath(path)
     if path == ROOT or path.startswith(ROOT + os.sep):
         return os.path.relpath(path, ROOT)
-    return os.path.join("...", *path.split(os.sep)[-2:])
+    parent = os.path.dirname(path)
+    private = parent == os.path.expanduser("~") or os.path.dirname(parent) == "/home"
+    return os.path.join("...", *path.split(os.sep)[-1 if private else -2 :])
+
+
+PATHS = {"data_dir", "input_dir", "output_dir", "model_path", "init_config", "vocab_file", "sub_model_output_dir",
+         "static_sub_model", "visualdl_dir"}  # fmt: skip
 
 
 def describe_arguments(args):
-    """The arguments for a record: file system paths made relative, nothing of the machine."""
-    described = {}
-    for name, value in sorted(vars(args).items()):
-        if isinstance(value, str) and (os.sep in value or os.path.exists(value)):
-            value = relative(value)
-        described[name] = value
+    """The arguments for a record: paths made relative (a model's name stays as it is), nothing of the machine."""
+    described = dict(sorted(vars(args).items()))
+    for name, value in described.items():
+        if isinstance(value, str) and (name in PATHS or name.endswith("_name_or_path") and os.sep in value):
+            described[name] = relative(value)
     return described
 
 
@@ -130,29 +136,66 @@ def check_weights(directory, weights):
             raise UserError(f"{path}: missing, damaged or not of this record; repeat the stage that wrote it")
 
 
-def finished(directory, args, force=False):
-    """True if ``directory`` holds the finished output of just this command, so that there is nothing to do.
+# What does not change a result, or (of quantization) is a choice among results.
+NO_IDENTITY = {"overwrite", "visualdl_dir", "logging_steps", "algorithms", "calib_samples"}
 
-    Raises: UserError if it holds something else, unless ``force`` allows to replace it.
+
+def identity(arguments, parent=None, data=None):
+    """What makes a result: the arguments, the weights it was made from, and the md5 of each data file.
+
+    Args: parent: as in a record; data: {name: {"md5": ...}}, as in a record.
     """
-    if not os.path.exists(directory) or not os.listdir(directory) or force:
+    made = {name: value for name, value in arguments.items() if name not in NO_IDENTITY}
+    made["weights made from"] = min(parent["weights"].values())[:12] if parent else None
+    made.update({f"md5 of {name}": described["md5"] for name, described in (data or {}).items()})
+    return made
+
+
+def difference(before, now):
+    """In what two identities differ, as text, or ''."""
+    names = sorted(set(before) | set(now))
+    return ", ".join(f"{n} {before.get(n)} -> {now.get(n)}" for n in names if before.get(n) != now.get(n))
+
+
+def finished(directory, now, force=False):
+    """True if ``directory`` holds the finished result of the identity ``now``, so that there is nothing to do.
+
+    Raises: UserError if it holds something else. ``force`` allows to replace another result of this project, and
+    nothing but that.
+    """
+    if not os.path.exists(directory) or not os.listdir(directory):
         return False
     if not os.path.isfile(os.path.join(directory, RECORD)):
         raise UserError(f"{directory}: exists and is not this project's; name another output directory or remove it")
-    before, now = read_record(directory)["arguments"], describe_arguments(args)
-    changed = different_arguments(before, now)
+    if force:
+        return False
+    record = read_record(directory)
+    changed = difference(identity(record["arguments"], record["parent"], record["data"]), now)
     if changed:
         raise UserError(
-            f"{directory}: holds the result of other arguments ({changed}); "
+            f"{directory}: holds the result of something else ({changed}); "
             "--overwrite replaces it, or name another output directory"
         )
     return True
 
 
-def different_arguments(before, now):
-    """The arguments in which two runs differ, as text, or ''."""
-    names = sorted((set(before) | set(now)) - {"overwrite", "visualdl_dir", "logging_steps"})
-    return ", ".join(f"{n} {before.get(n)} -> {now.get(n)}" for n in names if before.get(n) != now.get(n))
+def check_replaceable(directory, stage, inside=()):
+    """Raises: UserError unless ``directory`` is absent, empty, or a result of ``stage``, and none of ``inside`` lies in it."""
+    for path in (os.getcwd(), *inside):
+        if os.path.commonpath([os.path.abspath(directory), os.path.abspath(path)]) == os.path.abspath(directory):
+            raise UserError(f"{directory}: cannot be the output, {path} lies in it")
+    if os.path.exists(directory) and os.listdir(directory):
+        if not os.path.isfile(os.path.join(directory, RECORD)) or read_record(directory)["stage"] != stage:
+            raise UserError(f"{directory}: exists and holds something else; name another directory or remove it")
+
+
+def sequence_length(args, record):
+    """--max_seq_length, by default the record's. Raises: UserError for one that the model has no positions for."""
+    length, limit = args.max_seq_length or record["arguments"]["max_seq_length"], record["model"]["architecture"]
+    if not 4 <= length <= limit["max_position_embeddings"]:
+        limit = limit["max_position_embeddings"]
+        raise UserError(f"--max_seq_length {length}: must be from 4 to {limit}, the model's number of positions")
+    return length
 
 
 def file_hash(path):

@@ -18,12 +18,12 @@ step() { printf '\n== %s\n' "$*"; }
 step "fine-tuning -> $tuned"
 cd "$root/finetuning"
 sh run_clue.sh "$task" "$lr" "$batch" "$epochs" "$length" "$gpu" "$model" $DATA_ARGS "$@"
-"$PYTHON" export_model.py --task_name "$task" --model_path "$tuned" $device_args
+"$PYTHON" export_model.py --task_name "$task" --model_path "$tuned" $DATA_ARGS $device_args
 
 step "pruning to $widths"
 cd "$root/pruning"
 sh prune.sh "$task" "${PRUNE_LR:-$lr}" "$batch" "${PRUNE_EPOCHS:-$epochs}" "$length" "$gpu" "$tuned" "$widths" $DATA_ARGS $PRUNE_ARGS
-sh export.sh pruned_models "$task"
+sh export.sh pruned_models "$task" $DATA_ARGS
 
 step "quantizing"
 cd "$root/quantization"

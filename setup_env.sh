@@ -33,7 +33,7 @@ done
 # asked by running it, because a version manager's shim can stand on PATH and fail; a virtual environment's
 # interpreter is resolved to its base, so that ours does not die with another environment.
 probe() {
-    "$1" -c '
+    answer=$("$1" -c '
 import os, platform, sys
 if sys.platform != "linux" or platform.machine() != "x86_64" or platform.python_implementation() != "CPython":
     sys.exit("is not CPython on Linux x86-64")
@@ -46,12 +46,16 @@ try:
     import ensurepip, venv
 except ImportError:
     sys.exit("has no venv module; on Debian and Ubuntu: apt-get install python%d.%d-venv" % sys.version_info[:2])
-print(sys.version_info[1], base)' 2>&1
+print("usable", sys.version_info[1], base)' 2>&1 | tail -n 1) # the last line: others may be warnings at start-up
+    echo "${answer#usable }"
+    [ "$answer" != "${answer#usable }" ]
 }
 
 digest() { # of the lock files that make up the environment
-    cat "$root/requirements/build.txt" "$root/requirements/$1.txt" \
-        $([ -z "$2" ] || ls "$root"/requirements/serving*.txt) | sha256sum | cut -c 1-16
+    (
+        cd "$root/requirements"
+        cat build.txt "$1.txt" $([ -z "$2" ] || ls serving*.txt) | sha256sum | cut -c 1-16
+    )
 }
 
 # What .venv holds, if it was finished: flavour, "serving" or "-", digest of its lock files, base interpreter.
@@ -90,6 +94,7 @@ fi
 
 # Anything unfinished or different is made anew: a half-unpacked package cannot be told from a whole one.
 echo "setup_env.sh: making .venv ($flavour${serving:+, serving}) with $("$base" --version)"
+rm -f "$stamp" # first: a half-removed environment must not pass for a finished one
 rm -rf "$venv"
 "$base" -m venv "$venv"
 install() { # LOCK: every package is listed there with its hashes, so nothing is resolved and nothing else fetched

@@ -38,13 +38,23 @@ def find_records(directories):
     return records
 
 
-def parent_among(record, records):
+def weights_in(hashes):
+    """The hashes that tell models apart: parameters, not graphs, which are alike for models of one architecture."""
+    return {digest for name, digest in hashes.items() if name.endswith((".pdparams", ".pdiparams"))}
+
+
+def parent_among(record, found):
     """The record that this one was made from: recognized by hash, and by place where several have the same weights."""
-    made_from = set((record["parent"] or {"weights": {}})["weights"].values())
+    if not record["parent"]:
+        return None
+    made_from = weights_in(record["parent"]["weights"])
     candidates = [
-        r for r in records if made_from & {*r["weights"].values(), *r.get("export", {}).get("weights", {}).values()}
+        other
+        for other in found
+        if made_from & weights_in({**other["weights"], **other.get("export", {}).get("weights", {})})
+        and other["task"] in (record["task"], "general")
     ]
-    candidates.sort(key=lambda r: r["directory"] != record["parent"]["path"])
+    candidates.sort(key=lambda other: other["directory"] != record["parent"]["path"])
     return candidates[0] if candidates else None
 
 

@@ -151,9 +151,8 @@ class ReferenceTokenizer(_Tokenizer):
         return encoded
 
 
-def load_tokenizer(directory, use_faster_tokenizer=True, vocab_file=None):
-    """The tokenizer whose ``vocab.txt`` lies in ``directory``, or that of ``vocab_file``."""
-    lower_case = True
+def load_tokenizer(directory, use_faster_tokenizer=True, vocab_file=None, lower_case=True):
+    """The tokenizer whose ``vocab.txt`` lies in ``directory``, or that of ``vocab_file`` and ``lower_case``."""
     if vocab_file is None:
         vocab_file = os.path.join(directory, "vocab.txt")
         config = os.path.join(directory, "tokenizer_config.json")

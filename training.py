@@ -169,8 +169,8 @@ class Unfinished:
     ``state-<step>/`` holds the newest state, written whole; older ones go when it is there.
     """
 
-    def __init__(self, output_dir, args, splits=None, shared=False):
-        """splits: data.Split by name. shared: another process of this run (rank 0) holds the lock and writes."""
+    def __init__(self, output_dir, now, force=False, shared=False):
+        """now: records.identity of the run. shared: another process of this run (rank 0) holds the lock and writes."""
         self.directory = os.path.abspath(output_dir) + ".unfinished"
         os.makedirs(self.directory, exist_ok=True)
         if shared:
@@ -181,19 +181,18 @@ class Unfinished:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise utils.UserError(f"{self.directory}: another run is writing there") from None
-        path = os.path.join(self.directory, "arguments.json")
-        # The data count as arguments: a run must not go on with other records than it began with.
-        now = {**records.describe_arguments(args), **{f"md5 of {name}": s.md5 for name, s in (splits or {}).items()}}
+        path, before = os.path.join(self.directory, "identity.json"), None
         if os.path.isfile(path):
             with open(path, encoding="utf-8") as file:
-                changed = records.different_arguments(json.load(file), now)
-            if changed and not getattr(args, "overwrite", False):
+                before = json.load(file)
+            changed = records.difference(before, now)
+            if changed and not force:
                 raise utils.UserError(
-                    f"{self.directory}: an unfinished run with other arguments ({changed}); repeat its "
+                    f"{self.directory}: an unfinished run of something else ({changed}); repeat its "
                     "command, remove the directory, or pass --overwrite"
                 )
-            if changed:
-                self.remove_states([])
+        if before != now:  # whatever lies here is not this run's
+            self.remove_states([])
         utils.write_whole(path, json.dumps(now, ensure_ascii=False))
         wait_for_all()  # before the others look for a state
 
@@ -207,13 +206,16 @@ class Unfinished:
         return os.path.join(self.directory, names[-1]) if names else None
 
     def remove_states(self, keep):
-        """Removes every entry but the lock, the arguments, and ``keep``."""
-        for name in set(os.listdir(self.directory)) - {"lock", "arguments.json", *keep}:
+        """Removes every entry but the lock, the identity, and ``keep``."""
+        for name in set(os.listdir(self.directory)) - {"lock", "identity.json", *keep}:
             path = os.path.join(self.directory, name)
             shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
     def remove(self):
-        shutil.rmtree(self.directory)
+        gone = os.path.join(os.path.dirname(self.directory), f".{os.path.basename(self.directory)}")
+        shutil.rmtree(gone, ignore_errors=True)
+        os.rename(self.directory, gone)  # at once, so that no half of it is ever taken for a state
+        shutil.rmtree(gone)
         self.lock.close()
 
 

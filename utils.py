@@ -162,6 +162,8 @@ def whole_directory(target):
     os.makedirs(parent, exist_ok=True)
     # Hidden names, so that no launcher's glob takes what kill -9 leaves for a result; the next run clears them away.
     temporary, old = (os.path.join(parent, f".{name}.{state}") for state in ("writing", "old"))
+    if os.path.isdir(old) and not os.path.exists(target):  # killed between the two renames below
+        os.rename(old, target)
     for left in (temporary, old):
         shutil.rmtree(left, ignore_errors=True)
     os.makedirs(temporary)
@@ -170,9 +172,9 @@ def whole_directory(target):
         if os.path.isdir(target):
             os.rename(target, old)
         os.rename(temporary, target)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
-        for left in (temporary, old):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_whole(path, text):

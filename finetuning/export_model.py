@@ -34,7 +34,8 @@ def parse_args(argv=None):
         help="largest difference of a logit between the exported graph and the dynamic model",
     )
     other.add_argument("--device", help="gpu or cpu (default: gpu if Paddle has one)")
-    utils.add_data_arguments(other, splits=())
+    utils.add_data_arguments(other)
+    utils.add_tokenizer_arguments(other)
     return parser.parse_args(argv)
 
 
@@ -42,13 +43,12 @@ def main(argv=None):
     args = parse_args(argv)
     utils.set_device(args.device)
     started = time.time()
-    model, tokenizer, record = modeling.load_finished(args.model_path)
+    model, tokenizer, record = modeling.load_finished(args.model_path, args.use_faster_tokenizer)
     records.check_task(record, args.task_name, args.model_path)
     if args.model_type not in (None, record["model"]["model_type"]):
         raise utils.UserError(f"--model_type {args.model_type}: the model is {record['model']['model_type']}")
-    features, inputs = modeling.parity_features(
-        record["task"], record["labels"], tokenizer, record["arguments"]["max_seq_length"], args.data_dir
-    )
+    length = records.sequence_length(args, record)
+    features, inputs = modeling.parity_features(args, record, tokenizer, length)
     with tempfile.TemporaryDirectory(dir=args.model_path, prefix=".export-") as directory:
         prefix = os.path.join(directory, "inference")
         expected = modeling.predict(model, features, tokenizer.pad_id)

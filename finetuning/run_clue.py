@@ -57,14 +57,12 @@ def parse_args(argv=None):
 
 def evaluate_only(args):
     """--do_eval alone: prints one JSON line with the dev accuracy of a fine-tuned directory."""
-    record = records.read_record(args.model_name_or_path or "", "a fine-tuned model")
+    model, tokenizer, record = modeling.load_finished(args.model_name_or_path or "", args.use_faster_tokenizer)
     records.check_task(record, args.task_name, args.model_name_or_path)
-    model, tokenizer, record = modeling.load_finished(args.model_name_or_path, args.use_faster_tokenizer)
-    dev = data.read_split(
-        data.Task(record["task"], tuple(record["labels"])), "dev", args.data_dir, args.max_eval_samples
-    )
-    length = args.max_seq_length or record["arguments"]["max_seq_length"]
-    metrics = modeling.score(model, data.convert(dev.examples, tokenizer, length), tokenizer.pad_id)
+    task = data.Task(record["task"], tuple(record["labels"]))
+    dev = data.read_split(task, "dev", args.data_dir, args.max_eval_samples)
+    features = data.convert(dev.examples, tokenizer, records.sequence_length(args, record))
+    metrics = modeling.score(model, features, tokenizer.pad_id)
     print(json.dumps({"task": record["task"], **metrics, **dev.describe()}, ensure_ascii=False))
 
 
@@ -123,31 +121,32 @@ def train(args, model, train_features, dev_features, unfinished, pad_id):
 def main(argv=None):
     args = parse_args(argv)
     training.check_training_arguments(args)
-    utils.set_device(args.device)
+    args.device = utils.set_device(args.device)
     if not args.do_train:
         return evaluate_only(args)
     rank, _ = training.start_processes()
     args.max_seq_length = args.max_seq_length or 128
-    if records.finished(args.output_dir, args, args.overwrite):
-        print(f"{args.output_dir}: already finished with these arguments, nothing to do")
-        return None
     utils.set_seed(args.seed)
     task = data.get_task(args.task_name, args.data_dir)
-    model, tokenizer, provenance = modeling.load(args, len(task.labels))
-    modeling.check_sequence_length(args.max_seq_length, model)
-    splits = {
+    read = {
         "train": data.read_split(task, "train", args.data_dir, args.max_train_samples),
         "dev": data.read_split(task, "dev", args.data_dir, args.max_eval_samples),
     }
-    features = {name: data.convert(split.examples, tokenizer, args.max_seq_length) for name, split in splits.items()}
-    unfinished = training.Unfinished(args.output_dir, args, splits, shared=rank > 0)
+    splits = {name: split.describe() for name, split in read.items()}
+    model, tokenizer, provenance = modeling.load(args, len(task.labels))
+    modeling.check_sequence_length(args.max_seq_length, model)
+    now = records.identity(records.describe_arguments(args), provenance["parent"], splits)
+    if records.finished(args.output_dir, now, args.overwrite):
+        print(f"{args.output_dir}: already finished with these arguments, nothing to do")
+        return None
+    features = {name: data.convert(split.examples, tokenizer, args.max_seq_length) for name, split in read.items()}
+    unfinished = training.Unfinished(args.output_dir, now, args.overwrite, shared=rank > 0)
     state = train(args, model, features["train"], features["dev"], unfinished, tokenizer.pad_id)
     training.wait_for_all()
     if rank > 0:
         return None
 
     params, flops = modeling.count(model)
-    splits = {name: split.describe() for name, split in splits.items()}
     provenance["notes"] += [
         f"partial {name} data: {split['partial']}" for name, split in splits.items() if split["partial"]
     ]

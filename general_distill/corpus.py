@@ -1,5 +1,6 @@
 """A corpus of text shards, one sentence a line, streamed in a shuffled order with memory that does not grow with it."""
 
+import hashlib
 import os
 
 import numpy as np
@@ -75,8 +76,6 @@ class Corpus:
             epoch += 1
 
     def describe(self):
-        """For stage.json: each shard by name, sha256 and number of bytes."""
-        return [
-            {"file": os.path.basename(path), "sha256": records.file_hash(path), "bytes": os.path.getsize(path)}
-            for path in self.shards
-        ]
+        """For stage.json: the shards by name and sha256, and one md5 over these."""
+        shards = [{"file": os.path.basename(path), "sha256": records.file_hash(path)} for path in self.shards]
+        return {"md5": hashlib.md5(str(shards).encode()).hexdigest(), "shards": shards}

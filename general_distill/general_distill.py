@@ -118,7 +118,7 @@ def without_unused_layers(model, last):
     return model
 
 
-def save_model(args, step, student, tokenizer, provenance, params, flops, corpus_files, state):
+def save_model(args, step, student, tokenizer, provenance, params, flops, described, state):
     target = os.path.join(args.output_dir, f"model_{step}")
     with utils.whole_directory(target) as directory:
         student.save_pretrained(directory)
@@ -126,7 +126,7 @@ def save_model(args, step, student, tokenizer, provenance, params, flops, corpus
         records.write_record(
             directory,
             records.make_record(
-                "distill", args, time.time() - state["seconds"], task="general", labels=[], data={"corpus": corpus_files}, params=params, flops=flops,
+                "distill", args, time.time() - state["seconds"], task="general", labels=[], data=described, params=params, flops=flops,
                 weights=records.hash_files(directory, [modeling.WEIGHTS]), metrics={"step": step, "loss": state["losses"][-1][1]},
                 losses=state["losses"], **provenance,
             ),
@@ -208,24 +208,25 @@ def main(argv=None):
     training.check_training_arguments(args)
     utils.check_positive(args, "gradient_accumulation_steps")
     args.max_seq_length = args.max_seq_length or 128
-    utils.set_device(args.device)
+    args.device = utils.set_device(args.device)
     rank, world = training.start_processes()
     corpus = Corpus(args.input_dir, args.seed)
     if args.max_steps <= 0:
         micro_batches = -(-sum(1 for _ in corpus.lines(0)) // args.batch_size) * args.num_train_epochs
         args.max_steps = max(1, micro_batches // (args.gradient_accumulation_steps * world))
     utils.set_seed(args.seed)
-    final = os.path.join(args.output_dir, f"model_{args.max_steps}")
-    if records.finished(final, args, args.overwrite):
-        print(f"{final}: already finished with these arguments, nothing to do")
-        return
     student, teacher, tokenizer, provenance = load_pair(args)
     params, flops = modeling.count(student)
-    unfinished = training.Unfinished(args.output_dir, args, shared=rank > 0)
-    files = corpus.describe() if rank == 0 else None
+    described = {"corpus": corpus.describe()}
+    now = records.identity(records.describe_arguments(args), provenance["parent"], described)
+    final = os.path.join(args.output_dir, f"model_{args.max_steps}")
+    if records.finished(final, now, args.overwrite):
+        print(f"{final}: already finished with these arguments, nothing to do")
+        return
+    unfinished = training.Unfinished(args.output_dir, now, args.overwrite, shared=rank > 0)
 
     def save(step, state):
-        print(f"saved {save_model(args, step, student, tokenizer, provenance, params, flops, files, state)}")
+        print(f"saved {save_model(args, step, student, tokenizer, provenance, params, flops, described, state)}")
 
     train(args, student, teacher, tokenizer, unfinished, save)
     training.wait_for_all()

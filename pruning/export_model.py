@@ -44,7 +44,7 @@ def parse_args(argv=None):
         help="largest difference of a logit between the sub-model and the supernet at its width",
     )
     other.add_argument("--device", help="gpu or cpu (default: gpu if Paddle has one)")
-    utils.add_data_arguments(other, splits=())
+    utils.add_data_arguments(other)
     utils.add_tokenizer_arguments(other)
     return parser.parse_args(argv)
 
@@ -55,17 +55,17 @@ def main(argv=None):
     started = time.time()
     if args.depth_mult != 1.0:
         raise utils.UserError(f"--depth_mult {args.depth_mult:g}: only 1.0 is supported, depth is not pruned here")
-    model, tokenizer, record = modeling.load_finished(args.model_name_or_path, args.use_faster_tokenizer)
+    model, tokenizer, record = modeling.load_finished(args.model_name_or_path, args.use_faster_tokenizer, "prune")
     records.check_task(record, args.task_name, args.model_name_or_path)
-    if record["stage"] != "prune":
-        raise utils.UserError(
-            f"{args.model_name_or_path}: stage {record['stage']}; name a best_model that prune.py wrote"
-        )
     width = record["model"]["width_mult"]
     if args.width_mult not in (None, width):
         raise utils.UserError(f"--width_mult {args.width_mult:g}: this best_model was chosen for width {width:g}")
-    length = args.max_seq_length or record["arguments"]["max_seq_length"]
-    features, inputs = modeling.parity_features(record["task"], record["labels"], tokenizer, length, args.data_dir)
+    sub_target = os.path.join(args.sub_model_output_dir, f"model_width_{width:.5f}")
+    static_target, name = os.path.split(os.path.abspath(args.static_sub_model))
+    records.check_replaceable(sub_target, "prune_export", [args.model_name_or_path])
+    records.check_replaceable(static_target, "prune_export", [args.model_name_or_path, sub_target])
+    args.max_seq_length = records.sequence_length(args, record)
+    features, inputs = modeling.parity_features(args, record, tokenizer, args.max_seq_length)
 
     architecture, model_type = record["model"]["architecture"], record["model"]["model_type"]
     weights = {name: value.numpy() for name, value in model.state_dict().items()}
@@ -81,8 +81,7 @@ def main(argv=None):
 
     common = {name: record[name] for name in ("task", "labels", "data", "params", "flops", "model", "metrics", "notes")}
     common["parent"] = modeling.parent_of(args.model_name_or_path, record)
-    args.max_seq_length = length
-    with utils.whole_directory(os.path.join(args.sub_model_output_dir, f"model_width_{width:.5f}")) as directory:
+    with utils.whole_directory(sub_target) as directory:
         dynabert.save_sub_model(directory, weights, record, width)
         tokenizer.save(directory)
         records.write_record(
@@ -96,8 +95,7 @@ def main(argv=None):
                 export={"parity": dynamic},
             ),
         )
-    target, name = os.path.split(os.path.abspath(args.static_sub_model))
-    with utils.whole_directory(target) as directory:
+    with utils.whole_directory(static_target) as directory:
         prefix = os.path.join(directory, name)
         modeling.export_static(sub_model, prefix)
         found = engine.Engine(prefix).predict(features, pad_id=tokenizer.pad_id)

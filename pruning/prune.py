@@ -84,7 +84,7 @@ def train(args, teacher, supernet, train_features, dev_features, unfinished, pad
         print("before training: " + ", ".join(f"width {w} accuracy {s['accuracy']:.4f}" for w, s in start.items()))
         state["evaluations"].append({"step": 0, **start})
     scalars = utils.scalar_writer(args.visualdl_dir if rank == 0 else None)
-    student_states, teacher_states = dynabert.HiddenStates(supernet.model), dynabert.HiddenStates(teacher)
+    student_states, teacher_states = dynabert.HiddenStates(supernet), dynabert.HiddenStates(teacher)
 
     started, running = time.time() - state["seconds"], []
     batches = training.training_batches(train_features, args, state["step"], steps, pad_id)
@@ -97,13 +97,11 @@ def train(args, teacher, supernet, train_features, dev_features, unfinished, pad
         if batch:
             inputs = paddle.to_tensor(batch.input_ids), paddle.to_tensor(batch.token_type_ids)
             with paddle.no_grad():  # once per batch, for all widths
-                teacher_logits, taught = teacher(*inputs), teacher_states.take()
+                teacher_logits, taught = teacher_states.run(inputs)
             for width in args.width_mult_list:
                 dynabert.set_width(supernet, width)
-                logits = supernet(*inputs)
-                loss = share * dynabert.distillation_loss(
-                    student_states.take(), taught, logits, teacher_logits, args.lambda_logit
-                )
+                logits, learnt = student_states.run(inputs)
+                loss = share * dynabert.distillation_loss(learnt, taught, logits, teacher_logits, args.lambda_logit)
                 loss.backward()
                 loss_of_step += float(loss) / len(args.width_mult_list)
         training.sum_gradients(supernet.model.parameters())
@@ -120,7 +118,6 @@ def train(args, teacher, supernet, train_features, dev_features, unfinished, pad
             running.clear()
         if step % args.save_steps == 0 or step == steps:
             scores = evaluate(supernet, args.width_mult_list, dev_features, pad_id)
-            student_states.take()
             state["evaluations"].append({"step": step, **scores})
             for width, metrics in scores.items():
                 if metrics["accuracy"] > state["best"].get(width, {"accuracy": -1})["accuracy"]:
@@ -151,33 +148,31 @@ def train(args, teacher, supernet, train_features, dev_features, unfinished, pad
 def main(argv=None):
     args = parse_args(argv)
     training.check_training_arguments(args)
-    utils.set_device(args.device)
+    utils.check_positive(args, "importance_samples")
+    args.device = utils.set_device(args.device)
     rank, _ = training.start_processes()
     teacher, tokenizer, record = modeling.load_finished(args.model_name_or_path, args.use_faster_tokenizer)
     records.check_task(record, args.task_name, args.model_name_or_path)
-    if record["stage"] != "finetune":
-        raise utils.UserError(
-            f"{args.model_name_or_path}: stage {record['stage']}; pruning starts from a fine-tuned model"
-        )
-    args.max_seq_length = args.max_seq_length or record["arguments"]["max_seq_length"]
-    modeling.check_sequence_length(args.max_seq_length, teacher)
+    args.max_seq_length = records.sequence_length(args, record)
     architecture, labels = record["model"]["architecture"], record["labels"]
     args.width_mult_list = sorted(set(args.width_mult_list), reverse=True)
     for width in args.width_mult_list:
         dynabert.check_width(width, architecture["num_attention_heads"], architecture["intermediate_size"])
     targets = {f"{w:g}": os.path.join(args.output_dir, f"{w:g}", "best_model") for w in args.width_mult_list}
-    if all([records.finished(target, args, args.overwrite) for target in targets.values()]):
-        print(f"{', '.join(targets.values())}: already finished with these arguments, nothing to do")
-        return
-
     utils.set_seed(args.seed)
     task = data.Task(record["task"], tuple(labels), data.get_task(args.task_name, args.data_dir).train_size)
-    splits = {
+    read = {
         "train": data.read_split(task, "train", args.data_dir, args.max_train_samples),
         "dev": data.read_split(task, "dev", args.data_dir, args.max_eval_samples),
     }
-    features = {name: data.convert(split.examples, tokenizer, args.max_seq_length) for name, split in splits.items()}
-    unfinished = training.Unfinished(args.output_dir, args, splits, shared=rank > 0)
+    splits = {name: split.describe() for name, split in read.items()}
+    parent = modeling.parent_of(args.model_name_or_path, record)
+    now = records.identity(records.describe_arguments(args), parent, splits)
+    if all([records.finished(target, now, args.overwrite) for target in targets.values()]):
+        print(f"{', '.join(targets.values())}: already finished with these arguments, nothing to do")
+        return
+    features = {name: data.convert(split.examples, tokenizer, args.max_seq_length) for name, split in read.items()}
+    unfinished = training.Unfinished(args.output_dir, now, args.overwrite, shared=rank > 0)
 
     student = modeling.load_finished(args.model_name_or_path)[0]
     if unfinished.newest_state() is None:  # otherwise the state that is loaded is in order already
@@ -186,7 +181,9 @@ def main(argv=None):
             chosen[i] for i in np.random.default_rng(args.seed).permutation(len(chosen))[: args.importance_samples]
         ]
         print(f"ranking heads and neurons on {len(chosen)} {args.importance_split} records")
-        batches = data.batches(chosen, args.batch_size, tokenizer.pad_id, data.by_length(chosen))
+        # Gradients are summed by absolute value over batches, so their size is fixed: the ranking must not depend on
+        # --batch_size or on the number of processes.
+        batches = data.batches(chosen, 32, tokenizer.pad_id, data.by_length(chosen))
         dynabert.reorder(student, *dynabert.importance(student, batches))
     supernet = dynabert.make_supernet(student, args.width_mult_list)
     state = train(args, teacher, supernet, features["train"], features["dev"], unfinished, tokenizer.pad_id)
@@ -194,10 +191,7 @@ def main(argv=None):
     if rank > 0:
         return
 
-    described = {name: split.describe() for name, split in splits.items()}
-    notes = list(record["notes"]) + [
-        f"pruning: partial {n} data: {d['partial']}" for n, d in described.items() if d["partial"]
-    ]
+    notes = record["notes"] + [f"pruning: partial {n} data: {d['partial']}" for n, d in splits.items() if d["partial"]]
     for width, best in state["best"].items():
         sub_model = dynabert.build_sub_model(record["model"]["model_type"], architecture, float(width), len(labels))
         params, flops = modeling.count(sub_model)
@@ -213,7 +207,7 @@ def main(argv=None):
                     time.time() - state["seconds"],
                     task=record["task"],
                     labels=labels,
-                    data=described,
+                    data=splits,
                     params=params,
                     flops=flops,
                     model={
@@ -221,8 +215,8 @@ def main(argv=None):
                         "width_mult": float(width),
                         "initialized_from": records.relative(args.model_name_or_path),
                     },
-                    parent=modeling.parent_of(args.model_name_or_path, record),
-                    notes=sorted(set(notes), key=notes.index),
+                    parent=parent,
+                    notes=list(dict.fromkeys(notes)),
                     weights=records.hash_files(directory, [modeling.WEIGHTS]),
                     metrics={
                         "accuracy": best["accuracy"],

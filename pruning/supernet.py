@@ -51,6 +51,7 @@ def importance(model, batches):
     Returns: (float64 [layers, heads], float64 [layers, neurons]).
     """
     model.eval()
+    model.clear_gradients()
     layers = layers_of(model)
     gates = [paddle.ones([layer.self_attn.num_heads]) for layer in layers]
     for gate in gates:
@@ -195,18 +196,24 @@ def load_sub_model(directory):
 
 
 class HiddenStates:
-    """Records the outputs of the embeddings and of every layer of an encoder while it runs: ``states``, in order."""
+    """Runs a classification model (or a supernet) and hands out the outputs of its embeddings and of every layer."""
 
     def __init__(self, model):
-        encoder = modeling.encoder_of(model)
-        self.states = []
-        encoder.embeddings.register_forward_post_hook(lambda *call: self.states.append(call[-1]))
-        for layer in encoder.encoder.layers:
-            layer.register_forward_post_hook(lambda *call: self.states.append(call[-1]))
+        self.model, self.states, self.wanted = model, [], False
+        encoder = modeling.encoder_of(getattr(model, "model", model))
+        for layer in (encoder.embeddings, *encoder.encoder.layers):
+            layer.register_forward_post_hook(self.keep)
 
-    def take(self):
-        states, self.states = self.states, []
-        return states
+    def keep(self, layer, inputs, output):
+        if self.wanted:  # evaluation runs the same model, and would pile up the states of all of dev
+            self.states.append(output)
+
+    def run(self, inputs):
+        """(logits, list of hidden states, float [batch, tokens, hidden] each)."""
+        self.states, self.wanted = [], True
+        logits = self.model(*inputs)
+        self.wanted = False
+        return logits, self.states
 
 
 def distillation_loss(student_states, teacher_states, student_logits, teacher_logits, lambda_logit=1.0, lambda_rep=0.1):

@@ -9,6 +9,7 @@ with FP32's on less than --min_agreement of dev is not written. Variants that ar
 """
 
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -132,7 +133,7 @@ def quantize(prefix, features, pad_id, algorithm, directory, model_filename, par
 
 def main(argv=None):
     args = parse_args(argv)
-    device = utils.set_device(args.device)
+    device = args.device = utils.set_device(args.device)
     if min(args.calib_samples) < 1:
         raise utils.UserError(f"--calib_samples {min(args.calib_samples)}: must be above 0")
     record = records.read_record(args.input_dir, "an exported model")
@@ -142,7 +143,7 @@ def main(argv=None):
         if given not in (None, os.path.basename(prefix) + found):
             raise utils.UserError(f"{given}: {args.input_dir} holds {os.path.basename(prefix)}{found}")
     args.output_dir = args.output_dir or default_output_dir(record)
-    args.max_seq_length = args.max_seq_length or record["arguments"]["max_seq_length"]
+    args.max_seq_length = records.sequence_length(args, record)
     if os.path.splitext(args.save_model_filename)[0] != os.path.splitext(args.save_params_filename)[0]:
         raise utils.UserError("--save_model_filename and --save_params_filename: must be alike but for their endings")
 
@@ -150,6 +151,16 @@ def main(argv=None):
     task = data.Task(record["task"], tuple(record["labels"]))
     calibration = data.read_split(task, args.calib_split, args.data_dir, args.max_train_samples)
     dev = data.read_split(task, "dev", args.data_dir, args.max_eval_samples)
+    if max(args.calib_samples) > len(calibration.examples):
+        raise utils.UserError(
+            f"--calib_samples {max(args.calib_samples)}: only {len(calibration.examples)} {args.calib_split} records"
+        )
+    splits = {args.calib_split: calibration.describe(), "dev": dev.describe()}
+    notes = record["notes"] + [
+        f"quantizing: partial {n} data: {d['partial']}" for n, d in splits.items() if d["partial"]
+    ]
+    parent = modeling.parent_of(args.input_dir, {"weights": record["export"]["weights"]})
+    now = records.identity(records.describe_arguments(args), parent, splits)
     features = data.convert(dev.examples, tokenizer, args.max_seq_length)
     labels = np.array([f.label for f in features])
     order = np.random.default_rng(args.seed).permutation(len(calibration.examples))
@@ -167,7 +178,7 @@ def main(argv=None):
         for samples in args.calib_samples:
             name, started = f"{algorithm}{samples}", time.time()
             target = os.path.join(args.output_dir, name)
-            if not records.finished(target, args, args.overwrite):
+            if not records.finished(target, now, args.overwrite):
                 chosen = [calibration.examples[i] for i in order[:samples]]
                 with tempfile.TemporaryDirectory() as scratch:
                     quantize(
@@ -179,6 +190,7 @@ def main(argv=None):
                         args.save_model_filename,
                         args.save_params_filename,
                     )
+                    modeling.forget_call_stacks(os.path.join(scratch, args.save_model_filename))
                     quantized = os.path.join(scratch, os.path.splitext(args.save_model_filename)[0])
                     logits = engine.open_engine(quantized, features, device, "int8", use_trt=device != "cpu").predict(
                         features, pad_id=tokenizer.pad_id
@@ -192,38 +204,23 @@ def main(argv=None):
                     if metrics["agreement"] < args.min_agreement:
                         refused.append(name)
                         print(f"| {name} | {metrics['accuracy']:.4f} | {metrics['agreement']:.4f} | not written |")
+                        shutil.rmtree(target, ignore_errors=True)  # with --overwrite: what is replaced, by nothing
                         continue
                     with utils.whole_directory(target) as directory:
                         utils.copy_files(scratch, directory)
-                        hashes = records.hash_files(directory, sorted(os.listdir(directory)))
+                        files = [args.save_model_filename, args.save_params_filename]
+                        hashes = records.hash_files(directory, files)
                         tokenizer.save(directory)
+                        variant = {"algorithm": algorithm, "calib_samples": samples, "calib_split": args.calib_split,
+                                   "device": device, "int8_operators": sorted(engine.INT8_OPERATORS)}  # fmt: skip
+                        common = {key: record[key] for key in ("task", "labels", "params", "flops", "model")}
                         records.write_record(
                             directory,
                             records.make_record(
-                                "quantize",
-                                args,
-                                started,
-                                metrics=metrics,
-                                weights=hashes,
-                                data={
-                                    args.calib_split: {
-                                        **calibration.describe(),
-                                        "used": f"{samples} samples to calibrate",
-                                    },
-                                    "dev": dev.describe(),
-                                }
-                                if args.calib_split == "train"
-                                else {"dev": dev.describe()},
-                                parent=modeling.parent_of(args.input_dir, {"weights": record["export"]["weights"]}),
-                                variant={
-                                    "algorithm": algorithm,
-                                    "calib_samples": samples,
-                                    "device": device,
-                                    "int8_operators": sorted(engine.INT8_OPERATORS),
-                                },
-                                **{key: record[key] for key in ("task", "labels", "params", "flops", "model", "notes")},
+                                "quantize", args, started, metrics=metrics, weights=hashes, data=splits, parent=parent,
+                                notes=list(dict.fromkeys(notes)), variant=variant, **common,
                             ),
-                        )
+                        )  # fmt: skip
             rows[name] = records.read_record(target)["metrics"]
             print(
                 f"| {name} | {rows[name]['accuracy']:.4f} | {rows[name]['agreement']:.4f} | "

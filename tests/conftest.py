@@ -7,7 +7,10 @@ import subprocess
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, *(os.path.join(ROOT, d) for d in ("finetuning", "pruning", "quantization", "deploy/python", "general_distill"))]
+sys.path[:0] = [
+    ROOT,
+    *(os.path.join(ROOT, d) for d in ("finetuning", "pruning", "quantization", "deploy/python", "general_distill")),
+]
 
 import compat  # noqa: E402, F401  before Paddle
 

@@ -34,7 +34,9 @@ def numpy_loss(teacher_qkv, student_qkv, lengths, heads, alpha, beta):
                               "sample": [(c, i, a) for c, m in enumerate(lengths) if i < m]}  # fmt: skip
                     for term, places in others.items():
                         p, q = (
-                            softmax(np.array([x[b][i][a] @ x[k][j][c] for k, j, c in places]) / np.sqrt(len(x[b][i][a])))
+                            softmax(
+                                np.array([x[b][i][a] @ x[k][j][c] for k, j, c in places]) / np.sqrt(len(x[b][i][a]))
+                            )
                             for x in split
                         )
                         sums[term] += (p * np.log(p / q)).sum()
@@ -49,7 +51,12 @@ def test_loss_against_numpy(alpha, beta, heads):
     teacher, student = (rng.normal(size=(3, 4, 7, hidden)).astype("float32") for hidden in (48, 24))
     mask = np.array([[float(i < n) for i in range(7)] for n in lengths], "float32")
     total, rows = relations.relation_loss(
-        [paddle.to_tensor(x) for x in teacher], [paddle.to_tensor(x) for x in student], paddle.to_tensor(mask), heads, alpha, beta
+        [paddle.to_tensor(x) for x in teacher],
+        [paddle.to_tensor(x) for x in student],
+        paddle.to_tensor(mask),
+        heads,
+        alpha,
+        beta,
     )
     assert rows == heads * sum(lengths)
     assert float(total) / rows == pytest.approx(numpy_loss(teacher, student, lengths, heads, alpha, beta), abs=1e-5)
@@ -141,7 +148,12 @@ def test_the_student_learns_the_relations(distilled):
 def test_a_later_stage_takes_the_student(distilled, workspace):
     from argparse import Namespace
 
-    args = Namespace(model_type="ppminilm", model_name_or_path=str(distilled / "model_30"), init_config=None, use_faster_tokenizer=True)
+    args = Namespace(
+        model_type="ppminilm",
+        model_name_or_path=str(distilled / "model_30"),
+        init_config=None,
+        use_faster_tokenizer=True,
+    )
     model, _, provenance = modeling.load(args, 4)
     found = model.ppminilm.encoder.layers[1].linear1.weight.numpy()
     assert np.array_equal(found, weights(distilled / "model_30")["encoder.layers.1.linear1.weight"])
@@ -168,7 +180,17 @@ def test_distillation_survives_kill(distillation, distilled):
 def test_two_processes_equal_one_that_accumulates(distillation, tmp_path):
     """No dropout; a step small enough that Adam does not magnify the last bit of gradients that are nearly zero."""
     root, arguments = distillation
-    arguments = [*arguments, "--learning_rate", "5e-4", "--adam_epsilon", "1e-6", "--max_steps", "12", "--logging_steps", "1"]
+    arguments = [
+        *arguments,
+        "--learning_rate",
+        "5e-4",
+        "--adam_epsilon",
+        "1e-6",
+        "--max_steps",
+        "12",
+        "--logging_steps",
+        "1",
+    ]
     one = start([*arguments, "--output_dir", tmp_path / "one", "--gradient_accumulation_steps", "2"])
     assert one.wait() == 0, one.stdout.read().decode()
     two = start([*arguments, "--output_dir", tmp_path / "two"], "-m", "paddle.distributed.launch", "--nproc_per_node", "2",
@@ -186,7 +208,9 @@ def test_two_processes_equal_one_that_accumulates(distillation, tmp_path):
 def test_an_epoch_sees_each_line_once(distillation):
     root, _ = distillation
     corpus = Corpus(str(root / "corpus"), 1)
-    lines = sorted(line for n in range(3) for line in (root / f"corpus/{n}.txt").read_text(encoding="utf-8").split("\n\n"))
+    lines = sorted(
+        line for n in range(3) for line in (root / f"corpus/{n}.txt").read_text(encoding="utf-8").split("\n\n")
+    )
     epochs = [list(corpus.sentences(epoch)) for epoch in (0, 1)]
     assert [sorted(e) for e in epochs] == [lines, lines] and epochs[0] != epochs[1]
     stream = corpus.batches(7)
@@ -203,13 +227,17 @@ def test_an_epoch_sees_each_line_once(distillation):
 def test_what_does_not_fit_is_refused(distillation, tmp_path, changed, message):
     _, arguments = distillation
     with pytest.raises(utils.UserError, match=message):
-        load_script("general_distill", "general_distill").main([*map(str, arguments), "--output_dir", str(tmp_path / "o"), *changed])
+        load_script("general_distill", "general_distill").main(
+            [*map(str, arguments), "--output_dir", str(tmp_path / "o"), *changed]
+        )
     assert not (tmp_path / "o.unfinished").exists()
 
 
 def test_another_vocabulary_is_refused(distillation, tmp_path):
     root, arguments = distillation
-    (tmp_path / "vocab.txt").write_text((root / "teacher/vocab.txt").read_text(encoding="utf-8") + "more\n", encoding="utf-8")
+    (tmp_path / "vocab.txt").write_text(
+        (root / "teacher/vocab.txt").read_text(encoding="utf-8") + "more\n", encoding="utf-8"
+    )
     with pytest.raises(utils.UserError, match="vocabulary .* is not the teacher's"):
         load_script("general_distill", "general_distill").main(
             [*map(str, arguments), "--output_dir", str(tmp_path / "o"), "--vocab_file", str(tmp_path / "vocab.txt")])  # fmt: skip

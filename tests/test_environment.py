@@ -91,8 +91,9 @@ def test_makes_repairs_and_rests(checkout):
 
 def test_failing_shim_is_skipped_and_the_newest_wins(checkout, tmp_path):
     bin = tmp_path / "bin"
-    interpreter(bin, "python3.12", "echo 'shim: no such version' >&2; exit 127")
-    interpreter(bin, "python3.10", f"exec {BASE} -c \"import sys; print('1 /nonexistent/old')\"")
+    shim = "python3.12" if os.path.basename(BASE) != "python3.12" else "python3.11"
+    interpreter(bin, shim, "echo 'shim: no such version' >&2; exit 127")
+    interpreter(bin, "python3.10", "echo usable 1 /nonexistent/old")  # an older one, which must not win
     interpreter(bin, os.path.basename(BASE), f'exec {BASE} "$@"')
     done = setup(checkout, path=f"{bin}:/usr/bin:/bin")
     assert done.returncode == 0 and (checkout / ".venv/installed").exists(), done.stderr

@@ -81,9 +81,16 @@ MISTAKES = [
     (
         "export_pruned",
         "--task_name topics --model_name_or_path {t} --sub_model_output_dir out --static_sub_model out/float",
-        "stage finetune; name a best_model",
+        "written by stage finetune, a model of stage prune is needed",
     ),
     ("quantize", "--task_name topics --input_dir /no/model", "no such directory"),
+    ("infer", "--model_path {t}/inference --max_seq_length 200", "--max_seq_length 200: must be from 4 to 128"),
+    ("export", "--task_name topics --model_path {t} --max_seq_length 3", "--max_seq_length 3: must be from 4 to 128"),
+    (
+        "finetune",
+        "--task_name topics --data_dir {w}/data --model_type bert --model_name_or_path {t} --output_dir out",
+        "holds a model of type ppminilm",
+    ),
     (
         "quantize",
         "--task_name topics --input_dir {t} --calib_samples 0 --output_dir out",

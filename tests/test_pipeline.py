@@ -75,7 +75,7 @@ def test_pruned_widths_are_exported_and_accurate(tuned, pruned):
 def test_sub_model_loads_again_and_equals_the_supernet(workspace, pruned, width):
     features = topics_features(workspace)
     sub_model, tokenizer, _ = dynabert.load_sub_model(str(pruned / width / f"sub/model_width_{float(width):.5f}"))
-    best, _, _ = modeling.load_finished(str(pruned / width / "best_model"))
+    best, _, _ = modeling.load_finished(str(pruned / width / "best_model"), stage="prune")
     supernet = dynabert.make_supernet(best, [float(width)])
     dynabert.set_width(supernet, float(width))
     expected = modeling.predict(supernet, features)
@@ -109,7 +109,7 @@ def test_quantized_variants_hold_the_accuracy(workspace, pruned, quantized):
         found = record(quantized / name)
         assert found["metrics"]["agreement"] > 0.97
         assert found["metrics"]["accuracy"] > fp32["metrics"]["accuracy"] - 0.02
-        assert found["data"]["train"]["used"] == f"{name[-1]} samples to calibrate"
+        assert found["variant"]["calib_samples"] == int(name[-1]) and found["variant"]["calib_split"] == "train"
         assert name in (workspace / "quant.log").read_text()
 
 
@@ -130,7 +130,8 @@ def test_infer_all_prints_one_table(workspace, quantized):
 
 
 def test_quant_all_and_export_all_find_everything(workspace, pruned, quantized):
-    assert "already" not in sh("pruning/export_all.sh", "pruned_models", "--data_dir", "data", cwd=workspace).stdout
+    out = sh("pruning/export_all.sh", "pruned_models", "--data_dir", "data", cwd=workspace).stdout
+    assert "width 0.5 exported" in out and "width 0.75 exported" in out and "32 dev records" in out
     out = sh(
         "quantization/quant_all.sh",
         "--data_dir",

@@ -131,8 +131,6 @@ def test_importance_ignores_mode_and_old_gradients(model, features):
     expected = dynabert.importance(model, data.batches(features, 8))
     model.train()
     model(paddle.to_tensor(data.collate(features, [0]).input_ids)).sum().backward()
-    for p in model.parameters():
-        p.clear_gradient()
     found = dynabert.importance(model, data.batches(features, 8))
     assert all(np.allclose(a, b, rtol=1e-5) for a, b in zip(expected, found))
     halves = [dynabert.importance(model, data.batches(part, 8)) for part in (features[:8], features[8:])]
@@ -164,3 +162,25 @@ def test_widths_without_whole_neurons_are_refused():
     with pytest.raises(utils.UserError, match="these do: 0.5, 1$"):
         dynabert.check_width(0.25, 4, 6)
     assert dynabert.check_width(0.6667, 12, 3072) == 8
+
+
+@pytest.mark.parametrize("model_type, name, width, params, flops", [
+    ("ppminilm", "ppminilm-6l-768h", 1.0, 59.75, 5.44), ("ppminilm", "ppminilm-6l-768h", 0.75, 49.13, 4.08),
+    ("bert", "bert-base-chinese", 1.0, 102.28, 10.87),
+])  # fmt: skip
+def test_published_sizes(model_type, name, width, params, flops):
+    """Millions of parameters with TNEWS's 15 labels, and billions of multiply-adds at 128 tokens."""
+    cls = modeling.model_class(model_type)
+    architecture = {**modeling.ARCHITECTURE, **cls.pretrained_init_configuration[name]}
+    found = modeling.count(dynabert.build_sub_model(model_type, architecture, width, 15))
+    assert (round(found[0] / 1e6, 2), round(found[1] / 1e9, 2)) == (params, flops)
+
+
+def test_ernie_keeps_its_task_embeddings():
+    cls = modeling.model_class("ernie")
+    config = dict(vocab_size=50, hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=3,
+                  max_position_embeddings=16, pad_token_id=0, use_task_id=True, task_type_vocab_size=5)  # fmt: skip
+    model = cls(cls.config_class(**config))
+    sub_model = dynabert.build_sub_model("ernie", modeling.architecture_of(model), 1.0, 3)
+    assert sorted(sub_model.state_dict()) == sorted(model.state_dict())
+    assert sub_model.ernie.embeddings.task_type_embeddings.weight.shape == [5, 12]

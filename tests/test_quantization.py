@@ -4,6 +4,7 @@ import os
 import shutil
 
 import numpy as np
+import paddle
 import pytest
 from conftest import load_script, record
 
@@ -39,6 +40,17 @@ def test_int8_engine_is_really_int8(pruned, quantized, dev):
     int8 = engine.Engine(str(quantized / "mse8/int8"), precision="int8").predict(dev)
     assert 1e-3 < np.abs(int8 - fp32).max()
     assert (int8.argmax(1) == fp32.argmax(1)).mean() > 0.97
+    simulated = paddle.inference.Config(
+        *(str(quantized / f"mse8/int8{suffix}") for suffix in (".pdmodel", ".pdiparams"))
+    )
+    simulated.disable_glog_info()
+    simulator = paddle.inference.create_predictor(simulated)
+    batch = data.collate(dev, range(8))
+    for name, array in zip(simulator.get_input_names(), (batch.input_ids, batch.token_type_ids)):
+        simulator.get_input_handle(name).copy_from_cpu(array)
+    simulator.run()
+    found = simulator.get_output_handle(simulator.get_output_names()[0]).copy_to_cpu()
+    assert np.abs(found - int8[:8]).max() > 1e-5  # the same file without INT8 gives other numbers
     if "avx512f" in records.describe_machine()["flags"]:
         assert 1e-4 < np.abs(bf16 - fp32).max()
     assert (bf16.argmax(1) == fp32.argmax(1)).mean() > 0.97
@@ -128,7 +140,6 @@ def test_precisions_are_checked(tuned, quantized):
         (fp32, "cpu", "int8", "not a quantized model"),
         (fp32, "cpu", "fp16", "is for a GPU"),
         (fp32, "gpu", "bf16", "on a GPU use fp16"),
-        (int8, "gpu", "int8", "add --use_trt"),
     ):
         with pytest.raises(utils.UserError, match=message):
             engine.check_precision(prefix, device, precision)
@@ -170,3 +181,22 @@ def test_infer_on_own_texts(workspace, quantized, tmp_path, capsys):
     ):
         with pytest.raises(utils.UserError, match=message):
             infer.main(["--model_path", str(quantized / "mse4/int8"), "--int8", *arguments])
+
+
+def test_graphs_name_no_source_files(tuned, pruned, quantized):
+    """Paddle writes into every operator where in the source it was made; what is left runs the same."""
+    for path in (
+        tuned / "inference.pdmodel",
+        pruned / "0.75/sub_static/float.pdmodel",
+        quantized / "mse4/int8.pdmodel",
+    ):
+        graph = path.read_bytes()
+        assert b"op_callstack" not in graph and b"site-packages" not in graph and b".py" not in graph
+
+
+@pytest.mark.parametrize("device, precision, asked, expected", [
+    ("cpu", "int8", True, False), ("gpu", "int8", False, True), ("gpu", "fp16", False, True), ("gpu:1", "fp32", False, False),
+    ("gpu", "fp32", True, True),
+])  # fmt: skip
+def test_tensorrt_is_used_where_only_it_can(device, precision, asked, expected):
+    assert engine.needs_trt(device, precision, asked) == expected

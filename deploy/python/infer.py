@@ -89,7 +89,7 @@ def parse_args(argv=None):
     if args.int8 and args.precision not in (None, "int8"):
         parser.error(f"--int8 and --precision {args.precision} contradict each other")
     args.precision = "int8" if args.int8 else args.precision or "fp32"
-    utils.check_positive(args, "threads", "batch_size", "max_eval_samples", "max_seq_length")
+    utils.check_positive(args, "threads", "batch_size", "max_eval_samples")
     return args
 
 
@@ -124,12 +124,14 @@ def read_texts(args, task_name, pairs):
     return [data.Example(text, pair, None, number) for number, (text, pair) in enumerate(rows, 1)]
 
 
-def classify(args, predictor, tokenizer, record, length):
+def classify(args, prefix, device, tokenizer, record, length):
     """Prints one JSON line per text of the user: label and probabilities."""
     examples = read_texts(args, record["task"], record["data"]["dev"].get("pairs"))
-    logits = predictor.predict(data.convert(examples, tokenizer, length), args.batch_size, tokenizer.pad_id).astype(
-        "float64"
+    features = data.convert(examples, tokenizer, length)
+    predictor = engine.open_engine(
+        prefix, features, device, args.precision, args.threads, args.use_trt, args.batch_size, tokenizer.pad_id
     )
+    logits = predictor.predict(features, args.batch_size, tokenizer.pad_id).astype("float64")
     exponentials = np.exp(logits - logits.max(-1, keepdims=True))
     for example, row in zip(examples, exponentials / exponentials.sum(-1, keepdims=True)):
         answer = {
@@ -166,7 +168,7 @@ def main(argv=None):
         print("--use_trt: no GPU here, oneDNN is used instead", file=sys.stderr)
     args.model_path = [engine.find_prefix(path) for path in args.model_path]
     for prefix in args.model_path:
-        engine.check_precision(prefix, device, args.precision, args.use_trt)
+        engine.check_precision(prefix, device, args.precision)
     if engine.preflight(args.precision) and device == "cpu":
         print(engine.preflight(args.precision), file=sys.stderr)
 
@@ -176,10 +178,9 @@ def main(argv=None):
         if args.task_name:
             records.check_task(record, args.task_name, prefix)
         tokenizer = tokenization.load_tokenizer(os.path.dirname(os.path.abspath(prefix)), args.use_faster_tokenizer)
-        length = args.max_seq_length or record["arguments"]["max_seq_length"]
+        length = records.sequence_length(args, record)
         if args.text or args.input_file:
-            predictor = engine.Engine(prefix, device, args.precision, args.threads)
-            classify(args, predictor, tokenizer, record, length)
+            classify(args, prefix, device, tokenizer, record, length)
             continue
         if examples is None:
             task = data.Task(record["task"], tuple(record["labels"]))
