@@ -41,7 +41,7 @@ def test_both_readmes_show_the_same():
 
 @pytest.mark.parametrize(
     "directory, words",
-    commands("README_en.md"),
+    commands("README_en.md") + commands("general_distill/README.md"),
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else value,
 )
 def test_commands_are_accepted(directory, words):
@@ -64,6 +64,7 @@ def test_commands_are_accepted(directory, words):
         ("pruning/export.sh", 2),
         ("quantization/quant.sh", 2),
         ("run_all.sh", 7),
+        ("general_distill/run.sh", 2),
     ],
 )
 def test_launchers_show_their_usage(launcher, count, tmp_path):

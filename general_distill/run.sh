@@ -1,0 +1,17 @@
+#!/bin/sh
+# The published general distillation: RoBERTa-wwm-ext-large (layer 20 of 24) into a student of 6 layers, 400,000 steps of 512
+# sentences. Writes pretrain/model_STEP. What follows the two arguments goes to general_distill.py and wins over what is
+# set here; on several GPUs: NPROC=8 sh run.sh ... (--batch_size is per process).
+set -e
+. "$(dirname -- "$0")/../launcher.sh"
+usage 2 $# "sh run.sh INPUT_DIR STUDENT [more arguments of general_distill.py], e.g. sh run.sh corpus ppminilm-6l-768h"
+input=$1 student=$2
+shift 2
+launch=
+[ "${NPROC:-1}" -eq 1 ] || launch="-m paddle.distributed.launch --nproc_per_node $NPROC"
+
+"$PYTHON" -u $launch "$here/general_distill.py" --input_dir "$input" --output_dir pretrain \
+    --student_model_name_or_path "$student" --teacher_model_type roberta \
+    --teacher_model_name_or_path roberta-wwm-ext-large --teacher_layer_index 19 --student_layer_index 5 \
+    --num_relation_heads 64 --alpha 0 --beta 1 --max_seq_length 128 --batch_size "$((512 / ${NPROC:-1}))" \
+    --learning_rate 6e-4 --weight_decay 0.01 --warmup_proportion 0.01 --max_steps 400000 $device_args "$@"
