@@ -1,8 +1,8 @@
 """The seven CLUE classification tasks, and tasks of the user's own: reading, features, batches, accuracy.
 
-A task's files are ``train.json``, ``dev.json`` and, if there is one, ``test.json`` with one JSON object a line. They are
-looked for in ``--data_dir`` or ``$CLUE_DATA_DIR`` (as ``<task>_public/`` or ``<task>/``; a ``--data_dir`` may be the
-task's directory itself); with neither given, PaddleNLP downloads the CLUE task to ``~/.paddlenlp/datasets/Clue/``.
+A task's files are ``train.json``, ``dev.json`` and, if there is one, ``test.json`` with one JSON object a line. They
+are looked for in ``--data_dir`` or ``$CLUE_DATA_DIR`` (as ``<task>_public/`` or ``<task>/``; a ``--data_dir`` may be
+the task's directory itself); with neither given, PaddleNLP downloads the CLUE task to ``~/.paddlenlp/datasets/Clue/``.
 """
 
 import hashlib

@@ -62,7 +62,7 @@ def check_precision(prefix, device, precision):
 
 
 def preflight(precision):
-    """What this CPU has for ``precision`` and what to expect without it: one line, or None if there is nothing to say."""
+    """What this CPU has for ``precision`` and what to expect without it: one line, or None if all is said."""
     flags = records.describe_machine()["flags"]
     if precision == "int8":
         if "amx_int8" in flags or "avx512_vnni" in flags or "avx_vnni" in flags:

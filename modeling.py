@@ -266,7 +266,7 @@ def export_static(model, prefix):
 
 
 def forget_call_stacks(path):
-    """Removes from a .pdmodel where each operator was made in the source: paths of this machine, a third of the file."""
+    """Removes from a .pdmodel where each operator was made in the source: these are paths of this machine."""
     from paddle.base.proto import framework_pb2
 
     program = framework_pb2.ProgramDesc()
@@ -284,7 +284,7 @@ def forget_call_stacks(path):
 def parity_features(args, record, tokenizer, max_seq_length):
     """Inputs to compare a model before and after a hand-off: (features, what they are).
 
-    32 dev records if they lie on this machine, else 32 sequences of random tokens: an export should not start a download.
+    32 dev records if they lie on this machine, else 32 sequences of random tokens: an export starts no download.
     """
     try:
         directory = data.find_data_dir(record["task"], args.data_dir)

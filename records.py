@@ -180,7 +180,7 @@ def finished(directory, now, force=False):
 
 
 def check_replaceable(directory, stage, inside=()):
-    """Raises: UserError unless ``directory`` is absent, empty, or a result of ``stage``, and none of ``inside`` lies in it."""
+    """Raises: UserError unless ``directory`` is absent, empty or a result of ``stage``, without ``inside`` in it."""
     for path in (os.getcwd(), *inside):
         if os.path.commonpath([os.path.abspath(directory), os.path.abspath(path)]) == os.path.abspath(directory):
             raise UserError(f"{directory}: cannot be the output, {path} lies in it")

@@ -68,7 +68,7 @@ def descendants(root, records):
 
 
 def row_of(record):
-    """(what, accuracy, agreement, params, FLOPs, MB) of a record as table cells, or None if it has no row of its own."""
+    """(what, accuracy, agreement, params, FLOPs, MB) of a record as table cells, or None if it has no row."""
     stage, metrics, width = record["stage"], record["metrics"], record["model"]["width_mult"]
     size, agreement = (record.get("export") or {}).get("bytes"), ""
     if stage == "finetune":

@@ -246,7 +246,7 @@ def save_training_state(unfinished, step, model, optimizer, best, state):
 
 
 def load_training_state(unfinished, model, optimizer, schedule):
-    """Restores the newest state into model, optimizer and schedule. Returns: its ``state``, or None if there is none."""
+    """Restores the newest state into model, optimizer and schedule. Returns: its ``state`` or None."""
     directory = unfinished.newest_state()
     if directory is None:
         return None

@@ -67,7 +67,7 @@ def evaluate_only(args):
 
 
 def train(args, model, train_features, dev_features, unfinished, pad_id):
-    """Trains and keeps the best checkpoint. Returns: the final state, whose ``best`` names its directory and metrics."""
+    """Trains and keeps the best checkpoint. Returns: the final state; its ``best`` names directory and metrics."""
     steps = training.total_steps(args, len(train_features))
     optimizer, schedule = training.make_optimizer(model, args, steps)
     state = training.load_training_state(unfinished, model, optimizer, schedule)

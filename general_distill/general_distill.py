@@ -57,8 +57,8 @@ def parse_args(argv=None):
     training.add_training_arguments(optimization)
     optimization.set_defaults(learning_rate=6e-4, batch_size=512, warmup_proportion=0.01, save_steps=20000, seed=42)
     optimization.add_argument(
-        "--gradient_accumulation_steps", type=int, default=1, help="micro-batches of --batch_size per step and process; "
-        "16 with --batch_size 32 is the published 512 on a small machine (sample relations stay within a micro-batch)",
+        "--gradient_accumulation_steps", type=int, default=1, help="micro-batches of --batch_size per step and "
+        "process; 16 with --batch_size 32 is the published 512 (sample relations stay within a micro-batch)",
     )  # fmt: skip
     optimization.add_argument(
         "--use_amp", nargs="?", const=True, default=False, type=utils.boolean, help="FP16 on a GPU"
@@ -76,8 +76,8 @@ def load_pair(args):
     common = {"use_faster_tokenizer": args.use_faster_tokenizer}
     student, tokenizer, provenance = modeling.load(
         argparse.Namespace(
-            model_type=args.model_type, model_name_or_path=args.student_model_name_or_path, init_config=args.init_config,
-            vocab_file=args.vocab_file, **common,
+            model_type=args.model_type, model_name_or_path=args.student_model_name_or_path,
+            init_config=args.init_config, vocab_file=args.vocab_file, **common,
         ), 2, "Model",
     )  # fmt: skip
     teacher, teacher_tokenizer, teacher_provenance = modeling.load(
@@ -126,8 +126,10 @@ def save_model(args, step, student, tokenizer, provenance, params, flops, descri
         records.write_record(
             directory,
             records.make_record(
-                "distill", args, time.time() - state["seconds"], task="general", labels=[], data=described, params=params, flops=flops,
-                weights=records.hash_files(directory, [modeling.WEIGHTS]), metrics={"step": step, "loss": state["losses"][-1][1]},
+                "distill", args, time.time() - state["seconds"], task="general", labels=[], data=described,
+                params=params, flops=flops,
+                weights=records.hash_files(directory, [modeling.WEIGHTS]),
+                metrics={"step": step, "loss": state["losses"][-1][1]},
                 losses=state["losses"], **provenance,
             ),
         )  # fmt: skip

@@ -1,12 +1,12 @@
 """Multi-head self-attention relation distillation (MiniLMv2, arXiv 2012.15828), with PP-MiniLM's sample relations.
 
-Queries, keys and values of one layer of teacher and student are regrouped into the same number of relation heads, whatever
-heads either model has. With X one of the three, d its width per relation head, a relation is R = softmax(X X^T / sqrt(d)),
-over three pairings:
+Queries, keys and values of one layer of teacher and student are regrouped into the same number of relation heads,
+whatever heads either model has. With X one of the three, d its width per relation head, a relation is
+R = softmax(X X^T / sqrt(d)), over three pairings:
 
     token-token    X as [batch, heads, tokens, d]: how each token attends to the tokens of its sequence
     head-head      X as [batch, tokens, heads, d]: how the relation heads of one token relate
-    sample-sample  X as [tokens, heads, batch, d]: how one position of one sample relates to the others of the micro-batch
+    sample-sample  X as [tokens, heads, batch, d]: how one position relates across the samples of the micro-batch
 
 The loss of a term is KL(teacher || student), summed over the rows of R; the number of valid rows (relation heads x
 valid tokens of the batch, for each term) divides it. Padding is masked in rows and in columns.

@@ -4,9 +4,9 @@ Reads <width>/best_model that prune.py wrote; writes <sub>/model_width_0.75000/ 
 supernet.load_sub_model loads again) and the static graph <static_sub_model>.{pdmodel,pdiparams,pdiparams.info}, each
 directory with the tokenizer and a stage.json. Both are compared with the supernet at that width first.
 
-    python export_model.py --task_name CLUEWSC2020 --model_name_or_path pruned_models/CLUEWSC2020/0.75/best_model \\
-        --sub_model_output_dir pruned_models/CLUEWSC2020/0.75/sub --static_sub_model pruned_models/CLUEWSC2020/0.75/sub_static/float \\
-        --width_mult 0.75
+    W=pruned_models/CLUEWSC2020/0.75
+    python export_model.py --task_name CLUEWSC2020 --model_name_or_path $W/best_model --width_mult 0.75 \\
+        --sub_model_output_dir $W/sub --static_sub_model $W/sub_static/float
 """
 
 import os

@@ -4,8 +4,9 @@ Reads a directory that finetuning/run_clue.py wrote and the task's data; ranks h
 trains every width of --width_mult_list in one supernet, and keeps each width's best checkpoint: writes
 <output_dir>/<width>/best_model/. Until the end the state is in <output_dir>.unfinished, and the same command goes on.
 
-    python prune.py --task_name CLUEWSC2020 --model_name_or_path ../finetuning/ppminilm-6l-768h/models/CLUEWSC2020/1e-4_32 \\
-        --learning_rate 1e-4 --batch_size 32 --num_train_epochs 50 --width_mult_list 0.75 --output_dir pruned_models/CLUEWSC2020
+    python prune.py --task_name CLUEWSC2020 --output_dir pruned_models/CLUEWSC2020 --width_mult_list 0.75 \\
+        --model_name_or_path ../finetuning/ppminilm-6l-768h/models/CLUEWSC2020/1e-4_32 \\
+        --learning_rate 1e-4 --batch_size 32 --num_train_epochs 50
 """
 
 import os

@@ -1,8 +1,8 @@
 """DynaBERT width pruning on PaddleSlim's OFA: which widths exist, what is important, the supernet, its sub-models.
 
-A width w keeps round(w x heads) attention heads and the same share of FFN neurons in every layer; the hidden size stays.
-Ranking and reordering heads and neurons by importance first means that a narrower model is a prefix of each matrix
-(DynaBERT, arXiv 2004.04037); PaddleSlim's OFA (arXiv 1908.09791) trains several prefixes in one set of weights.
+A width w keeps round(w x heads) attention heads and the same share of FFN neurons in every layer; the hidden size
+stays. Ranking and reordering heads and neurons by importance first means that a narrower model is a prefix of each
+matrix (DynaBERT, arXiv 2004.04037); PaddleSlim's OFA (arXiv 1908.09791) trains several prefixes in one set of weights.
 """
 
 import json
@@ -23,7 +23,7 @@ SUB_CONFIG = "model_config.json"
 
 
 def check_width(width, heads, neurons):
-    """The number of heads that ``width`` keeps. Raises: UserError, with the widths that leave whole heads and neurons."""
+    """The number of heads that ``width`` keeps. Raises: UserError, with the widths that leave whole units."""
     allowed = [k for k in range(1, heads + 1) if neurons * k % heads == 0]
     kept = round(width * heads)
     if kept not in allowed or abs(width * heads - kept) > 1e-3:

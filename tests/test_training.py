@@ -95,7 +95,7 @@ def finetune_command(workspace, output, *more):
         "--output_dir",
         str(output),
         "--max_steps",
-        "240",
+        "100",
         "--save_steps",
         "20",
         "--batch_size",
@@ -167,15 +167,19 @@ def same_result(first, second):
 
 
 def test_fine_tuning_survives_kill(workspace, tmp_path):
+    """Killed twice or once: parameters and optimizer at step 60 are the same bit for bit, and so is the result."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(finetune_command(workspace, whole))
-    for step in (20, 60):
-        run_and_kill_at(finetune_command(workspace, killed), f"{killed}.unfinished", step)
-        assert not killed.exists()
-    out = finish(finetune_command(workspace, killed))
-    assert "going on after step" in out
+    for target, steps in ((whole, [60]), (killed, [20, 60])):
+        for step in steps:
+            run_and_kill_at(finetune_command(workspace, target), f"{target}.unfinished", step)
+            assert not target.exists()
+    for file in ("model.npz", "optimizer.npz"):
+        first, second = (np.load(f"{target}.unfinished/state-60/{file}") for target in (whole, killed))
+        assert sorted(first.files) == sorted(second.files)
+        assert all(np.array_equal(first[name], second[name]) for name in first.files)
+    for target in (whole, killed):
+        assert "going on after step" in finish(finetune_command(workspace, target))
     same_result(whole, killed)
-    assert record(whole)["metrics"]["step"] > 60  # so that the best weights come from after the second kill
     assert not os.path.exists(f"{killed}.unfinished")
     assert "already finished" in finish(finetune_command(workspace, killed))
 
@@ -262,7 +266,11 @@ def test_an_output_that_others_lie_in_is_refused(tuned, tmp_path, monkeypatch):
 
 def test_paths_in_records_name_no_user(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere/alice")
-    assert records.relative("/somewhere/alice/clue") == ".../clue" == records.relative("/home/bob/clue")
+    assert (
+        records.relative("/somewhere/alice/clue")
+        == ".../clue"
+        == records.relative(os.path.join("/home", "bob", "clue"))
+    )
     assert records.relative("/data/sets/clue") == ".../sets/clue"
     assert records.relative(os.path.join(ROOT, "demo", "x")) == "demo/x"
 
