@@ -256,6 +256,14 @@ def read_split(task, split, data_dir=None, max_samples=None):
     return Split(split, path, md5, examples, partial)
 
 
+def read_train_and_dev(task, args):
+    """{"train": Split, "dev": Split} as --data_dir and the sample limits say."""
+    return {
+        "train": read_split(task, "train", args.data_dir, args.max_train_samples),
+        "dev": read_split(task, "dev", args.data_dir, args.max_eval_samples),
+    }
+
+
 def convert(examples, tokenizer, max_seq_length):
     """Examples to a list of Feature, all at once: tokenizing in the training loop would repeat it every epoch."""
     pairs = [e.text_pair for e in examples] if examples and examples[0].text_pair is not None else None

@@ -15,6 +15,7 @@ import paddle
 import data
 import records
 import tokenization
+import utils
 from utils import UserError
 
 MODEL_TYPES = {"ppminilm": "PPMiniLM", "bert": "Bert", "ernie": "Ernie", "roberta": "Roberta"}
@@ -72,6 +73,14 @@ def add_model_arguments(group, required=True):
         "can be downloaded (recorded in stage.json)",
     )
     group.add_argument("--vocab_file", help="vocabulary for --init_config, one token a line")
+
+
+def add_export_arguments(group):
+    group.add_argument("--model_type", choices=sorted(MODEL_TYPES), help="checked against stage.json if given")
+    group.add_argument("--parity_tolerance", type=float, default=1e-4, help="largest difference of a logit allowed")
+    group.add_argument("--device", help="gpu or cpu (default: gpu if Paddle has one)")
+    utils.add_data_arguments(group)
+    utils.add_tokenizer_arguments(group)
 
 
 def is_model_directory(path):

@@ -122,10 +122,12 @@ def read_record(directory, what="a stage's output"):
         raise UserError(f"{path}: not JSON ({error})") from error
 
 
-def check_task(record, task_name, where):
-    """Raises: UserError if the record is of another task."""
+def check_task(record, task_name, where, model_type=None):
+    """Raises: UserError if the record is of another task, or of another model type than one that was given."""
     if record["task"].lower() != task_name.lower():
         raise UserError(f"--task_name {task_name}: {where} is a model of {record['task']}")
+    if model_type not in (None, record["model"]["model_type"]):
+        raise UserError(f"--model_type {model_type}: {where} is of type {record['model']['model_type']}")
 
 
 def check_weights(directory, weights):

@@ -25,17 +25,7 @@ def parse_args(argv=None):
     main = parser.add_argument_group("what to export")
     main.add_argument("--task_name", required=True, help="the task it was fine-tuned on")
     main.add_argument("--model_path", required=True, help="directory that run_clue.py wrote")
-    main.add_argument("--model_type", choices=sorted(modeling.MODEL_TYPES), help="checked against stage.json if given")
-    other = parser.add_argument_group("other")
-    other.add_argument(
-        "--parity_tolerance",
-        type=float,
-        default=1e-4,
-        help="largest difference of a logit between the exported graph and the dynamic model",
-    )
-    other.add_argument("--device", help="gpu or cpu (default: gpu if Paddle has one)")
-    utils.add_data_arguments(other)
-    utils.add_tokenizer_arguments(other)
+    modeling.add_export_arguments(parser.add_argument_group("other"))
     return parser.parse_args(argv)
 
 
@@ -44,9 +34,7 @@ def main(argv=None):
     utils.set_device(args.device)
     started = time.time()
     model, tokenizer, record = modeling.load_finished(args.model_path, args.use_faster_tokenizer)
-    records.check_task(record, args.task_name, args.model_path)
-    if args.model_type not in (None, record["model"]["model_type"]):
-        raise utils.UserError(f"--model_type {args.model_type}: the model is {record['model']['model_type']}")
+    records.check_task(record, args.task_name, args.model_path, args.model_type)
     length = records.sequence_length(args, record)
     features, inputs = modeling.parity_features(args, record, tokenizer, length)
     with tempfile.TemporaryDirectory(dir=args.model_path, prefix=".export-") as directory:

@@ -128,10 +128,7 @@ def main(argv=None):
     args.max_seq_length = args.max_seq_length or 128
     utils.set_seed(args.seed)
     task = data.get_task(args.task_name, args.data_dir)
-    read = {
-        "train": data.read_split(task, "train", args.data_dir, args.max_train_samples),
-        "dev": data.read_split(task, "dev", args.data_dir, args.max_eval_samples),
-    }
+    read = data.read_train_and_dev(task, args)
     splits = {name: split.describe() for name, split in read.items()}
     model, tokenizer, provenance = modeling.load(args, len(task.labels))
     modeling.check_sequence_length(args.max_seq_length, model)

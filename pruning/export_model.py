@@ -34,18 +34,9 @@ def parse_args(argv=None):
     )
     main.add_argument("--width_mult", type=float, help="default, and checked: the width that best_model was chosen for")
     other = parser.add_argument_group("other")
-    other.add_argument("--model_type", choices=sorted(modeling.MODEL_TYPES), help="checked against stage.json if given")
     other.add_argument("--depth_mult", type=float, default=1.0, help="only 1.0: depth is not pruned here")
     other.add_argument("--n_gpu", type=int, help="accepted; exporting uses one device")
-    other.add_argument(
-        "--parity_tolerance",
-        type=float,
-        default=1e-4,
-        help="largest difference of a logit between the sub-model and the supernet at its width",
-    )
-    other.add_argument("--device", help="gpu or cpu (default: gpu if Paddle has one)")
-    utils.add_data_arguments(other)
-    utils.add_tokenizer_arguments(other)
+    modeling.add_export_arguments(other)
     return parser.parse_args(argv)
 
 
@@ -56,7 +47,7 @@ def main(argv=None):
     if args.depth_mult != 1.0:
         raise utils.UserError(f"--depth_mult {args.depth_mult:g}: only 1.0 is supported, depth is not pruned here")
     model, tokenizer, record = modeling.load_finished(args.model_name_or_path, args.use_faster_tokenizer, "prune")
-    records.check_task(record, args.task_name, args.model_name_or_path)
+    records.check_task(record, args.task_name, args.model_name_or_path, args.model_type)
     width = record["model"]["width_mult"]
     if args.width_mult not in (None, width):
         raise utils.UserError(f"--width_mult {args.width_mult:g}: this best_model was chosen for width {width:g}")

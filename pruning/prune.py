@@ -153,7 +153,7 @@ def main(argv=None):
     args.device = utils.set_device(args.device)
     rank, _ = training.start_processes()
     teacher, tokenizer, record = modeling.load_finished(args.model_name_or_path, args.use_faster_tokenizer)
-    records.check_task(record, args.task_name, args.model_name_or_path)
+    records.check_task(record, args.task_name, args.model_name_or_path, args.model_type)
     args.max_seq_length = records.sequence_length(args, record)
     architecture, labels = record["model"]["architecture"], record["labels"]
     args.width_mult_list = sorted(set(args.width_mult_list), reverse=True)
@@ -162,10 +162,7 @@ def main(argv=None):
     targets = {f"{w:g}": os.path.join(args.output_dir, f"{w:g}", "best_model") for w in args.width_mult_list}
     utils.set_seed(args.seed)
     task = data.Task(record["task"], tuple(labels), data.get_task(args.task_name, args.data_dir).train_size)
-    read = {
-        "train": data.read_split(task, "train", args.data_dir, args.max_train_samples),
-        "dev": data.read_split(task, "dev", args.data_dir, args.max_eval_samples),
-    }
+    read = data.read_train_and_dev(task, args)
     splits = {name: split.describe() for name, split in read.items()}
     parent = modeling.parent_of(args.model_name_or_path, record)
     now = records.identity(records.describe_arguments(args), parent, splits)

@@ -71,7 +71,7 @@ MISTAKES = [
     ("finetune", "--task_name topics --use_faster_tokenizer maybe", "is not one of true, false"),
     ("export", "--task_name topics --model_path /no/model", "no such directory"),
     ("export", "--task_name topics --model_path {w}", "no stage.json there"),
-    ("export", "--task_name topics --model_path {t} --model_type bert", "the model is ppminilm"),
+    ("export", "--task_name topics --model_path {t} --model_type bert", "is of type ppminilm"),
     (
         "prune",
         "--task_name topics --model_name_or_path {t} --output_dir out --data_dir {w}/data --width_mult_list 0.7",
