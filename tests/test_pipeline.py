@@ -195,3 +195,51 @@ def test_run_all_takes_a_task_through_every_stage(workspace, task, tmp_path):
     ):
         assert what in summary
     assert "partial train data: 40 of 60 train records" in summary
+
+
+@pytest.mark.parametrize("model_type", ["bert", "ernie", "roberta"])
+def test_other_families_go_through_the_chain(workspace, tmp_path, model_type):
+    """Two steps each: what counts is that every stage takes what the one before wrote, with PaddleNLP's tokenizer too."""
+    common = ["--task_name", "afqmc", "--data_dir", str(workspace / "data")]
+    quick = ["--max_steps", "2", "--batch_size", "8", "--max_eval_samples", "10", "--max_seq_length", "40"]
+    load_script("finetuning", "run_clue").main(
+        [*common, *quick, "--model_type", model_type, "--init_config", str(workspace / "tiny.json"), "--vocab_file",
+         str(workspace / "vocab.txt"), "--output_dir", str(tmp_path / "tuned"), "--use_faster_tokenizer", "False"]
+    )  # fmt: skip
+    load_script("finetuning", "export_model").main(
+        [*common, "--model_path", str(tmp_path / "tuned"), "--model_type", model_type]
+    )
+    load_script("pruning", "prune").main(
+        [*common, *quick, "--model_name_or_path", str(tmp_path / "tuned"), "--output_dir", str(tmp_path / "pruned"),
+         "--width_mult_list", "0.5", "--importance_samples", "8"]
+    )  # fmt: skip
+    load_script("pruning", "export_model").main(
+        [*common, "--model_name_or_path", str(tmp_path / "pruned/0.5/best_model"), "--sub_model_output_dir",
+         str(tmp_path / "sub"), "--static_sub_model", str(tmp_path / "static/float")]
+    )  # fmt: skip
+    assert record(tmp_path / "static")["model"]["model_type"] == model_type
+    accuracy = load_script("deploy/python", "infer").main(
+        [*common, "--model_path", str(tmp_path / "static/float"), "--max_eval_samples", "10"]
+    )
+    assert list(accuracy.values())[0] == pytest.approx(record(tmp_path / "static")["metrics"]["accuracy"], abs=0.11)
+
+
+def test_a_new_task_starts_with_a_new_head(workspace, tuned, tmp_path):
+    """A model that was fine-tuned on four labels goes on, as an encoder, with a task of two."""
+    load_script("finetuning", "run_clue").main(
+        ["--task_name", "afqmc", "--data_dir", str(workspace / "data"), "--model_name_or_path", str(tuned), "--output_dir",
+         str(tmp_path / "m"), "--max_steps", "1", "--batch_size", "4", "--learning_rate", "1e-9", "--max_seq_length", "40"]
+    )  # fmt: skip
+    model, _, found = modeling.load_finished(str(tmp_path / "m"))
+    before, _, parent = modeling.load_finished(str(tuned))
+    assert model.classifier.weight.shape == [64, 2] and found["parent"]["weights"] == parent["weights"]
+    embeddings = [m.ppminilm.embeddings.word_embeddings.weight.numpy() for m in (model, before)]
+    assert np.abs(embeddings[0] - embeddings[1]).max() < 1e-6
+
+
+def test_perf_times_five_runs(workspace, quantized, capsys):
+    load_script("deploy/python", "infer").main(
+        ["--model_path", str(quantized / "mse4"), "--int8", "--perf", "--perf_warmup_steps", "1", "--data_dir", str(workspace / "data")]
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert out.count("sentences/s") == 6 and "mean of 5 runs" in out
