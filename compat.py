@@ -33,7 +33,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "paddle":
         raise
-    print(f"{sys.executable} has no Paddle: run `sh setup_env.sh`, then use .venv/bin/python", file=sys.stderr)
+    print(f"{sys.executable} has no Paddle: run `sh setup_env.sh`, then `. .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
 
 

@@ -95,8 +95,8 @@ def find_data_dir(task_name, data_dir=None):
         if name in TASKS:
             return None
         raise UserError(
-            f"--task_name {task_name}: not one of {', '.join(t.name for t in TASKS.values())}; "
-            "for a task of your own name its directory with --data_dir"
+            f"{task_name}: not one of {', '.join(t.name for t in TASKS.values())}; for a task of your own name its "
+            "directory with --data_dir, or the directory that holds it with CLUE_DATA_DIR"
         )
     candidates = [os.path.join(root, sub) for sub in (f"{name}_public", name, task_name)]
     if data_dir:

@@ -138,8 +138,9 @@ def check_weights(directory, weights):
             raise UserError(f"{path}: missing, damaged or not of this record; repeat the stage that wrote it")
 
 
-# What does not change a result, or (of quantization) is a choice among results.
-NO_IDENTITY = {"overwrite", "visualdl_dir", "logging_steps", "algorithms", "calib_samples"}
+# What does not change a result, (of quantization) is a choice among results, or is known better by the md5 of the data.
+NO_IDENTITY = {"overwrite", "visualdl_dir", "logging_steps", "algorithms", "calib_samples",
+               "data_dir", "input_dir", "output_dir", "task_name"}  # fmt: skip
 
 
 def identity(arguments, parent=None, data=None):

@@ -1,13 +1,29 @@
 #!/bin/sh
 # One task through every stage: fine-tune, export, prune to 3/4 width, export, quantize in eight ways, score in INT8, and
-# the table of it all. What follows the seven arguments goes to fine-tuning; DATA_ARGS goes to every stage that reads
-# data (e.g. DATA_ARGS='--max_eval_samples 200'), PRUNE_ARGS to pruning; WIDTHS (0.75) and PRUNE_LR, PRUNE_EPOCHS
-# (those of fine-tuning) may be set. Relative paths among the arguments start from finetuning/.
+# the table of it all. What follows the seven arguments goes to run_clue.py, its relative paths from finetuning/ on; but
+# --data_dir DIR (from here on) and --overwrite go to every stage. May be set: WIDTHS (0.75), PRUNE_LR and PRUNE_EPOCHS
+# (those of fine-tuning), PRUNE_ARGS, and DATA_ARGS for every stage (e.g. '--max_eval_samples 200').
 set -e
 . "$(dirname -- "$0")/launcher.sh"
 usage 7 $# "sh run_all.sh TASK LR BATCH EPOCHS MAX_SEQ_LEN GPU_ID MODEL [more arguments of run_clue.py]"
 task=$(task_name "$1") lr=$2 batch=$3 epochs=$4 length=$5 gpu=$6 model=$7
 shift 7
+data_dir= overwrite= left=$#
+while [ "$left" -gt 0 ]; do # each argument is taken from the front and, unless it is for every stage, put back at the end
+    argument=$1
+    shift
+    left=$((left - 1))
+    case $argument in
+        --data_dir)
+            [ -d "$1" ] || { echo "run_all.sh: error: --data_dir $1: no such directory" >&2; exit 2; }
+            data_dir=$(CDPATH= cd -- "$1" && pwd)
+            shift
+            left=$((left - 1))
+            ;;
+        --overwrite) overwrite=--overwrite ;;
+        *) set -- "$@" "$argument" ;;
+    esac
+done
 widths=${WIDTHS:-0.75}
 case $CLUE_DATA_DIR in '' | /*) ;; *) export CLUE_DATA_DIR="$PWD/$CLUE_DATA_DIR" ;; esac
 case $model in /*) base=$model ;; *) base=$root/finetuning/$model ;; esac
@@ -17,24 +33,27 @@ step() { printf '\n== %s\n' "$*"; }
 
 step "fine-tuning -> $tuned"
 cd "$root/finetuning"
-sh run_clue.sh "$task" "$lr" "$batch" "$epochs" "$length" "$gpu" "$model" $DATA_ARGS "$@"
-"$PYTHON" export_model.py --task_name "$task" --model_path "$tuned" $DATA_ARGS $device_args
+sh run_clue.sh "$task" "$lr" "$batch" "$epochs" "$length" "$gpu" "$model" ${data_dir:+--data_dir "$data_dir"} \
+    $overwrite $DATA_ARGS "$@"
+"$PYTHON" export_model.py --task_name "$task" --model_path "$tuned" ${data_dir:+--data_dir "$data_dir"} \
+    $DATA_ARGS $device_args
 
 step "pruning to $widths"
 cd "$root/pruning"
-sh prune.sh "$task" "${PRUNE_LR:-$lr}" "$batch" "${PRUNE_EPOCHS:-$epochs}" "$length" "$gpu" "$tuned" "$widths" $DATA_ARGS $PRUNE_ARGS
-sh export.sh pruned_models "$task" $DATA_ARGS
+sh prune.sh "$task" "${PRUNE_LR:-$lr}" "$batch" "${PRUNE_EPOCHS:-$epochs}" "$length" "$gpu" "$tuned" "$widths" \
+    ${data_dir:+--data_dir "$data_dir"} $overwrite $DATA_ARGS $PRUNE_ARGS
+sh export.sh pruned_models "$task" ${data_dir:+--data_dir "$data_dir"} $DATA_ARGS
 
 step "quantizing"
 cd "$root/quantization"
 for static in "$root/pruning/pruned_models/$task"/*/sub_static; do
-    sh quant.sh "$task" "$static" $DATA_ARGS
+    sh quant.sh "$task" "$static" ${data_dir:+--data_dir "$data_dir"} $overwrite $DATA_ARGS
 done
 
 step "scoring in INT8"
 cd "$root/deploy/python"
 "$PYTHON" infer.py --task_name "$task" --int8 --model_path "$root/quantization/$(lower "$task")"_*quant_models/* \
-    $DATA_ARGS $device_args
+    ${data_dir:+--data_dir "$data_dir"} $DATA_ARGS $device_args
 
 step "summary"
 cd "$root"

@@ -234,7 +234,7 @@ def main(argv=None):
             file=sys.stderr,
         )
         sys.exit(1)
-    best = max(rows, key=lambda name: rows[name]["accuracy"])
+    best = max(sorted(rows), key=lambda name: rows[name]["accuracy"])
     if refused:
         print(f"below --min_agreement {args.min_agreement:g} and not written: {', '.join(refused)}")
     print(

@@ -140,7 +140,7 @@ def test_span_that_is_not_where_its_index_says(tmp_path):
 @pytest.mark.parametrize(
     "name, directory, message",
     [
-        ("nosuch", None, "--task_name nosuch: not one of AFQMC"),
+        ("nosuch", None, "nosuch: not one of AFQMC"),
         ("tnews", "/nonexistent", "no dev.json for TNEWS"),
     ],
 )

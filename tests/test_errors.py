@@ -17,7 +17,7 @@ SCRIPTS = {
 }
 INIT = "--init_config {w}/tiny.json --vocab_file {w}/vocab.txt --output_dir out"
 MISTAKES = [
-    ("finetune", f"--task_name nosuch {INIT}", "--task_name nosuch: not one of AFQMC"),
+    ("finetune", f"--task_name nosuch {INIT}", "nosuch: not one of AFQMC"),
     ("finetune", f"--task_name topics --data_dir /nonexistent {INIT}", "no dev.json for topics"),
     ("finetune", "--task_name topics --data_dir {w}/data --output_dir out", "--model_name_or_path is needed"),
     (
