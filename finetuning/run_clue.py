@@ -148,6 +148,9 @@ def main(argv=None):
         f"partial {name} data: {split['partial']}" for name, split in splits.items() if split["partial"]
     ]
     best = state["best"]
+    if best["accuracy"] <= splits["dev"]["majority_class"]:
+        provenance["notes"].append("fine-tuning: dev accuracy not above the majority class")
+        print("note: not above the majority class, so nothing was learnt; try more epochs or another learning rate")
     with utils.whole_directory(args.output_dir) as directory:
         utils.copy_files(os.path.join(unfinished.directory, best["directory"]), directory)
         tokenizer.save(directory)

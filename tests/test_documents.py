@@ -32,6 +32,16 @@ def commands(name):
 
 def test_both_readmes_show_the_same():
     assert commands("README.md") == commands("README_en.md") and len(commands("README.md")) > 10
+    for name in ("README.md", "README_en.md"):
+        text = open(os.path.join(ROOT, name), encoding="utf-8").read()
+        assert not re.search(r"\b(TODO|OTHERS|MEASURED|WSC[PQ])\b", text)
+        for file in set(re.findall(r"`(\w+\.jsonl?)`", text)) & {
+            "tnews.json",
+            "afqmc.json",
+            "cluewsc2020.json",
+            "full_size.json",
+        }:
+            assert os.path.isfile(os.path.join(ROOT, "results", file)), file
     figures = [
         sorted(re.findall(r"\d+\.\d+", open(os.path.join(ROOT, name), encoding="utf-8").read()))
         for name in ("README.md", "README_en.md")

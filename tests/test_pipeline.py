@@ -224,6 +224,8 @@ def test_a_new_task_starts_with_a_new_head(workspace, tuned, tmp_path):
     )  # fmt: skip
     model, _, found = modeling.load_finished(str(tmp_path / "m"))
     before, _, parent = modeling.load_finished(str(tuned))
+    learnt = found["metrics"]["accuracy"] > found["data"]["dev"]["majority_class"]
+    assert learnt != ("fine-tuning: dev accuracy not above the majority class" in found["notes"])
     assert model.classifier.weight.shape == [64, 2] and found["parent"]["weights"] == parent["weights"]
     embeddings = [m.ppminilm.embeddings.word_embeddings.weight.numpy() for m in (model, before)]
     assert np.abs(embeddings[0] - embeddings[1]).max() < 1e-6
