@@ -296,6 +296,19 @@ def batches(features, batch_size, pad_id=0, order=None):
         yield collate(features, order[start : start + batch_size], pad_id)
 
 
+def logits_by_length(run, features, batch_size, pad_id=0):
+    """Calls ``run(Batch)`` on batches in order of length, which saves padding.
+
+    Returns: what it gives, float32 [len(features), classes], in the features' order.
+    """
+    logits = None
+    for batch in batches(features, batch_size, pad_id, by_length(features)):
+        rows = run(batch)
+        logits = np.empty((len(features), rows.shape[1]), "float32") if logits is None else logits
+        logits[batch.index] = rows
+    return logits
+
+
 def accuracy(logits, labels):
     """Share of rows whose largest logit is the label's. logits: [n, classes], labels: [n]."""
     return float((np.asarray(logits).argmax(-1) == np.asarray(labels)).mean())

@@ -6,8 +6,6 @@ what will run. The GPU branches are written against Paddle's documentation and a
 
 import os
 
-import numpy as np
-
 import compat  # noqa: F401  before Paddle
 import data
 import records
@@ -155,12 +153,7 @@ class Engine:
 
     def predict(self, features, batch_size=32, pad_id=0):
         """Logits of features, float32 [n, classes], in their order; computed in order of length to save padding."""
-        logits = None
-        for batch in data.batches(features, batch_size, pad_id, data.by_length(features)):
-            rows = self.run(batch)
-            logits = np.empty((len(features), rows.shape[1]), "float32") if logits is None else logits
-            logits[batch.index] = rows
-        return logits
+        return data.logits_by_length(self.run, features, batch_size, pad_id)
 
 
 def needs_trt(device, precision, use_trt):
@@ -187,7 +180,7 @@ def collect_shapes(prefix, features, shape_file, batch_size=32, pad_id=0):
 
 def static_prefix(directory, record):
     """The file prefix of the FP32 graph that a fine-tuned export or a pruned export holds; its files are checked."""
-    files = (record.get("export") or {}).get("weights", {})
+    files = records.exported(record)
     names = [name[: -len(".pdmodel")] for name in files if name.endswith(".pdmodel")]
     if not names:
         raise UserError(f"{directory}: not exported; run export_model.py (fine-tuned) or export.sh (pruned) first")
@@ -199,7 +192,7 @@ def open_exported(prefix):
     """What lies beside an exported or quantized graph: its stage record. Raises: UserError if it is incomplete."""
     directory, name = os.path.split(os.path.abspath(prefix))
     record = records.read_record(directory, "an export or a quantized model")
-    weights = record["weights"] if record["stage"] == "quantize" else (record.get("export") or {}).get("weights", {})
+    weights = record["weights"] if record["stage"] == "quantize" else records.exported(record)
     if f"{name}.pdiparams" not in weights:
         raise UserError(
             f"{prefix}: {os.path.join(directory, records.RECORD)} does not name these files; export them again"

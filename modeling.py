@@ -60,12 +60,11 @@ def architecture_of(model):
     return {name: getattr(model.config, name) for name in names if getattr(model.config, name, None) is not None}
 
 
-def add_model_arguments(group, required=True):
+def add_model_arguments(group):
     group.add_argument("--model_type", default="ppminilm", choices=sorted(MODEL_TYPES), help="family of the encoder")
     group.add_argument(
         "--model_name_or_path",
-        help="built-in name, or directory that an earlier stage wrote"
-        + ("; required unless --init_config is given" if required else ""),
+        help="built-in name, or directory that an earlier stage wrote; required unless --init_config is given",
     )
     group.add_argument(
         "--init_config",
@@ -232,11 +231,7 @@ def count(model):
 
 
 def check_sequence_length(max_seq_length, model):
-    limit = model.config.max_position_embeddings
-    if not 4 <= max_seq_length <= limit:
-        raise UserError(
-            f"--max_seq_length {max_seq_length}: must be from 4 to {limit}, the model's number of positions"
-        )
+    records.check_sequence_length(max_seq_length, model.config.max_position_embeddings)
 
 
 @paddle.no_grad()
@@ -244,11 +239,11 @@ def predict(model, features, pad_id=0, batch_size=128):
     """Logits of ``model`` in eval mode, float32 [n, classes] in the features' order. Leaves the mode as it was."""
     training = model.training
     model.eval()
-    logits = None
-    for batch in data.batches(features, batch_size, pad_id, data.by_length(features)):
-        rows = model(paddle.to_tensor(batch.input_ids), paddle.to_tensor(batch.token_type_ids)).numpy()
-        logits = np.empty((len(features), rows.shape[1]), "float32") if logits is None else logits
-        logits[batch.index] = rows
+
+    def run(batch):
+        return model(paddle.to_tensor(batch.input_ids), paddle.to_tensor(batch.token_type_ids)).numpy()
+
+    logits = data.logits_by_length(run, features, batch_size, pad_id)
     if training:
         model.train()
     return logits

@@ -194,11 +194,19 @@ def check_replaceable(directory, stage, inside=()):
 
 def sequence_length(args, record):
     """--max_seq_length, by default the record's. Raises: UserError for one that the model has no positions for."""
-    length, limit = args.max_seq_length or record["arguments"]["max_seq_length"], record["model"]["architecture"]
-    if not 4 <= length <= limit["max_position_embeddings"]:
-        limit = limit["max_position_embeddings"]
-        raise UserError(f"--max_seq_length {length}: must be from 4 to {limit}, the model's number of positions")
+    length = args.max_seq_length or record["arguments"]["max_seq_length"]
+    check_sequence_length(length, record["model"]["architecture"]["max_position_embeddings"])
     return length
+
+
+def check_sequence_length(length, limit):
+    if not 4 <= length <= limit:
+        raise UserError(f"--max_seq_length {length}: must be from 4 to {limit}, the model's number of positions")
+
+
+def exported(record):
+    """{file name: sha256} of the static graph that a record's directory holds, empty if it was not exported."""
+    return (record.get("export") or {}).get("weights", {})
 
 
 def file_hash(path):

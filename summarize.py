@@ -12,7 +12,7 @@ import os
 import sys
 
 import utils
-from records import RECORD, read_record, relative
+from records import RECORD, exported, read_record, relative
 
 DEFAULT_DIRECTORIES = ("finetuning", "pruning", "quantization")
 
@@ -51,7 +51,7 @@ def parent_among(record, found):
     candidates = [
         other
         for other in found
-        if made_from & weights_in({**other["weights"], **other.get("export", {}).get("weights", {})})
+        if made_from & weights_in({**other["weights"], **exported(other)})
         and other["task"] in (record["task"], "general")
     ]
     candidates.sort(key=lambda other: other["directory"] != record["parent"]["path"])

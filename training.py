@@ -196,14 +196,11 @@ class Unfinished:
         utils.write_whole(path, json.dumps(now, ensure_ascii=False))
         wait_for_all()  # before the others look for a state
 
-    def states(self):
-        names = [name for name in os.listdir(self.directory) if re.fullmatch(r"state-\d+", name)]
-        return sorted(names, key=lambda name: int(name.split("-")[1]))
-
     def newest_state(self):
         """The directory of the newest whole state, or None."""
-        names = self.states()
-        return os.path.join(self.directory, names[-1]) if names else None
+        names = [name for name in os.listdir(self.directory) if re.fullmatch(r"state-\d+", name)]
+        newest = max(names, key=lambda name: int(name.split("-")[1]), default=None)
+        return newest and os.path.join(self.directory, newest)
 
     def remove_states(self, keep):
         """Removes every entry but the lock, the identity, and ``keep``."""

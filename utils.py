@@ -59,13 +59,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")
 
 
-def add_data_arguments(group, splits=("train", "eval")):
+def add_data_arguments(group):
     group.add_argument(
         "--data_dir",
         help="directory with the task's train.json and dev.json; default: "
         "$CLUE_DATA_DIR, else PaddleNLP downloads the CLUE task",
     )
-    for split in splits:
+    for split in ("train", "eval"):
         group.add_argument(
             f"--max_{split}_samples",
             type=int,

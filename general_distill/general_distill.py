@@ -136,7 +136,7 @@ def save_model(args, step, student, tokenizer, provenance, params, flops, descri
     return target
 
 
-def train(args, student, teacher, tokenizer, unfinished, save):
+def train(args, corpus, student, teacher, tokenizer, unfinished, save):
     """Trains the student; ``save(step, state)`` is called every --save_steps steps and at the end."""
     rank, world = training.rank_and_world()
     steps, accumulation = args.max_steps, args.gradient_accumulation_steps
@@ -154,9 +154,7 @@ def train(args, student, teacher, tokenizer, unfinished, save):
     teacher.eval()
     student.train()
     # Micro-batches are numbered over all processes, so that any split of them among processes is the same training.
-    micro_batches = Corpus(args.input_dir, args.seed).batches(
-        args.batch_size, skip=state["step"] * accumulation * world
-    )
+    micro_batches = corpus.batches(args.batch_size, skip=state["step"] * accumulation * world)
     # Keeps the summed loss near 1 (FP16 would overflow); the true number of rows divides the gradients at the end.
     expected_rows = float(args.num_relation_heads * args.batch_size * args.max_seq_length)
     started, tokens, interval = time.time() - state["seconds"], 0, []
@@ -230,7 +228,7 @@ def main(argv=None):
     def save(step, state):
         print(f"saved {save_model(args, step, student, tokenizer, provenance, params, flops, described, state)}")
 
-    train(args, student, teacher, tokenizer, unfinished, save)
+    train(args, corpus, student, teacher, tokenizer, unfinished, save)
     training.wait_for_all()
     if rank == 0:
         unfinished.remove()

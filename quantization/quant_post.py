@@ -170,7 +170,7 @@ def main(argv=None):
     note = engine.preflight("int8")
     print(
         f"{note}\n{record['task']}: FP32 accuracy {fp32_accuracy:.4f} on {len(features)} dev records "
-        f"(majority class {dev.describe()['majority_class']:.4f})"
+        f"(majority class {splits['dev']['majority_class']:.4f})"
     )
     print("| variant | INT8 accuracy | agreement with FP32 | file, MB |\n| --- | --- | --- | --- |")
     rows, refused = {}, []
@@ -192,7 +192,7 @@ def main(argv=None):
                     )
                     modeling.forget_call_stacks(os.path.join(scratch, args.save_model_filename))
                     quantized = os.path.join(scratch, os.path.splitext(args.save_model_filename)[0])
-                    logits = engine.open_engine(quantized, features, device, "int8", use_trt=device != "cpu").predict(
+                    logits = engine.open_engine(quantized, features, device, "int8").predict(
                         features, pad_id=tokenizer.pad_id
                     )
                     metrics = {
