@@ -97,3 +97,22 @@ print(float(model.ppminilm.embeddings.word_embeddings.weight.sum()), tokenizer.e
     )
     expected = [str(float(model.embeddings.word_embeddings.weight.sum())), "[2, 6, 9, 3]", "[]", str(work)]
     assert done.stdout.strip() == " ".join(expected), done.stderr
+
+
+def test_mkl_uses_avx2_on_amd():
+    """Seen by the bits of a product: its slow code has no fused multiply-add, so it rounds otherwise."""
+    amd, intel = "vendor_id : AuthenticAMD\nflags : fpu fma avx2\n", "vendor_id : GenuineIntel\nflags : fpu fma avx2\n"
+    assert compat._mkl_cpu_type(amd) == "5" and compat._mkl_cpu_type(intel) is None
+    assert compat._mkl_cpu_type(amd.replace("avx2", "avx")) is None
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        if compat._mkl_cpu_type(file.read()) is None:
+            pytest.skip("no AMD processor with AVX2")
+    code = (
+        "import os; {}; import paddle; paddle.seed(1); x = paddle.randn([64, 300]); "
+        "print(paddle.matmul(x, x, transpose_y=True).numpy().tobytes().hex())"
+    )
+    unset = {name: value for name, value in os.environ.items() if name != "MKL_DEBUG_CPU_TYPE"}
+    plain, cured = python(code.format("import zlib"), env=unset), python(code.format("import compat"), env=unset)
+    asked = python(code.format("import zlib"), env={**unset, "MKL_DEBUG_CPU_TYPE": "5"})
+    assert plain.stdout != asked.stdout, "the defect is gone: remove the cure"
+    assert cured.stdout == asked.stdout and len(cured.stdout) > 1000
