@@ -79,14 +79,21 @@ def make_optimizer(model, args, steps):
     return optimizer, schedule
 
 
-def epoch_order(features, batch_size, seed, epoch, group_by_length):
+def epoch_order(features, batch_size, seed, epoch, by_length):
     """The order of an epoch, a function of seed and epoch: int [len(features)]."""
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(features))
-    if not group_by_length:
-        return order
-    # Sort within windows of 100 batches, which are far shorter than an epoch, then shuffle the batches.
-    lengths = np.array([len(f.input_ids) for f in features])
+    if by_length:
+        order = group_by_length(order, [len(f.input_ids) for f in features], batch_size, random)
+    return order
+
+
+def group_by_length(order, lengths, batch_size, random):
+    """A shuffled order, int [n], changed so that its batches hold records of similar length and are shuffled anew.
+
+    It is sorted within windows of 100 batches, which are far shorter than an epoch. A last smaller batch stays last.
+    """
+    lengths = np.asarray(lengths)
     windows = np.array_split(order, max(1, len(order) // (100 * batch_size)))
     order = np.concatenate([window[np.argsort(lengths[window], kind="stable")] for window in windows])
     whole = len(order) // batch_size * batch_size

@@ -1,11 +1,13 @@
 """A corpus of text shards, one sentence a line, streamed in a shuffled order with memory that does not grow with it."""
 
 import hashlib
+import itertools
 import os
 
 import numpy as np
 
 import records
+import training
 from utils import UserError
 
 BLOCK = 50_000  # lines that are in memory and shuffled together
@@ -41,18 +43,21 @@ class Corpus:
                     if text:
                         yield text
 
-    def sentences(self, epoch):
-        """Yields the sentences of an epoch in its shuffled order."""
+    def sentences(self, epoch, batch_size=1, group_by_length=False):
+        """Yields the sentences of an epoch in its shuffled order, with those of similar length in a batch if asked."""
         random = np.random.default_rng([self.seed, epoch, 1])
-        block = []
-        for text in self.lines(epoch):
-            block.append(text)
-            if len(block) == BLOCK:
-                yield from (block[i] for i in random.permutation(BLOCK))
-                block = []
-        yield from (block[i] for i in random.permutation(len(block)))
+        lines = self.lines(epoch)
+        # A block of whole batches, so that the next block's batches begin where its order means them to.
+        while block := list(itertools.islice(lines, max(BLOCK // batch_size, 1) * batch_size)):
+            order = random.permutation(len(block))
+            if group_by_length:
+                order = training.group_by_length(order, [len(text) for text in block], batch_size, random)
+            yield from (block[i] for i in order)
 
-    def batches(self, batch_size, skip=0):
+    def batches_per_epoch(self, batch_size):
+        return -(-sum(1 for _ in self.lines(0)) // batch_size)
+
+    def batches(self, batch_size, skip=0, group_by_length=False):
         """Yields (epoch, list of batch_size sentences) without end, from the batch after ``skip`` on.
 
         The last batch of an epoch may be smaller. What is skipped is read but neither shuffled into memory for longer
@@ -61,7 +66,7 @@ class Corpus:
         epoch = 0
         while True:
             batch = []
-            for text in self.sentences(epoch):
+            for text in self.sentences(epoch, batch_size, group_by_length):
                 batch.append(text)
                 if len(batch) == batch_size:
                     if skip:

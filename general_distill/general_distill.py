@@ -154,7 +154,7 @@ def train(args, corpus, student, teacher, tokenizer, unfinished, save):
     teacher.eval()
     student.train()
     # Micro-batches are numbered over all processes, so that any split of them among processes is the same training.
-    micro_batches = corpus.batches(args.batch_size, skip=state["step"] * accumulation * world)
+    micro_batches = corpus.batches(args.batch_size, state["step"] * accumulation * world, args.group_by_length)
     # Keeps the summed loss near 1 (FP16 would overflow); the true number of rows divides the gradients at the end.
     expected_rows = float(args.num_relation_heads * args.batch_size * args.max_seq_length)
     started, tokens, interval = time.time() - state["seconds"], 0, []
@@ -212,7 +212,7 @@ def main(argv=None):
     rank, world = training.start_processes()
     corpus = Corpus(args.input_dir, args.seed)
     if args.max_steps <= 0:
-        micro_batches = -(-sum(1 for _ in corpus.lines(0)) // args.batch_size) * args.num_train_epochs
+        micro_batches = corpus.batches_per_epoch(args.batch_size) * args.num_train_epochs
         args.max_steps = max(1, micro_batches // (args.gradient_accumulation_steps * world))
     utils.set_seed(args.seed)
     student, teacher, tokenizer, provenance = load_pair(args)

@@ -9,7 +9,10 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [
     ROOT,
-    *(os.path.join(ROOT, d) for d in ("finetuning", "pruning", "quantization", "deploy/python", "general_distill")),
+    *(
+        os.path.join(ROOT, d)
+        for d in ("finetuning", "pruning", "quantization", "deploy/python", "general_distill", "demo")
+    ),
 ]
 
 import compat  # noqa: E402, F401  before Paddle

@@ -1,0 +1,109 @@
+"""demo/pretrain_mlm.py: what it masks, that it learns, that a kill changes nothing, and that a student can be taught."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import FILLER, ROOT, load_script, record
+
+from tokenization import FastTokenizer
+
+SCRIPT = os.path.join(ROOT, "demo/pretrain_mlm.py")
+
+
+def test_masking():
+    """The shares of BERT, on a million tokens; special tokens stay; what was there is told."""
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *FILLER]
+    tokenizer = FastTokenizer(vocab)
+    ids = np.random.default_rng(0).integers(5, len(vocab), (1000, 1000))
+    ids[:, 0], ids[:, 900], ids[:, 901:] = 2, 3, 0
+    mask_tokens = load_script("demo", "pretrain_mlm").mask_tokens
+    masked, positions, expected = mask_tokens(ids, tokenizer, 0.15, np.random.default_rng(1))
+    assert np.array_equal(ids.reshape(-1)[positions], expected) and not np.isin(expected, [0, 2, 3]).any()
+    assert len(positions) / (1000 * 899) == pytest.approx(0.15, abs=0.002)
+    untouched = np.ones(ids.size, bool)
+    untouched[positions] = False
+    assert np.array_equal(masked.reshape(-1)[untouched], ids.reshape(-1)[untouched])
+    found = masked.reshape(-1)[positions]
+    assert (found == 4).mean() == pytest.approx(0.8 + 0.1 / len(vocab), abs=0.005)
+    assert (found == expected).mean() == pytest.approx(0.1 + 0.1 / len(vocab), abs=0.005)
+    again = mask_tokens(ids, tokenizer, 0.15, np.random.default_rng(1))
+    assert np.array_equal(masked, again[0])
+    one = mask_tokens(np.array([[2, 7, 8, 3]]), tokenizer, 1e-9, np.random.default_rng(1))
+    assert len(one[1]) == 1 and one[1][0] in (1, 2)  # never none: the mean over nothing would be no number
+
+
+@pytest.fixture(scope="module")
+def text(workspace):
+    """Sentences in which each character tells the next, so that a masked one can be known from its neighbours."""
+    (workspace / "text").mkdir()
+    rng = np.random.default_rng(2)
+    for shard in range(2):
+        starts = rng.integers(0, len(FILLER), (400, 2))
+        lines = ["".join(FILLER[(s + i) % len(FILLER)] for i in range(8 + s % 9)) for s, _ in starts]
+        (workspace / "text" / f"{shard}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return workspace
+
+
+def start(text, output, *more):
+    arguments = ["--init_config", text / "tiny.json", "--vocab_file", text / "vocab.txt", "--input_dir", text / "text",
+                 "--output_dir", text / output, "--batch_size", 32, "--max_steps", 600, "--learning_rate", "3e-3",
+                 "--save_steps", 100, "--logging_steps", 100, "--group_by_length", *more]  # fmt: skip
+    return subprocess.Popen([sys.executable, SCRIPT, *map(str, arguments)], stdout=subprocess.PIPE, text=True,
+                            stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def teacher(text):
+    done = start(text, "teacher")
+    output = done.communicate()[0]
+    assert done.returncode == 0, output
+    return text / "teacher"
+
+
+def test_the_teacher_learns(teacher):
+    written = record(teacher)
+    assert written["stage"] == "pretrain"
+    assert written["history"][0][2] < 0.05 and written["metrics"]["accuracy"] > 0.3, written["history"]  # chance: 0.005
+
+
+def test_a_kill_changes_nothing(text, teacher):
+    killed = start(text, "killed_teacher")
+    while not (text / "killed_teacher.unfinished/state-200").is_dir():
+        assert killed.poll() is None
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    again = start(text, "killed_teacher")
+    output = again.communicate()[0]
+    assert again.returncode == 0 and "going on after step" in output, output
+    results = [record(directory) for directory in (teacher, text / "killed_teacher")]
+    assert results[0]["weights"] == results[1]["weights"] and results[0]["history"] == results[1]["history"]
+    assert "nothing to do" in start(text, "killed_teacher").communicate()[0]
+
+
+def test_a_student_is_taught_by_it(text, teacher):
+    """By name of its directory; and the encoder that teaches is the one that was pre-trained."""
+    import paddle
+
+    script = load_script("general_distill", "general_distill")
+    arguments = ["--teacher_model_name_or_path", teacher, "--init_config", text / "tiny.json", "--vocab_file", text / "vocab.txt",
+                 "--input_dir", text / "text", "--output_dir", text / "student", "--teacher_layer_index", 1, "--student_layer_index",
+                 1, "--num_relation_heads", 8, "--max_steps", 20, "--batch_size", 16, "--logging_steps", 10,
+                 "--max_seq_length", 24]  # fmt: skip
+    _, taught, _, _ = script.load_pair(script.parse_args([str(a) for a in arguments]))
+    saved = paddle.load(str(teacher / "model_state.pdparams"))
+    assert np.array_equal(taught.encoder.layers[1].linear1.weight, saved["roberta.encoder.layers.1.linear1.weight"])
+    script.main([str(a) for a in arguments])
+    losses = record(text / "student/model_20")["losses"]
+    assert losses[-1][1] < losses[0][1]
+
+
+def test_without_mask_token_it_refuses(text, tmp_path):
+    (tmp_path / "vocab.txt").write_text((text / "vocab.txt").read_text().replace("[MASK]", "[X]"), encoding="utf-8")
+    done = start(text, "none", "--vocab_file", tmp_path / "vocab.txt")
+    assert "no [MASK]" in done.communicate()[0] and done.returncode == 2
