@@ -22,4 +22,16 @@ task_name() { # CLUE's names are upper case in paths, whatever case they were ty
     esac
 }
 
+for_each_best() { # BEST_JSON FUNCTION ...: calls FUNCTION ... with task, lr, batch, epochs, length, model set, for each task
+    file=$1 function=$2 failed=
+    shift 2
+    cells=$("$PYTHON" "$root/summarize.py" --cells "$file")
+    while IFS='	' read -r task lr batch epochs length model; do
+        "$function" "$@" < /dev/null || failed="$failed $task"
+    done << CELLS
+$cells
+CELLS
+    [ -z "$failed" ] || { echo "$(basename -- "$0"): failed:$failed" >&2; exit 1; }
+}
+
 lower() { echo "$1" | tr '[:upper:]' '[:lower:]'; }

@@ -14,7 +14,7 @@ RECORD = "stage.json"
 # What a stage.json holds, field by field: type. Checked when it is written and when it is read.
 SCHEMA = {
     "schema": int,  # 1
-    "stage": str,  # finetune, prune, prune_export, quantize, infer
+    "stage": str,  # pretrain, distill, finetune, prune, prune_export, quantize, infer
     "task": str,
     "labels": list,  # str, in the order of the logits
     "arguments": dict,  # every argument; paths relative to the repository
@@ -220,3 +220,48 @@ def file_hash(path):
 
 def hash_files(directory, names):
     return {name: file_hash(os.path.join(directory, name)) for name in names}
+
+
+# Records of several stages
+
+
+def find_records(directories):
+    """Every stage record under the directories, with its place: ``path`` as found, ``directory`` for other records."""
+    found = []
+    for root in directories:
+        if not os.path.isdir(root):
+            raise UserError(f"{root}: no such directory")
+        for directory, subdirectories, files in sorted(os.walk(root)):
+            subdirectories[:] = [d for d in subdirectories if not d.endswith(".unfinished") and not d.startswith(".")]
+            if RECORD in files:
+                found.append({**read_record(directory), "directory": relative(directory), "path": directory})
+    return found
+
+
+def weights_in(hashes):
+    """The hashes that tell models apart: parameters, not graphs, which are alike for models of one architecture."""
+    return {digest for name, digest in hashes.items() if name.endswith((".pdparams", ".pdiparams"))}
+
+
+def parent_among(record, found):
+    """The record that this one was made from: recognized by hash, and by place where several have the same weights."""
+    if not record["parent"]:
+        return None
+    made_from = weights_in(record["parent"]["weights"])
+    candidates = [
+        other
+        for other in found
+        if made_from & weights_in({**other["weights"], **exported(other)})
+        and other["task"] in (record["task"], "general")
+    ]
+    candidates.sort(key=lambda other: other["directory"] != record["parent"]["path"])
+    return candidates[0] if candidates else None
+
+
+def descendants(root, records):
+    """The records made from ``root``, directly or not, children behind their parents."""
+    found = []
+    for record in records:
+        if parent_among(record, records) is root:
+            found += [record, *descendants(record, records)]
+    return found

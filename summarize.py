@@ -1,133 +1,103 @@
-"""Prints what the stages recorded: for each fine-tuned model its pruned and quantized descendants in one table.
+"""Prints the tables that users reproduce, from what the stages recorded.
 
 Reads the stage.json files under the given directories (default: finetuning, pruning, quantization) and nothing else. A
-descendant is recognized by the hash of the weights that it was made from, so results of different runs do not mix.
+pruned or quantized model belongs to the fine-tuned one whose weights it was made from, by hash, so that results of
+different runs do not mix. Per model directory: the CLUE table, measured beside published; the best cell of each task's
+grid; the whole grid; and for each fine-tuned model that went on, every variant made from it.
 
     python summarize.py --task_name TNEWS
-    python summarize.py --task_name TNEWS --json results/tnews.json
+    python summarize.py --format csv > tables.csv
+    python summarize.py --task_name TNEWS --json results/tnews.json --plot tnews.png
 """
 
+import csv
 import json
 import os
 import sys
 
 import utils
-from records import RECORD, exported, read_record, relative
+from records import find_records, relative, descendants
+from tables import (
+    HYPER_PARAMETERS,
+    COLUMNS,
+    accuracy,
+    best_cells,
+    clue_rows,
+    clue_table,
+    draw,
+    grid_tables,
+    long_rows,
+    model_directory,
+    family_table,
+)
 
 DEFAULT_DIRECTORIES = ("finetuning", "pruning", "quantization")
+BEST = "best.json"
 
 
 def parse_args(argv=None):
     parser = utils.Parser(__doc__)
     parser.add_argument("directories", nargs="*", help="where to look for stage.json files")
-    parser.add_argument("--task_name", help="only this task")
+    parser.add_argument("--task_name", help="only this task (no CLUE table then)")
+    parser.add_argument("--format", choices=("markdown", "csv", "json"), default="markdown", help="of what is printed")
     parser.add_argument("--json", help="also write the records to this file, sorted as in the tables")
+    parser.add_argument("--perf", help="JSON of deploy/python/infer_perf.sh: fills the column of speed-ups")
+    parser.add_argument("--plot", help="draw accuracy against size (and speed, with --perf) into this file")
+    parser.add_argument("--cells", help="print what a best.json names, one tab-separated line a task, for launchers")
     return parser.parse_args(argv)
 
 
-def find_records(directories):
-    """Every stage record under the directories, with its place as ``directory``."""
-    records = []
-    for root in directories:
-        if not os.path.isdir(root):
-            raise utils.UserError(f"{root}: no such directory")
-        for directory, subdirectories, files in sorted(os.walk(root)):
-            subdirectories[:] = [d for d in subdirectories if not d.endswith(".unfinished") and not d.startswith(".")]
-            if RECORD in files:
-                records.append({**read_record(directory), "directory": relative(directory)})
-    return records
+def write_best(model):
+    """Writes MODEL/best.json: of each task with finished cells the best one's path and hyper-parameters."""
+    if not os.path.isdir(os.path.join(model, "models")):
+        return
+    roots = [r for r in find_records([os.path.join(model, "models")]) if r["stage"] == "finetune"]
+    cells = {}
+    for task, record in best_cells(roots).items():
+        cells[task] = {
+            "path": os.path.relpath(record["path"], model), "accuracy": accuracy(record), "selected_on": "dev",
+            "cells": sum(other["task"] == task for other in roots),
+            **{name: record["arguments"][name] for name in HYPER_PARAMETERS},
+        }  # fmt: skip
+    if cells:
+        utils.write_whole(os.path.join(model, BEST), json.dumps(cells, indent=1) + "\n")
 
 
-def weights_in(hashes):
-    """The hashes that tell models apart: parameters, not graphs, which are alike for models of one architecture."""
-    return {digest for name, digest in hashes.items() if name.endswith((".pdparams", ".pdiparams"))}
+def read_best(path):
+    """Yields (task, learning rate, batch size, epochs, max_seq_length, model directory) of a best.json."""
+    if not os.path.isfile(path):
+        raise utils.UserError(f"{path}: no such file; finetuning/run_one_search.sh writes MODEL/{BEST}")
+    try:
+        with open(path, encoding="utf-8") as file:
+            cells = json.load(file)
+        for task, cell in cells.items():
+            directory = os.path.join(os.path.dirname(path), cell["path"])
+            yield (task, *(f"{cell[name]:g}" for name in HYPER_PARAMETERS), directory)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise utils.UserError(f"{path}: not a {BEST} of finetuning/run_one_search.sh ({error!r})") from error
 
 
-def parent_among(record, found):
-    """The record that this one was made from: recognized by hash, and by place where several have the same weights."""
-    if not record["parent"]:
-        return None
-    made_from = weights_in(record["parent"]["weights"])
-    candidates = [
-        other
-        for other in found
-        if made_from & weights_in({**other["weights"], **exported(other)})
-        and other["task"] in (record["task"], "general")
-    ]
-    candidates.sort(key=lambda other: other["directory"] != record["parent"]["path"])
-    return candidates[0] if candidates else None
-
-
-def descendants(root, records):
-    """The records made from ``root``, directly or not, children behind their parents."""
-    found = []
-    for record in records:
-        if parent_among(record, records) is root:
-            found += [record, *descendants(record, records)]
-    return found
-
-
-def row_of(record):
-    """(what, accuracy, agreement, params, FLOPs, MB) of a record as table cells, or None if it has no row."""
-    stage, metrics, width = record["stage"], record["metrics"], record["model"]["width_mult"]
-    size, agreement = (record.get("export") or {}).get("bytes"), ""
-    if stage == "finetune":
-        what = "fine-tuned, FP32"
-    elif stage == "prune_export" and size:
-        what = f"pruned to {width:g}, FP32"
-    elif stage == "quantize":
-        origin = "fine-tuned" if width == 1 else f"pruned to {width:g}"
-        what = f"{origin}, INT8 {record['variant']['algorithm']}{record['variant']['calib_samples']}"
-        size, agreement = metrics["bytes"], f"{metrics['agreement'] * 100:.2f}"
-    else:
-        return None
-    return [
-        what,
-        f"{metrics['accuracy'] * 100:.2f}",
-        agreement,
-        f"{record['params'] / 1e6:.2f} M",
-        f"{record['flops'] / 1e9:.2f} G",
-        f"{size / 1e6:.1f}" if size else "",
-    ]
-
-
-def table(root, family):
-    """The Markdown table of a fine-tuned model and its descendants, with what is random or partial below it."""
-    rows = [(record, row_of(record)) for record in [root, *family]]
-    rows = [(record, row) for record, row in rows if row]
-    quantized = [record for record, _ in rows if record["stage"] == "quantize"]
-    best = max(quantized, key=lambda record: record["metrics"]["accuracy"], default=None)
-    lines = [
-        f"**{root['task']}**, {root['directory']}",
-        "",
-        "| model | dev accuracy, % | agreement with FP32, % | params | FLOPs | file, MB |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for record, row in rows:
-        row[0] += " (best INT8)" if record is best else ""
-        lines.append(f"| {' | '.join(row)} |")
-    dev = root["data"]["dev"]
-    machine = root["machine"]
-    lines += [
-        "",
-        f"{dev['examples']} dev records, majority class {dev['majority_class'] * 100:.1f} %. "
-        f"Measured on {machine['cpu']} ({', '.join(machine['flags'])}), {machine['cores']} cores.",
-    ]
-    notes = list(dict.fromkeys(note for record, _ in rows for note in record["notes"]))
-    return lines + [f"Note: {note}." for note in notes]
+def read_speedups(path):
+    """{row of the CLUE table: speed-up} of a benchmark's JSON: {"rows": [{"row": "quantized", "speedup": 2.7}, ...]}"""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return {row["row"]: float(row["speedup"]) for row in json.load(file)["rows"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise utils.UserError(f"--perf {path}: not a benchmark's JSON ({error!r})") from error
 
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.cells:
+        for cell in read_best(args.cells):
+            print("\t".join(cell))
+        return
     directories = args.directories or [
         d for d in (os.path.join(utils.ROOT, d) for d in DEFAULT_DIRECTORIES) if os.path.isdir(d)
     ]
     records = find_records(directories)
-    roots = [
-        r
-        for r in records
-        if r["stage"] == "finetune" and (not args.task_name or r["task"].lower() == args.task_name.lower())
-    ]
+    wanted = (args.task_name or "").lower()
+    roots = [r for r in records if r["stage"] == "finetune" and wanted in ("", r["task"].lower())]
     if not roots:
         print(
             f"summarize.py: no finished fine-tuned model{' of ' + args.task_name if args.task_name else ''} under "
@@ -135,13 +105,36 @@ def main(argv=None):
             file=sys.stderr,
         )
         sys.exit(1)
-    kept = []
-    for number, root in enumerate(roots):
-        family = descendants(root, records)
-        kept += [root, *family]
-        print("\n".join(([""] if number else []) + table(root, family)))
+    speedups = read_speedups(args.perf) if args.perf else {}
+    models, blocks, flat_rows, kept = {}, [], [], []
+    for root in roots:
+        models.setdefault(model_directory(root), []).append(root)
+    families = [(model, clue_rows(of_model, records, speedups)) for model, of_model in models.items()]
+    for (model, rows), of_model in zip(families, models.values()):
+        if not args.task_name:
+            blocks.append(clue_table(model, rows))
+        blocks.append(grid_tables(of_model))
+        flat_rows += long_rows(model, [] if args.task_name else rows, of_model)
+        best = best_cells(of_model).values()
+        for root in of_model:
+            family = descendants(root, records)
+            kept += [root, *family]
+            if family or root in best:
+                blocks.append(family_table(root, family))
+    if args.format == "markdown":
+        print("\n\n".join("\n".join(block) for block in blocks))
+    elif args.format == "json":
+        print(json.dumps(flat_rows, ensure_ascii=False, indent=1))
+    else:
+        writer = csv.DictWriter(sys.stdout, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat_rows)
     if args.json:
+        for record in kept:
+            record.pop("path")
         utils.write_whole(args.json, json.dumps(kept, ensure_ascii=False, indent=1) + "\n")
+    if args.plot:
+        draw(args.plot, families)
 
 
 if __name__ == "__main__":

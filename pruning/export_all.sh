@@ -1,9 +1,19 @@
 #!/bin/sh
 # Exports every task and width under DIR (default: pruned_models). Goes on after a failure, and lists the failures.
+# With the best.json of a grid search in place of DIR: exports the fine-tuned model that it names for each task.
 set -e
 . "$(dirname -- "$0")/../launcher.sh"
 dir=${1:-pruned_models}
 [ $# -eq 0 ] || shift
+case $dir in
+    *.json)
+        export_one() {
+            "$PYTHON" "$root/finetuning/export_model.py" --task_name "$task" --model_path "$model" $device_args "$@"
+        }
+        for_each_best "$dir" export_one "$@"
+        exit
+        ;;
+esac
 
 failed= found=
 for task_dir in "$dir"/*/; do

@@ -1,9 +1,20 @@
 #!/bin/sh
 # Prunes a fine-tuned model; what follows the eight arguments goes to prune.py. Writes pruned_models/TASK/WIDTH/best_model/.
+# With the best.json of a grid search in place of seven of them: the best cell of every task, with that cell's settings.
 set -e
 . "$(dirname -- "$0")/../launcher.sh"
+case ${1-} in
+    *.json)
+        usage 2 $# "sh prune.sh BEST_JSON WIDTHS [more arguments of prune.py]"
+        best=$1 widths=$2
+        shift 2
+        prune_one() { sh "$0" "$task" "$lr" "$batch" "$epochs" "$length" "${GPU_ID:-0}" "$model" "$widths" "$@"; }
+        for_each_best "$best" prune_one "$@"
+        exit
+        ;;
+esac
 usage 8 $# "sh prune.sh TASK LR BATCH EPOCHS MAX_SEQ_LEN GPU_ID MODEL WIDTHS [more arguments of prune.py]
-  WIDTHS: one width, or several as one argument: '0.75 0.5'"
+  WIDTHS: one width, or several as one argument: '0.75 0.5'; or: sh prune.sh BEST_JSON WIDTHS"
 task=$(task_name "$1") lr=$2 batch=$3 epochs=$4 length=$5 gpu=$6 model=$7 widths=$8
 shift 8
 

@@ -1,0 +1,288 @@
+"""Fine-tunes one model with every batch size and learning rate of a grid, on one CLUE task or on all seven.
+
+Each cell of the grid is one run of run_clue.py into MODEL/models/TASK/LR_BATCH/, its output in LR_BATCH.log beside it.
+Several run at once: one per GPU, or --workers on a CPU. The same command goes on after a kill: finished cells are
+skipped, begun ones resume. A cell that fails does not stop the others; failures are listed at the end, with status 1.
+When a task is done, MODEL/best.json names its best cell, for prune.sh, export_all.sh, quant_all.sh and run_all.sh.
+
+    sh run_one_search.sh ppminilm-6l-768h TNEWS                 # what these two launchers run is this script
+    DRY_RUN=1 sh run_all_search.sh ppminilm-6l-768h             # prints the plan of the 63 cells, and its time
+    python grid_search.py --model ppminilm-6l-768h --tasks TNEWS --learning_rates 1e-4 3e-4 -- --max_train_samples 5000
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.join(HERE, "..")]
+import compat  # noqa: F401  before Paddle
+
+from tqdm import tqdm
+
+import data
+import modeling
+import records
+import run_clue
+import summarize
+import utils
+
+# Epochs and maximum length of each task, and the grid: the searches of the original PP-MiniLM example in PaddleNLP
+# (run_all_search.sh there), which evaluated every 100 steps.
+SETTINGS = {
+    "AFQMC": (3, 128),
+    "TNEWS": (3, 128),
+    "IFLYTEK": (6, 128),
+    "OCNLI": (6, 128),
+    "CMNLI": (3, 128),
+    "CLUEWSC2020": (50, 128),
+    "CSL": (8, 256),
+}
+BATCH_SIZES = [16, 32, 64]
+LEARNING_RATES = ["3e-5", "5e-5", "1e-4"]
+RUN_CLUE = os.path.join(HERE, "run_clue.py")
+LIBC = ctypes.CDLL(None)
+
+
+class Cell(NamedTuple):
+    task: str
+    learning_rate: str  # as typed: it is part of the path
+    batch_size: int
+    epochs: int
+    max_seq_length: int
+    directory: str
+    more: tuple  # arguments that go to run_clue.py as they are
+
+    def name(self):
+        return f"{self.task} {self.learning_rate}_{self.batch_size}"
+
+    def log(self):
+        return f"{self.directory}.log"
+
+
+def parse_args(argv=None):
+    parser = utils.Parser(__doc__)
+    parser.add_argument("--model", required=True, help="built-in name or model directory; results go below it")
+    parser.add_argument("--tasks", nargs="+", default=list(SETTINGS), help="CLUE tasks, or names of your own data")
+    parser.add_argument("--batch_sizes", nargs="+", type=int, default=BATCH_SIZES, help="one axis of the grid")
+    parser.add_argument("--learning_rates", nargs="+", default=LEARNING_RATES, help="the other axis")
+    parser.add_argument("--num_train_epochs", type=int, help="for every task (default: the published one of the task)")
+    parser.add_argument("--max_seq_length", type=int, help="for every task (default: the published one of the task)")
+    parser.add_argument("--gpus", help="ids to use, such as 0,1 (default: all that Paddle sees)")
+    parser.add_argument("--device", help="gpu or cpu (default: gpu if Paddle has one)")
+    parser.add_argument(
+        "--workers", type=int, help="cells at once on a CPU, which share its cores (default: one for every 4 cores; "
+        "more for a small model, as many as cores for a tiny one; mind the memory)",
+    )  # fmt: skip
+    parser.add_argument("--dry_run", action="store_true", help="print the plan, and its time where cells are recorded")
+    parser.add_argument("more", nargs="*", metavar="...", help="after --: arguments of run_clue.py")
+    args = parser.parse_args(argv)
+    utils.check_positive(args, "workers", "num_train_epochs", "max_seq_length")
+    for rate in args.learning_rates:
+        try:
+            float(rate)
+        except ValueError:
+            parser.error(f"--learning_rates: {rate!r} is not a number")
+    args.tasks = [task.upper() if task.upper() in SETTINGS else task for task in args.tasks]
+    return args
+
+
+def plan(args):
+    """The cells of the grid, task by task; of a task the large batches, which are done first, before the small."""
+    cells = []
+    for task in dict.fromkeys(args.tasks):
+        epochs, length = SETTINGS.get(task, (3, 128))
+        for batch_size in sorted(set(args.batch_sizes), reverse=True):
+            for rate in dict.fromkeys(args.learning_rates):
+                directory = os.path.join(args.model, "models", task, f"{rate}_{batch_size}")
+                cells.append(
+                    Cell(task, rate, batch_size, args.num_train_epochs or epochs, args.max_seq_length or length,
+                         directory, tuple(args.more))
+                )  # fmt: skip
+    return cells
+
+
+def arguments_of(cell, args):
+    return [
+        "--task_name", cell.task, "--model_name_or_path", args.model, "--learning_rate", cell.learning_rate,
+        "--batch_size", str(cell.batch_size), "--num_train_epochs", str(cell.epochs),
+        "--max_seq_length", str(cell.max_seq_length), "--output_dir", cell.directory,
+        *(["--device", args.device] if args.device else []), *cell.more,
+    ]  # fmt: skip
+
+
+def state_of(cell, args):
+    """finished, begun or new. What is finished with other settings counts as new: run_clue.py says what differs."""
+    record = finished_record(cell)
+    if record:
+        asked = records.describe_arguments(run_clue.parse_args(arguments_of(cell, args)))
+        compared = set(asked) - records.NO_IDENTITY - {"device"}
+        same = all(asked[name] == record["arguments"].get(name) for name in compared)
+        return "finished" if same and not asked["overwrite"] else "new"
+    return "begun" if os.path.isdir(f"{cell.directory}.unfinished") else "new"
+
+
+def finished_record(cell):
+    """The record of a finished cell, or None."""
+    here = os.path.isfile(os.path.join(cell.directory, records.RECORD))
+    return records.read_record(cell.directory) if here else None
+
+
+def estimate(cell, cells):
+    """Seconds that a cell will take, from the recorded ones of its task (of its batch size, if there are), or None."""
+    paces = {}
+    for other in cells:
+        record = finished_record(other) if other.task == cell.task else None
+        if record:
+            made_with = record["arguments"]
+            epoch = record["data"]["train"]["examples"]
+            seen = max(made_with["max_steps"] * made_with["batch_size"], 0) or made_with["num_train_epochs"] * epoch
+            paces.setdefault(other.batch_size, []).append(record["seconds"] / seen)
+            examples = seen if made_with["max_steps"] > 0 else cell.epochs * epoch
+    if not paces:
+        return None
+    chosen = paces.get(cell.batch_size) or sum(paces.values(), [])
+    return examples * sum(chosen) / len(chosen)
+
+
+def show_plan(cells, args, slots):
+    """Prints the plan, cell by cell, with its time."""
+    states = [state_of(cell, args) for cell in cells]
+    seconds = [estimate(cell, cells) for cell in cells]
+    print("| cell | epochs | max_seq_length | state | estimate, s |\n| --- | --- | --- | --- | --- |")
+    for cell, state, guess in zip(cells, states, seconds):
+        shown = "" if state == "finished" else "unknown" if guess is None else f"{guess:.0f}"
+        print(f"| {cell.name()} | {cell.epochs} | {cell.max_seq_length} | {state} | {shown} |")
+    left = [guess for state, guess in zip(states, seconds) if state != "finished"]
+    known = [guess for guess in left if guess is not None]
+    print(f"{len(cells)} cells, {len(left)} to do, {len(slots)} at once", end="")
+    if known:
+        print(
+            f"; about {sum(known) / len(slots) / 60:.0f} minutes for the {len(known)} whose task has a record", end=""
+        )
+    print()
+
+
+def find_slots(args):
+    """What cells run on: a GPU id, or None for a share of the CPU's cores, each."""
+    device = utils.set_device(args.device)
+    if device.startswith("gpu"):
+        import paddle
+
+        return args.gpus.split(",") if args.gpus else [str(i) for i in range(paddle.device.cuda.device_count())]
+    return [None] * (args.workers or max(1, len(os.sched_getaffinity(0)) // 4))
+
+
+def start(cell, args, slot, slots):
+    """Starts run_clue.py for a cell, its output appended to the cell's log."""
+    os.makedirs(os.path.dirname(cell.directory), exist_ok=True)
+    environment = dict(os.environ)
+    if slot is None:
+        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // slots))
+    else:
+        environment["CUDA_VISIBLE_DEVICES"] = slot
+    with open(cell.log(), "a", encoding="utf-8") as log:
+        return subprocess.Popen(
+            [sys.executable, "-u", RUN_CLUE, *arguments_of(cell, args)],
+            stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, preexec_fn=die_with_parent,
+        )  # fmt: skip
+
+
+def die_with_parent():
+    """In the child: the kernel kills it with the search, or it would go on and keep its cell locked to the next one."""
+    LIBC.prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+
+
+def last_line(path):
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = [line.strip() for line in file if line.strip()]
+    return lines[-1] if lines else "(no output)"
+
+
+def prepare(cells, args):
+    """Finds out once what would fail in every cell, and downloads once what they share.
+
+    Returns: {cell: why} of the tasks without data. Raises: UserError for a model that cannot be loaded.
+    """
+    asked = run_clue.parse_args(arguments_of(cells[0], args))
+    modeling.load(asked, 2)
+    failed = {}
+    for task in dict.fromkeys(cell.task for cell in cells):
+        try:
+            for split in ("train", "dev"):
+                data.split_path(task, split, asked.data_dir)
+        except utils.UserError as error:
+            failed.update({cell: str(error) for cell in cells if cell.task == task})
+    return failed
+
+
+def search(cells, args, slots):
+    """Runs the cells that are not finished. Returns: {cell: why} of those that failed."""
+    states = {cell: state_of(cell, args) for cell in cells}
+    queue = [cell for cell in cells if states[cell] != "finished"]
+    failed = prepare(queue, args) if queue else {}
+    queue = [cell for cell in queue if cell not in failed]
+    best, running, free, done = {}, {}, list(slots), 0
+    progress = tqdm(total=len(cells), desc="cells", disable=None)
+
+    def count(cell, how):
+        nonlocal done
+        done += 1
+        accuracy = finished_record(cell)["metrics"]["accuracy"]
+        if accuracy > best.get(cell.task, (-1, None))[0]:
+            best[cell.task] = accuracy, cell
+        progress.update()
+        progress.write(
+            f"{cell.name()}: {how}, dev accuracy {accuracy:.4f} (best of {cell.task} so far {best[cell.task][0]:.4f}: "
+            f"{best[cell.task][1].name()}); {done} done, {len(running)} running, {len(queue)} to go"
+        )
+
+    for cell in cells:
+        if states[cell] == "finished":
+            count(cell, "already finished")
+    try:
+        while queue or running:
+            while queue and free:
+                cell, slot = queue.pop(0), free.pop(0)
+                running[cell] = start(cell, args, slot, len(slots)), slot
+                progress.write(f"{cell.name()}: {'resumes' if states[cell] == 'begun' else 'starts'}, see {cell.log()}")
+            progress.set_postfix_str(f"{len(running)} running, {len(queue)} to go, {len(failed)} failed")
+            time.sleep(0.2)
+            for cell in [cell for cell, (process, _) in running.items() if process.poll() is not None]:
+                process, slot = running.pop(cell)
+                free.append(slot)
+                if process.returncode == 0:
+                    count(cell, "finished")
+                    summarize.write_best(args.model)
+                else:
+                    failed[cell] = f"status {process.returncode}, {last_line(cell.log())}; see {cell.log()}"
+                    progress.write(f"{cell.name()}: FAILED, {failed[cell]}")
+    finally:
+        for process, _ in running.values():
+            process.kill()
+        progress.close()
+    summarize.write_best(args.model)
+    return failed
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    slots = find_slots(args)
+    cells = plan(args)
+    run_clue.parse_args(arguments_of(cells[0], args))  # ends here with its own message if an argument is wrong
+    if args.dry_run:
+        return show_plan(cells, args, slots)
+    failed = search(cells, args, slots)
+    for cell, why in failed.items():
+        print(f"grid_search.py: failed: {cell.name()}: {why}", file=sys.stderr)
+    if failed:
+        sys.exit(1)
+    print(f"{len(cells)} cells done; best of each task: {os.path.join(args.model, summarize.BEST)}")
+
+
+if __name__ == "__main__":
+    utils.run(main)

@@ -1,0 +1,17 @@
+#!/bin/sh
+# The grid of one task: batch 16, 32, 64 x learning rate 3e-5, 5e-5, 1e-4, with the task's published epochs and length.
+# Writes MODEL/models/TASK/LR_BATCH/ and MODEL/best.json. Finished cells are skipped, begun ones resume. What follows goes
+# to run_clue.py. May be set: BATCH_SIZES, LEARNING_RATES, EPOCHS, MAX_SEQ_LENGTH, WORKERS (cells at once on a CPU),
+# DRY_RUN=1 (print the plan only).
+set -e
+. "$(dirname -- "$0")/../launcher.sh"
+usage 2 $# "sh run_one_search.sh MODEL TASK [GPU_ID] [more arguments of run_clue.py]"
+case $(task_name "$1") in # TASK MODEL is understood too
+    AFQMC | TNEWS | IFLYTEK | OCNLI | CMNLI | CLUEWSC2020 | CSL) task=$1 model=$2 ;;
+    *) task=$2 model=$1 ;;
+esac
+shift 2
+gpu=
+case ${1-} in [0-9]*) gpu=$1; shift ;; esac
+
+TASKS=$task GPUS=$gpu sh "$here/run_all_search.sh" "$model" "$@"

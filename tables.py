@@ -1,0 +1,286 @@
+"""The tables of summarize.py: of one fine-tuned model, of a grid, of CLUE; as Markdown, as flat rows, as a picture."""
+
+import os
+
+from records import descendants
+
+TASKS = ("AFQMC", "TNEWS", "IFLYTEK", "CMNLI", "OCNLI", "CLUEWSC2020", "CSL")
+
+# CLUE dev accuracy in the order of TASKS, their average, millions of parameters, 10^9 multiply-adds at 128 tokens, and
+# speed-up against BERT-base (T4, batch 32 x 128, INT8 for the quantized). Source: README of PaddleNLP's PP-MiniLM.
+PUBLISHED = {
+    "BERT-base": ((74.14, 56.81, 61.10, 81.19, 74.85, 79.93, 81.47), 72.78, 102.3, 10.87, 1.00),
+    "fine-tuned": ((74.14, 57.43, 61.75, 81.01, 76.17, 86.18, 79.17), 73.69, 59.7, 5.44, 2.15),
+    "pruned to 0.75": ((73.91, 57.44, 61.64, 81.10, 75.59, 85.86, 78.53), 73.44, 49.1, 4.08, 2.74),
+    "quantized": ((74.19, 57.13, 61.10, 81.20, 76.10, 85.20, 78.03), 73.28, 59.8, None, 7.34),
+    "pruned to 0.75 + quantized": ((74.00, 57.37, 61.33, 81.09, 75.56, 85.85, 78.57), 73.40, 49.2, None, 8.88),
+}
+
+
+# The grid and the CLUE table
+
+
+def model_directory(record):
+    """Where a fine-tuned model belongs: MODEL of MODEL/models/TASK/LR_BATCH, else its own directory."""
+    parts = record["directory"].split(os.sep)
+    return os.sep.join(parts[:-3]) if parts[-3:-2] == ["models"] else record["directory"]
+
+
+def remarks(record):
+    """What keeps a figure from being comparable with others: random weights, partial data."""
+    data = record["data"]
+    found = list(record["notes"]) + [f"partial {n} data: {d['partial']}" for n, d in data.items() if d.get("partial")]
+    return list(dict.fromkeys(found))
+
+
+def best_cells(roots):
+    """{task: the fine-tuned record that is best on dev}; of equals the first."""
+    best = {}
+    for record in roots:
+        if accuracy(record) > accuracy(best.get(record["task"])):
+            best[record["task"]] = record
+    return best
+
+
+def accuracy(record):
+    return record["metrics"]["accuracy"] if record else -1.0
+
+
+def kind_of(record):
+    """The row of the CLUE table that a record belongs to, or None."""
+    width = record["model"]["width_mult"]
+    pruned = f"pruned to {width:g}" if width != 1 else ""
+    if record["stage"] == "finetune":
+        return "fine-tuned"
+    if record["stage"] == "quantize":
+        return f"{pruned} + quantized" if pruned else "quantized"
+    if record["stage"] == "prune_export" and (record.get("export") or {}).get("bytes"):
+        return pruned or None
+    return None
+
+
+def clue_rows(roots, records, speedups):
+    """The CLUE table of one model directory: [{row, cells: {task: record}, average, ...}], best on dev in each cell."""
+    cells = {}
+    for root in roots:
+        for record in [root, *descendants(root, records)]:
+            kind = kind_of(record)
+            if kind and accuracy(record) > accuracy(cells.setdefault(kind, {}).get(record["task"])):
+                cells[kind][record["task"]] = record
+    order = sorted(cells, key=lambda kind: ("quantized" in kind, "pruned" in kind, kind))
+    order.sort(key=lambda kind: kind == "pruned to 0.75 + quantized")
+    rows = []
+    for kind in order:
+        row = cells[kind]
+        shown = row.get("TNEWS") or next(iter(row.values()))
+        whole = all(task in row for task in TASKS)
+        rows.append({
+            "row": kind, "cells": row, "params": shown["params"], "flops": shown["flops"], "bytes": size_of(shown),
+            "average": sum(accuracy(row[task]) for task in TASKS) / len(TASKS) if whole else None,
+            "speedup": speedups.get(kind),
+        })  # fmt: skip
+    return rows
+
+
+def size_of(record):
+    """Bytes of the parameters' file in deployment, or None."""
+    return record["metrics"].get("bytes") or (record.get("export") or {}).get("bytes")
+
+
+def percent(value, sign=""):
+    return "" if value is None else f"{value * 100:{sign}.2f}"
+
+
+def clue_table(model, rows):
+    """The CLUE table as Markdown: per row measured, published where there is such a row, and the difference."""
+    footnotes = {}
+    lines = [
+        f"**CLUE dev accuracy, %: {model}**", "",
+        f"| model | {' | '.join(TASKS)} | average | params | FLOPs | file, MB | speed-up |", "| --- " * 13 + "|",
+    ]  # fmt: skip
+    for row in rows:
+        marked, every = [], set()
+        for task in TASKS:
+            record = row["cells"].get(task)
+            marks = {footnotes.setdefault(note, len(footnotes) + 1) for note in remarks(record)} if record else set()
+            every |= marks
+            marked.append(percent(accuracy(record)) + mark(marks) if record else "missing")
+        present = sum(task in row["cells"] for task in TASKS)
+        average = percent(row["average"]) + mark(every) if present == len(TASKS) else f"{present} of 7 tasks"
+        size = f"{row['bytes'] / 1e6:.1f}" if row["bytes"] else ""
+        speed = f"{row['speedup']:.2f}x" if row["speedup"] else ""
+        flops = f"{row['flops'] / 1e9:.2f} G"
+        cells = [f"{row['row']}, measured", *marked, average, f"{row['params'] / 1e6:.2f} M", flops, size, speed]
+        lines.append(f"| {' | '.join(cells)} |")
+        if row["row"] in PUBLISHED:
+            lines += beside_published(row)
+    lines += ["", "Published: PaddleNLP's PP-MiniLM example (T4, PaddlePaddle 2.2.2; 6 layers x 768, pre-trained)."]
+    first = next(iter(rows[0]["cells"].values()))
+    shape = first["model"]["architecture"]
+    origin = first["model"]["initialized_from"]
+    lines.append(
+        f"Measured: {shape['num_hidden_layers']} layers x {shape['hidden_size']}, {origin}; "
+        f"on {first['machine']['cpu']}, {first['machine']['cores']} cores; best on dev of each row, INT8 in its engine."
+    )
+    return lines + [f"({number}) {note}." for note, number in footnotes.items()]
+
+
+def mark(numbers):
+    return f" ({','.join(map(str, sorted(numbers)))})" if numbers else ""
+
+
+def beside_published(row):
+    values, average, params, flops, speed = PUBLISHED[row["row"]]
+    measured = [row["cells"].get(task) for task in TASKS]
+    apart = [percent(accuracy(m) - v / 100, "+") if m else "" for m, v in zip(measured, values)]
+    apart.append(percent(row["average"] - average / 100, "+") if row["average"] is not None else "")
+    flops = f"{flops:.2f} G" if flops else ""
+    shown = " | ".join(f"{value:.2f}" for value in (*values, average))
+    return [
+        f"| published | {shown} | {params:.1f} M | {flops} | | {speed:.2f}x |",
+        f"| difference | {' | '.join(apart)} | | | | |",
+    ]
+
+
+def grid_tables(roots):
+    """The best cell of each task with its hyper-parameters, and the whole grid, as Markdown."""
+    best, lines = best_cells(roots), []
+    names = ["task", "dev accuracy, %", "learning rate", "batch size", "epochs", "max_seq_length", "best step", "cells"]
+    names += ["majority class, %", "remarks"]
+    lines += ["**Best of the grid**", "", f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
+    for task, record in best.items():
+        settings = [f"{record['arguments'][name]:g}" for name in HYPER_PARAMETERS]
+        cells = sum(other["task"] == task for other in roots)
+        row = [task, percent(accuracy(record)), *settings, str(record["metrics"]["step"]), str(cells)]
+        row += [percent(record["data"]["dev"]["majority_class"]), "; ".join(remarks(record))]
+        lines.append(f"| {' | '.join(row)} |")
+    for task in best:
+        cells = {(r["arguments"]["learning_rate"], r["arguments"]["batch_size"]): r for r in roots if r["task"] == task}
+        if len(cells) > 1:
+            rates, sizes = (sorted({key[i] for key in cells}) for i in (0, 1))
+            lines += ["", f"**{task}: dev accuracy, %, by learning rate and batch size**", ""]
+            lines += [f"| learning rate | {' | '.join(map(str, sizes))} |", "| --- " * (len(sizes) + 1) + "|"]
+            for rate in rates:
+                row = [percent(accuracy(cells[rate, n])) if (rate, n) in cells else "missing" for n in sizes]
+                lines.append(f"| {rate:g} | {' | '.join(row)} |")
+    return lines
+
+
+def long_rows(model, rows, roots):
+    """Every figure of the tables as one flat dict each, for CSV and JSON."""
+    found = []
+    for row in rows:
+        published = PUBLISHED.get(row["row"])
+        for task in TASKS:
+            record = row["cells"].get(task)
+            number = published[0][TASKS.index(task)] if published else None
+            found.append({"table": "clue", "model": model, "row": row["row"], "task": task, **flat(record, number)})
+        average = None if row["average"] is None else round(row["average"] * 100, 4)
+        found.append({"table": "clue", "model": model, "row": row["row"], "task": "average", "accuracy": average,
+                      "published": published and published[1], "speedup": row["speedup"]})  # fmt: skip
+    best = best_cells(roots).values()
+    for record in roots:
+        made_with = record["arguments"]
+        found.append({"table": "grid", "model": model, "row": "best" if record in best else "", "task": record["task"],
+                      **flat(record, None), **{name: made_with[name] for name in HYPER_PARAMETERS}})  # fmt: skip
+    return found
+
+
+HYPER_PARAMETERS = ("learning_rate", "batch_size", "num_train_epochs", "max_seq_length")
+COLUMNS = ("table", "model", "row", "task", "accuracy", "published", "difference", "majority_class", "params", "flops",
+           "bytes", "speedup", *HYPER_PARAMETERS, "remarks")  # fmt: skip
+
+
+def flat(record, published):
+    if record is None:
+        return {"accuracy": None, "published": published, "remarks": "missing"}
+    measured = round(accuracy(record) * 100, 4)
+    dev = record["data"].get("dev") or {}
+    return {
+        "accuracy": measured, "published": published,
+        "difference": None if published is None else round(measured - published, 4),
+        "majority_class": round(dev["majority_class"] * 100, 4) if "majority_class" in dev else None,
+        "params": record["params"], "flops": record["flops"], "bytes": size_of(record),
+        "remarks": "; ".join(remarks(record)),
+    }  # fmt: skip
+
+
+def draw(path, families):
+    """Dev accuracy of every row against the size of its file, and its speed-up where known, into an image file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    points = [
+        (f"{row['row']}", task, accuracy(record) * 100, (size_of(record) or 0) / 1e6, row["speedup"])
+        for _, rows in families for row in rows for task, record in row["cells"].items()
+    ]  # fmt: skip
+    panels = [("file, MB", 3)] + ([("speed-up against BERT-base", 4)] if any(p[4] for p in points) else [])
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
+    kinds, tasks = (list(dict.fromkeys(p[i] for p in points)) for i in (0, 1))
+    for axis, (label, column) in zip(axes[0], panels):
+        for kind, marker in zip(kinds, "os^Dvp*XP<>"):
+            for number, task in enumerate(tasks):
+                chosen = [p for p in points if p[0] == kind and p[1] == task and p[column]]
+                x, y = [p[column] for p in chosen], [p[2] for p in chosen]
+                axis.scatter(x, y, marker=marker, color=f"C{number % 10}", label=f"{task}, {kind}")
+        axis.set_xlabel(label)
+        axis.set_ylabel("dev accuracy, %")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, format=os.path.splitext(path)[1].lstrip(".") or "png")
+
+
+# One fine-tuned model and what was made from it
+
+
+def row_of(record):
+    """(what, accuracy, agreement, params, FLOPs, MB) of a record as table cells, or None if it has no row."""
+    stage, metrics, width = record["stage"], record["metrics"], record["model"]["width_mult"]
+    size, agreement = (record.get("export") or {}).get("bytes"), ""
+    if stage == "finetune":
+        what = "fine-tuned, FP32"
+    elif stage == "prune_export" and size:
+        what = f"pruned to {width:g}, FP32"
+    elif stage == "quantize":
+        origin = "fine-tuned" if width == 1 else f"pruned to {width:g}"
+        what = f"{origin}, INT8 {record['variant']['algorithm']}{record['variant']['calib_samples']}"
+        size, agreement = metrics["bytes"], f"{metrics['agreement'] * 100:.2f}"
+    else:
+        return None
+    return [
+        what,
+        f"{metrics['accuracy'] * 100:.2f}",
+        agreement,
+        f"{record['params'] / 1e6:.2f} M",
+        f"{record['flops'] / 1e9:.2f} G",
+        f"{size / 1e6:.1f}" if size else "",
+    ]
+
+
+def family_table(root, family):
+    """The Markdown table of a fine-tuned model and its descendants, with what is random or partial below it."""
+    rows = [(record, row_of(record)) for record in [root, *family]]
+    rows = [(record, row) for record, row in rows if row]
+    quantized = [record for record, _ in rows if record["stage"] == "quantize"]
+    best = max(quantized, key=lambda record: record["metrics"]["accuracy"], default=None)
+    lines = [
+        f"**{root['task']}**, {root['directory']}",
+        "",
+        "| model | dev accuracy, % | agreement with FP32, % | params | FLOPs | file, MB |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for record, row in rows:
+        row[0] += " (best INT8)" if record is best else ""
+        lines.append(f"| {' | '.join(row)} |")
+    dev = root["data"]["dev"]
+    machine = root["machine"]
+    lines += [
+        "",
+        f"{dev['examples']} dev records, majority class {dev['majority_class'] * 100:.1f} %. "
+        f"Measured on {machine['cpu']} ({', '.join(machine['flags'])}), {machine['cores']} cores.",
+    ]
+    notes = list(dict.fromkeys(note for record, _ in rows for note in record["notes"]))
+    return lines + [f"Note: {note}." for note in notes]
