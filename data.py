@@ -15,7 +15,7 @@ from typing import List, NamedTuple, Optional
 import numpy as np
 
 from records import relative
-from utils import UserError
+from utils import UserError, write_json_lines
 
 
 @dataclass(frozen=True)
@@ -254,6 +254,18 @@ def read_split(task, split, data_dir=None, max_samples=None):
     with open(path, "rb") as file:
         md5 = hashlib.md5(file.read()).hexdigest()
     return Split(split, path, md5, examples, partial)
+
+
+def write_submission(task, test, logits, directory):
+    """Writes the predictions for a test split as CLUE takes them: one {"id", "label"} a line, in the file's order.
+
+    Args: test: Split of every test record. logits: [records, classes]. Returns: its path in ``directory``.
+    """
+    ids = [row.get("id", number) for number, (_, row) in enumerate(read_rows(test.path))]
+    labels = [task.labels[i] for i in np.asarray(logits).argmax(-1)]
+    path = os.path.join(directory, f"{task.name.lower()}_predict.json")
+    write_json_lines(path, [{"id": i, "label": label} for i, label in zip(ids, labels)])
+    return path
 
 
 def read_train_and_dev(task, args):

@@ -139,7 +139,7 @@ def check_weights(directory, weights):
 
 
 # What does not change a result, (of quantization) is a choice among results, or is known better by the md5 of the data.
-NO_IDENTITY = {"overwrite", "visualdl_dir", "logging_steps", "algorithms", "calib_samples",
+NO_IDENTITY = {"overwrite", "do_eval", "do_predict", "visualdl_dir", "logging_steps", "algorithms", "calib_samples",
                "data_dir", "input_dir", "output_dir", "task_name"}  # fmt: skip
 
 

@@ -109,7 +109,7 @@ def main(argv=None):
     models, blocks, flat_rows, kept = {}, [], [], []
     for root in roots:
         models.setdefault(model_directory(root), []).append(root)
-    families = [(model, clue_rows(of_model, records, speedups)) for model, of_model in models.items()]
+    families = [(relative(model), clue_rows(of_model, records, speedups)) for model, of_model in models.items()]
     for (model, rows), of_model in zip(families, models.values()):
         if not args.task_name:
             blocks.append(clue_table(model, rows))

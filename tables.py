@@ -21,9 +21,9 @@ PUBLISHED = {
 
 
 def model_directory(record):
-    """Where a fine-tuned model belongs: MODEL of MODEL/models/TASK/LR_BATCH, else its own directory."""
-    parts = record["directory"].split(os.sep)
-    return os.sep.join(parts[:-3]) if parts[-3:-2] == ["models"] else record["directory"]
+    """Where a fine-tuned model belongs, absolute: MODEL of MODEL/models/TASK/LR_BATCH, else its own directory."""
+    parts = os.path.abspath(record["path"]).split(os.sep)
+    return os.sep.join(parts[:-3] if parts[-3] == "models" else parts)
 
 
 def remarks(record):

@@ -44,12 +44,20 @@ def parse_args(argv=None):
         help="train and evaluate (what happens if neither this nor --do_eval is given)",
     )
     main.add_argument("--do_eval", nargs="?", const=True, type=utils.boolean, help="given alone: only score the model")
+    main.add_argument(
+        "--do_predict",
+        nargs="?",
+        const=True,
+        type=utils.boolean,
+        help="write the best model's predictions for test.json, as CLUE takes them, into its directory as "
+        "<task>_predict.json; given alone: only that",
+    )
     training.add_training_arguments(parser.add_argument_group("training"))
     inputs = parser.add_argument_group("data")
     utils.add_data_arguments(inputs)
     utils.add_tokenizer_arguments(inputs)
     args = parser.parse_args(argv)
-    args.do_train = bool(args.do_train) or not args.do_eval
+    args.do_train = bool(args.do_train) or not (args.do_eval or args.do_predict)
     if args.do_train and not args.output_dir:
         parser.error("--output_dir is required for training")
     return args
@@ -64,6 +72,17 @@ def evaluate_only(args):
     features = data.convert(dev.examples, tokenizer, records.sequence_length(args, record))
     metrics = modeling.score(model, features, tokenizer.pad_id)
     print(json.dumps({"task": record["task"], **metrics, **dev.describe()}, ensure_ascii=False))
+
+
+def predict_test(args, directory):
+    """--do_predict: writes the predictions of a fine-tuned directory for test.json beside the model."""
+    model, tokenizer, record = modeling.load_finished(directory, args.use_faster_tokenizer)
+    records.check_task(record, args.task_name, directory)
+    task = data.Task(record["task"], tuple(record["labels"]))
+    test = data.read_split(task, "test", args.data_dir)
+    features = data.convert(test.examples, tokenizer, records.sequence_length(args, record))
+    path = data.write_submission(task, test, modeling.predict(model, features, tokenizer.pad_id), directory)
+    print(f"{len(features)} test records -> {path}")
 
 
 def train(args, model, train_features, dev_features, unfinished, pad_id):
@@ -123,7 +142,9 @@ def main(argv=None):
     training.check_training_arguments(args)
     args.device = utils.set_device(args.device)
     if not args.do_train:
-        return evaluate_only(args)
+        if args.do_eval:
+            evaluate_only(args)
+        return predict_test(args, args.model_name_or_path or "") if args.do_predict else None
     rank, _ = training.start_processes()
     args.max_seq_length = args.max_seq_length or 128
     utils.set_seed(args.seed)
@@ -135,7 +156,7 @@ def main(argv=None):
     now = records.identity(records.describe_arguments(args), provenance["parent"], splits)
     if records.finished(args.output_dir, now, args.overwrite):
         print(f"{args.output_dir}: already finished with these arguments, nothing to do")
-        return None
+        return predict_test(args, args.output_dir) if args.do_predict and rank == 0 else None
     features = {name: data.convert(split.examples, tokenizer, args.max_seq_length) for name, split in read.items()}
     unfinished = training.Unfinished(args.output_dir, now, args.overwrite, shared=rank > 0)
     state = train(args, model, features["train"], features["dev"], unfinished, tokenizer.pad_id)
@@ -182,6 +203,8 @@ def main(argv=None):
         f"{task.name}: dev accuracy {best['accuracy']:.4f} at step {best['step']} "
         f"(majority class {splits['dev']['majority_class']:.4f}) -> {args.output_dir}"
     )
+    if args.do_predict:
+        predict_test(args, args.output_dir)
     return best["accuracy"]
 
 

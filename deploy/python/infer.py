@@ -42,6 +42,11 @@ def parse_args(argv=None):
         help="classify a file: one text a line (a tab before the second text of a pair), "
         "or .json with one record of the task a line; - is standard input",
     )
+    main.add_argument(
+        "--predict_test",
+        metavar="DIR",
+        help="write the predictions for the task's test.json, as CLUE takes them, to DIR/<task>_predict.json",
+    )
     engine_group = parser.add_argument_group("engine")
     engine_group.add_argument("--device", help="gpu or cpu (default: gpu if Paddle has one)")
     engine_group.add_argument(
@@ -88,6 +93,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.int8 and args.precision not in (None, "int8"):
         parser.error(f"--int8 and --precision {args.precision} contradict each other")
+    if args.predict_test and len(args.model_path) > 1:
+        parser.error("--predict_test takes one --model_path")
     args.precision = "int8" if args.int8 else args.precision or "fp32"
     utils.check_positive(args, "threads", "batch_size", "max_eval_samples")
     return args
@@ -124,13 +131,17 @@ def read_texts(args, task_name, pairs):
     return [data.Example(text, pair, None, number) for number, (text, pair) in enumerate(rows, 1)]
 
 
+def open_engine(args, prefix, device, tokenizer, features):
+    return engine.open_engine(
+        prefix, features, device, args.precision, args.threads, args.use_trt, args.batch_size, tokenizer.pad_id
+    )
+
+
 def classify(args, prefix, device, tokenizer, record, length):
     """Prints one JSON line per text of the user: label and probabilities."""
     examples = read_texts(args, record["task"], record["data"]["dev"].get("pairs"))
     features = data.convert(examples, tokenizer, length)
-    predictor = engine.open_engine(
-        prefix, features, device, args.precision, args.threads, args.use_trt, args.batch_size, tokenizer.pad_id
-    )
+    predictor = open_engine(args, prefix, device, tokenizer, features)
     logits = predictor.predict(features, args.batch_size, tokenizer.pad_id).astype("float64")
     exponentials = np.exp(logits - logits.max(-1, keepdims=True))
     for example, row in zip(examples, exponentials / exponentials.sum(-1, keepdims=True)):
@@ -143,6 +154,17 @@ def classify(args, prefix, device, tokenizer, record, length):
         if example.text_pair is not None:
             answer["text_pair"] = example.text_pair
         print(json.dumps(answer, ensure_ascii=False))
+
+
+def predict_test(args, prefix, device, tokenizer, record, length):
+    """--predict_test: writes CLUE's submission file for the task of a model."""
+    task = data.Task(record["task"], tuple(record["labels"]))
+    test = data.read_split(task, "test", args.data_dir)
+    features = data.convert(test.examples, tokenizer, length)
+    predictor = open_engine(args, prefix, device, tokenizer, features)
+    logits = predictor.predict(features, args.batch_size, tokenizer.pad_id)
+    os.makedirs(args.predict_test, exist_ok=True)
+    print(f"{len(features)} test records -> {data.write_submission(task, test, logits, args.predict_test)}")
 
 
 def time_runs(args, predictor, tokenizer, examples, length, runs=5):
@@ -182,6 +204,9 @@ def main(argv=None):
         if args.text or args.input_file:
             classify(args, prefix, device, tokenizer, record, length)
             continue
+        if args.predict_test:
+            predict_test(args, prefix, device, tokenizer, record, length)
+            continue
         if examples is None:
             task = data.Task(record["task"], tuple(record["labels"]))
             dev = data.read_split(task, "dev", args.data_dir, args.max_eval_samples)
@@ -196,9 +221,7 @@ def main(argv=None):
                 raise utils.UserError("--collect_shape: shapes are collected for TensorRT, on a GPU")
             engine.collect_shapes(prefix, features, f"{prefix}.shape_ranges.pbtxt", args.batch_size, tokenizer.pad_id)
             continue
-        predictor = engine.open_engine(
-            prefix, features, device, args.precision, args.threads, args.use_trt, args.batch_size, tokenizer.pad_id
-        )
+        predictor = open_engine(args, prefix, device, tokenizer, features)
         if args.perf:
             time_runs(args, predictor, tokenizer, examples, length)
             continue

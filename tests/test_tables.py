@@ -1,0 +1,150 @@
+"""The tables against figures computed apart, from records made by hand; and predictions in CLUE's form."""
+
+import csv
+import io
+import json
+import re
+
+import pytest
+from conftest import load_script, write_rows
+
+import records
+import summarize
+import tables
+
+
+class Args:
+    learning_rate, batch_size, num_train_epochs, max_seq_length = 1e-4, 32, 3, 128
+
+
+def write(directory, stage, task, accuracy, weights, parent=None, width=1.0, rate=1e-4, **more):
+    args, partial = Args(), "9 of 90" if task == "CSL" else None
+    args.learning_rate = rate
+    directory.mkdir(parents=True)
+    fields = records.make_record(
+        stage, args, 0, task=task, labels=["0", "1"],
+        data={"train": {"md5": "0", "partial": partial, "examples": 9},
+              "dev": {"md5": "1", "partial": None, "examples": 10, "majority_class": 0.6}},
+        model={"model_type": "ppminilm", "architecture": {"num_hidden_layers": 2, "hidden_size": 64}, "width_mult": width,
+               "initialized_from": "random weights"},
+        params=int(1e6 * width), flops=int(2e9 * width), weights={"model_state.pdparams": weights}, notes=["random weights"],
+        metrics={"accuracy": accuracy, "step": 5, **more.pop("metrics", {})},
+        parent=parent and {"path": "x", "weights": {"model_state.pdparams": parent}}, **more,
+    )  # fmt: skip
+    fields["arguments"] = {name: getattr(args, name) for name in tables.HYPER_PARAMETERS}
+    records.write_record(str(directory), fields)
+
+
+def write_clue(root, tasks):
+    """A grid of two cells a task, the better pruned and quantized; the accuracies tell task and row."""
+    for number, task in enumerate(tasks):
+        base = 0.5 + number / 100
+        for cell, (rate, less) in {"1e-4_32": (1e-4, 0), "3e-5_32": (3e-5, 0.05)}.items():
+            write(root / f"m/models/{task}/{cell}", "finetune", task, base - less, f"{task}{cell}", rate=rate)
+        tuned = f"{task}1e-4_32"
+        write(root / f"pruned/{task}", "prune_export", task, base - 0.01, f"{task}p", tuned, 0.75,
+              export={"weights": {"float.pdiparams": f"{task}static"}, "bytes": 3_000_000})  # fmt: skip
+        for variant, less in (("mse4", 0.03), ("hist4", 0.02)):
+            write(root / f"quant/{task}/{variant}", "quantize", task, base - less, f"{task}{variant}", f"{task}p", 0.75,
+                  metrics={"bytes": 1_000_000, "agreement": 0.9},
+                  variant={"algorithm": variant[:-1], "calib_samples": 4})  # fmt: skip
+
+
+@pytest.fixture
+def clue(tmp_path):
+    write_clue(tmp_path, tables.TASKS)
+    return tmp_path
+
+
+def output(capsys, *argv):
+    summarize.main([str(a) for a in argv])
+    return capsys.readouterr().out
+
+
+def test_the_clue_table(clue, capsys):
+    """Best of the grid, best variant, average of seven, published and difference; partial data marked in every place."""
+    text = output(capsys, clue)
+    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
+    tuned = [0.5 + i / 100 for i in range(7)]
+    for row, less in (("fine-tuned", 0), ("pruned to 0.75", 0.01), ("pruned to 0.75 + quantized", 0.02)):
+        found = re.findall(r"\d+\.\d\d(?: \([\d,]+\))?", rows[f"{row}, measured"].split(" | ", 1)[1])
+        wanted = [f"{(v - less) * 100:.2f}" for v in tuned]
+        wanted.append(f"{sum(v - less for v in tuned) / 7 * 100:.2f}")
+        assert [f.split()[0] for f in found[:8]] == wanted
+        marks = [f.split()[1] for f in found[:8]]
+        assert marks[0] == "(1)" and marks[6] == marks[7] == "(1,2)"  # CSL, and the average that it is in
+    assert "(1) random weights." in text and "(2) partial train data: 9 of 90." in text
+    assert rows["pruned to 0.75 + quantized, measured"].count("1.0 |") == 1  # the file in MB
+    blocks = text.split("\n")
+    place = next(i for i, line in enumerate(blocks) if line.startswith("| pruned to 0.75 + quantized, measured"))
+    assert blocks[place + 1].split(" | ")[:3] == ["| published", "74.00", "57.37"]
+    assert blocks[place + 2].split(" | ")[1] == f"{48 - 74.00:+.2f}"
+    assert blocks[place + 2].split(" | ")[8] == f"{(sum(tuned) / 7 - 0.02) * 100 - 73.40:+.2f}"
+    assert "| AFQMC | 50.00 | 0.0001 | 32 | 3 | 128 | 5 | 2 | 60.00 | random weights |" in text
+    assert "| learning rate | 32 |" in text and "| 3e-05 | 45.00 |" in text
+
+
+def test_no_average_over_fewer_tasks(tmp_path, capsys):
+    write_clue(tmp_path, tables.TASKS[:6])
+    text = output(capsys, tmp_path)
+    line = next(line for line in text.splitlines() if line.startswith("| fine-tuned, measured"))
+    assert "| missing | 6 of 7 tasks |" in line
+    published = text.split("\n")[text.split("\n").index(line) + 2]
+    assert published.startswith("| difference") and published.split(" | ")[7:9] == ["", ""]
+    assert "average" not in [row["task"] for row in json.loads(output(capsys, tmp_path, "--format", "json")) if row.get("accuracy") and row["row"] == "fine-tuned"]  # fmt: skip
+
+
+def test_csv_and_json_hold_the_same(clue, capsys):
+    from_json = json.loads(output(capsys, clue, "--format", "json"))
+    from_csv = list(csv.DictReader(io.StringIO(output(capsys, clue, "--format", "csv"))))
+    assert len(from_json) == len(from_csv) == 3 * 8 + 14
+    for one, other in zip(from_json, from_csv):
+        assert {name: "" if value is None else str(value) for name, value in one.items()}.items() <= other.items()
+    best = next(row for row in from_json if row["table"] == "clue" and row["task"] == "CSL")
+    assert best["accuracy"] == 56.0 and best["published"] == 79.17 and best["difference"] == pytest.approx(-23.17)
+    assert "partial train data: 9 of 90" in best["remarks"]
+
+
+def test_speedups_and_the_plot(clue, capsys):
+    (clue / "perf.json").write_text(json.dumps({"rows": [{"row": "pruned to 0.75", "speedup": 2.5}]}))
+    text = output(capsys, clue, "--perf", clue / "perf.json", "--plot", clue / "plot.png")
+    assert next(line for line in text.splitlines() if line.startswith("| pruned to 0.75, measured")).endswith(
+        "| 2.50x |"
+    )
+    with_speed = (clue / "plot.png").read_bytes()
+    assert with_speed.startswith(b"\x89PNG")
+    output(capsys, clue, "--plot", clue / "plot.png")
+    width = [int.from_bytes(image[16:20], "big") for image in (with_speed, (clue / "plot.png").read_bytes())]
+    assert width[0] == 2 * width[1]  # speed has a panel of its own
+    with pytest.raises(summarize.utils.UserError, match="not a benchmark's JSON"):
+        output(capsys, clue, "--perf", clue / "m/models/CSL/1e-4_32/stage.json")
+
+
+def test_best_json(clue, capsys):
+    summarize.write_best(str(clue / "m"))
+    lines = output(capsys, "--cells", clue / "m/best.json").splitlines()
+    assert [line.split("\t")[0] for line in lines] == sorted(tables.TASKS)
+    task, *settings, directory = lines[0].split("\t")
+    assert settings == ["0.0001", "32", "3", "128"] and directory == str(clue / f"m/models/{task}/1e-4_32")
+
+
+def test_test_predictions(tuned, workspace, tmp_path, capsys):
+    """Of dev without its labels: as accurate as dev was, in the file's order, with its ids; the same by infer.py."""
+    rows = [json.loads(line) for line in open(workspace / "data/topics/dev.json", encoding="utf-8")]
+    labels = [row.pop("label") for row in rows]
+    (tmp_path / "topics").mkdir()
+    write_rows(tmp_path / "topics/dev.json", [{**row, "label": label} for row, label in zip(rows, labels)])
+    write_rows(tmp_path / "topics/test.json", [{"id": 1000 - i, **row} for i, row in enumerate(rows)])
+    (tmp_path / "topics/labels.json").write_bytes((workspace / "data/topics/labels.json").read_bytes())
+    run_clue = load_script("finetuning", "run_clue")
+    common = ["--task_name", "topics", "--data_dir", str(tmp_path)]
+    run_clue.main([*common, "--model_name_or_path", str(tuned), "--do_predict"])
+    written = tuned / "topics_predict.json"
+    predictions = [json.loads(line) for line in open(written, encoding="utf-8")]
+    written.unlink()
+    assert [p["id"] for p in predictions] == list(range(1000, 1000 - len(rows), -1))
+    right = sum(p["label"] == label for p, label in zip(predictions, labels)) / len(labels)
+    assert right == pytest.approx(records.read_record(str(tuned))["metrics"]["accuracy"], abs=1e-6)
+    infer = load_script("deploy/python", "infer")
+    infer.main([*common, "--model_path", str(tuned / "inference"), "--predict_test", str(tmp_path / "out")])
+    assert [json.loads(line) for line in open(tmp_path / "out/topics_predict.json", encoding="utf-8")] == predictions
