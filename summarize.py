@@ -18,6 +18,7 @@ import sys
 import utils
 from records import find_records, relative, descendants
 from tables import (
+    TASKS,
     HYPER_PARAMETERS,
     COLUMNS,
     accuracy,
@@ -111,10 +112,11 @@ def main(argv=None):
         models.setdefault(model_directory(root), []).append(root)
     families = [(relative(model), clue_rows(of_model, records, speedups)) for model, of_model in models.items()]
     for (model, rows), of_model in zip(families, models.values()):
-        if not args.task_name:
+        of_clue = any(root["task"] in TASKS for root in of_model)
+        if of_clue and not args.task_name:
             blocks.append(clue_table(model, rows))
         blocks.append(grid_tables(of_model))
-        flat_rows += long_rows(model, [] if args.task_name else rows, of_model)
+        flat_rows += long_rows(model, rows if of_clue and not args.task_name else [], of_model)
         best = best_cells(of_model).values()
         for root in of_model:
             family = descendants(root, records)
