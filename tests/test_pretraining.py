@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import FILLER, ROOT, load_script, record
 
+import utils
 from tokenization import FastTokenizer
 
 SCRIPT = os.path.join(ROOT, "demo/pretrain_mlm.py")
@@ -101,6 +102,35 @@ def test_a_student_is_taught_by_it(text, teacher):
     script.main([str(a) for a in arguments])
     losses = record(text / "student/model_20")["losses"]
     assert losses[-1][1] < losses[0][1]
+
+
+def test_the_curves_compare_twins(text, teacher, tmp_path, capsys):
+    """The gain against NumPy's, the picture, and that runs which differ in more than their start are refused."""
+    run_clue, curves = load_script("finetuning", "run_clue"), load_script("general_distill", "curves")
+    common = ["--task_name", "topics", "--data_dir", text / "data", "--max_steps", 10, "--save_steps", 5, "--batch_size", 16,
+              "--learning_rate", "2e-3"]  # fmt: skip
+    random = ["--init_config", text / "tiny.json", "--vocab_file", text / "vocab.txt"]
+    student = ["--model_name_or_path", text / "student/model_20"]
+    for name, start_from, seed in (("d1", student, 1), ("d2", student, 2), ("r1", random, 1), ("r2", random, 2)):
+        more = ["--seed", seed, "--output_dir", tmp_path / name]
+        run_clue.main([str(a) for a in (*common, *start_from, *more)])
+    run_clue.main([str(a) for a in (*common, *random, "--output_dir", tmp_path / "other", "--weight_decay", 0.1)])
+
+    def compare(distilled, random):
+        return curves.main([str(a) for a in (
+            "--teacher", teacher, "--student", text / "student/model_20", "--distilled", *(tmp_path / d for d in distilled),
+            "--random", *(tmp_path / r for r in random), "--output", tmp_path / "c.png", "--json", tmp_path / "c.json",
+        )])  # fmt: skip
+
+    found = compare(["d1", "d2"], ["r1", "r2"])
+    accuracy = {name: record(tmp_path / name)["metrics"]["accuracy"] for name in ("d1", "d2", "r1", "r2")}
+    assert found["gain"] == pytest.approx((accuracy["d1"] + accuracy["d2"] - accuracy["r1"] - accuracy["r2"]) / 2)
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    assert [step for step, _ in found["distilled"][0]["evaluations"]] == [5, 10]
+    for distilled, random, message in ((["d1"], ["other"], "differ in more"), (["r1"], ["r2"], "not fine-tuned from that"),
+                                       (["d1"], ["d2"], "not from random weights")):  # fmt: skip
+        with pytest.raises(utils.UserError, match=message):
+            compare(distilled, random)
 
 
 def test_without_mask_token_it_refuses(text, tmp_path):

@@ -1,0 +1,117 @@
+"""Draws what general distillation gave: loss of teacher and student, and accuracy of the student against a random twin.
+
+Reads the stage.json files of a pre-trained teacher, a distilled student, and of models fine-tuned from the student and
+from random weights with the same settings (several seeds of each); writes a picture, and the figures as JSON.
+
+    python curves.py --teacher teacher --student pretrain/model_6000 --distilled d1 d2 d3 --random r1 r2 r3 \\
+        --output curves.png --json ../results/distillation.json
+"""
+
+import json
+import os
+import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+
+import numpy as np
+
+import records
+import utils
+
+
+def parse_args(argv=None):
+    parser = utils.Parser(__doc__)
+    parser.add_argument("--teacher", required=True, help="directory that demo/pretrain_mlm.py wrote")
+    parser.add_argument("--student", required=True, help="directory that general_distill.py wrote")
+    parser.add_argument("--distilled", nargs="+", required=True, help="models fine-tuned from the student, one a seed")
+    parser.add_argument("--random", nargs="+", required=True, help="their twins from random weights")
+    parser.add_argument("--output", required=True, help="the picture")
+    parser.add_argument("--json", required=True, help="the figures")
+    return parser.parse_args(argv)
+
+
+def read_runs(directories):
+    """[{seed, accuracy, evaluations: [[step, accuracy], ...]}] of fine-tuned models."""
+    runs = []
+    for directory in directories:
+        record = records.read_record(directory, "a fine-tuned model")
+        with open(os.path.join(directory, "evaluations.jsonl"), encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+        runs.append({
+            "seed": record["arguments"]["seed"], "accuracy": record["metrics"]["accuracy"],
+            "evaluations": [[row["step"], row["accuracy"]] for row in rows], "record": record,
+        })  # fmt: skip
+    return runs
+
+
+def check_twins(distilled, random, student):
+    """Raises: UserError unless the runs differ in nothing but seed and start, and start from that student."""
+    ignored = records.NO_IDENTITY | {"seed", "device", "model_name_or_path", "init_config", "vocab_file"}
+    settings = set()
+    for run in distilled + random:
+        arguments = {k: v for k, v in run["record"]["arguments"].items() if k not in ignored}
+        data = {name: split["md5"] for name, split in run["record"]["data"].items()}
+        settings.add(json.dumps([arguments, data, run["record"]["model"]["architecture"]], sort_keys=True))
+    if len(settings) > 1:
+        raise utils.UserError("--distilled, --random: the runs differ in more than seed and start")
+    if any((run["record"]["parent"] or {}).get("weights") != student["weights"] for run in distilled):
+        raise utils.UserError("--distilled: not fine-tuned from that --student")
+    if any(run["record"]["parent"] for run in random):
+        raise utils.UserError("--random: not from random weights")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    teacher = records.read_record(args.teacher, "a pre-trained teacher")
+    student = records.read_record(args.student, "a distilled student")
+    runs = {"distilled": read_runs(args.distilled), "random": read_runs(args.random)}
+    check_twins(runs["distilled"], runs["random"], student)
+    means = {name: float(np.mean([run["accuracy"] for run in of])) for name, of in runs.items()}
+    figures = {
+        "teacher": {"record": teacher, "step, loss, accuracy": teacher["history"]},
+        "student": {"record": student, "step, loss": student["losses"]},
+        **runs,
+        "mean accuracy": means,
+        "gain": means["distilled"] - means["random"],
+    }
+    utils.write_whole(args.json, json.dumps(figures, ensure_ascii=False, indent=1) + "\n")
+    draw(args.output, teacher, student, runs)
+    task = runs["random"][0]["record"]["task"]
+    print(
+        f"{task}: distilled {means['distilled'] * 100:.2f}, random {means['random'] * 100:.2f}, gain "
+        f"{figures['gain'] * 100:+.2f} points (means of {len(args.distilled)} and {len(args.random)} seeds)"
+    )
+    return figures
+
+
+def draw(path, teacher, student, runs):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.8))
+    steps, losses, accuracies = zip(*teacher["history"])
+    left.plot(steps, losses, label="loss, nats")
+    twin = left.twinx()
+    twin.plot(steps, accuracies, color="C1", label="accuracy (right)")
+    left.set(title="teacher: masked tokens", xlabel="step")
+    left.legend(loc="lower left")
+    twin.legend(loc="upper right")
+    middle.plot(*zip(*student["losses"]))
+    middle.set(title="student: relation loss", xlabel="step", ylabel="KL per row, Q + K + V, nats", yscale="log")
+    for color, (name, of) in zip(("C2", "C3"), runs.items()):
+        for number, run in enumerate(of):
+            xs, ys = zip(*run["evaluations"])
+            label = f"{name} start, {len(of)} seeds" if number == 0 else None
+            right.plot(xs, [y * 100 for y in ys], color=color, alpha=0.8, marker=".", label=label)
+    right.set(title=f"{runs['random'][0]['record']['task']} dev accuracy, %", xlabel="fine-tuning step")
+    right.legend(loc="lower right")
+    for axis in (left, middle, right):
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100, format="png")
+
+
+if __name__ == "__main__":
+    utils.run(main)
