@@ -112,12 +112,6 @@ def load_pair(args):
     return student, teacher, tokenizer, provenance
 
 
-def without_unused_layers(model, last):
-    """The model without the layers above ``last``, which would be computed in vain."""
-    model.encoder.layers = paddle.nn.LayerList(list(model.encoder.layers)[: last + 1])
-    return model
-
-
 def save_model(args, step, student, tokenizer, provenance, params, flops, described, state):
     target = os.path.join(args.output_dir, f"model_{step}")
     with utils.whole_directory(target) as directory:
@@ -148,9 +142,8 @@ def train(args, corpus, student, teacher, tokenizer, unfinished, save):
     state = state or {"step": 0, "losses": [], "seconds": 0.0}
     scalars = utils.scalar_writer(args.visualdl_dir if rank == 0 else None)
 
-    taught = relations.CapturedQKV(teacher.encoder.layers[args.teacher_layer_index])
-    learnt = relations.CapturedQKV(student.encoder.layers[args.student_layer_index])
-    without_unused_layers(teacher, args.teacher_layer_index)
+    taught = relations.CapturedQKV(teacher, args.teacher_layer_index)
+    learnt = relations.CapturedQKV(student, args.student_layer_index)
     teacher.eval()
     student.train()
     # Micro-batches are numbered over all processes, so that any split of them among processes is the same training.
@@ -175,9 +168,9 @@ def train(args, corpus, student, teacher, tokenizer, unfinished, save):
             mask = (inputs[0] != tokenizer.pad_id).astype("float32")
             with paddle.amp.auto_cast(enable=args.use_amp):
                 with paddle.no_grad():
-                    teacher(*inputs)
-                student(*inputs)
-            qkv = [[x.astype("float32") for x in captured.take()] for captured in (taught, learnt)]
+                    teacher_qkv = taught.run(*inputs)
+                student_qkv = learnt.run(*inputs)
+            qkv = [[x.astype("float32") for x in captured] for captured in (teacher_qkv, student_qkv)]
             loss, rows = relations.relation_loss(*qkv, mask, args.num_relation_heads, args.alpha, args.beta)
             scaler.scale(loss / expected_rows).backward()
             loss_sum, rows_sum = loss_sum + float(loss), rows_sum + rows

@@ -81,14 +81,20 @@ def test_captured_q_k_v_are_the_projections(model_type):
     model = cls(cls.config_class(vocab_size=50, hidden_size=12, num_hidden_layers=3, num_attention_heads=3,
                                  intermediate_size=16, max_position_embeddings=32, pad_token_id=0))  # fmt: skip
     model.eval()
-    captured, seen = relations.CapturedQKV(model.encoder.layers[1]), []
+    captured, seen = relations.CapturedQKV(model, 1), []
     model.encoder.layers[0].register_forward_post_hook(lambda *call: seen.append(call[-1]))
-    model(paddle.to_tensor([[2, 7, 9, 3], [2, 5, 3, 0]]))
+    beyond = []
+    for layer in (model.encoder.layers[1].self_attn.out_proj, model.encoder.layers[2], model.pooler):
+        layer.register_forward_post_hook(lambda *call: beyond.append(call))
+    found = captured.run(paddle.to_tensor([[2, 7, 9, 3], [2, 5, 3, 0]]))
+    assert not beyond, "what bears on no loss was computed"
     layer_input = (seen[0][0] if isinstance(seen[0], tuple) else seen[0]).numpy().astype("float64")
     attention = model.encoder.layers[1].self_attn
-    for found, projection in zip(captured.take(), (attention.q_proj, attention.k_proj, attention.v_proj)):
+    for value, projection in zip(found, (attention.q_proj, attention.k_proj, attention.v_proj)):
         expected = layer_input @ projection.weight.numpy().astype("float64") + projection.bias.numpy()
-        assert np.abs(found.numpy() - expected).max() < 1e-5
+        assert np.abs(value.numpy() - expected).max() < 1e-5
+    (found[0].sum() + found[2].sum()).backward()  # gradients reach what lies below, as from a whole run
+    assert np.abs(model.embeddings.word_embeddings.weight.grad.numpy()).max() > 0
 
 
 @pytest.fixture(scope="module")
