@@ -251,9 +251,16 @@ def read_split(task, split, data_dir=None, max_samples=None):
     if max_samples and max_samples < len(examples):
         partial = f"{max_samples} of {len(examples)} {split} records ({limit})"
         examples = random.Random(0).sample(examples, max_samples)  # a fixed choice, whatever --seed is
+    return Split(split, path, md5_of(path), examples, partial)
+
+
+def md5_of(path):
     with open(path, "rb") as file:
-        md5 = hashlib.md5(file.read()).hexdigest()
-    return Split(split, path, md5, examples, partial)
+        return hashlib.md5(file.read()).hexdigest()
+
+
+def submission_path(task_name, directory):
+    return os.path.join(directory, f"{task_name.lower()}_predict.json")
 
 
 def write_submission(task, test, logits, directory):
@@ -263,7 +270,7 @@ def write_submission(task, test, logits, directory):
     """
     ids = [row.get("id", number) for number, (_, row) in enumerate(read_rows(test.path))]
     labels = [task.labels[i] for i in np.asarray(logits).argmax(-1)]
-    path = os.path.join(directory, f"{task.name.lower()}_predict.json")
+    path = submission_path(task.name, directory)
     write_json_lines(path, [{"id": i, "label": label} for i, label in zip(ids, labels)])
     return path
 

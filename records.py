@@ -231,8 +231,9 @@ def find_records(directories):
     for root in directories:
         if not os.path.isdir(root):
             raise UserError(f"{root}: no such directory")
-        for directory, subdirectories, files in sorted(os.walk(root)):
-            subdirectories[:] = [d for d in subdirectories if not d.endswith(".unfinished") and not d.startswith(".")]
+        for directory, subdirectories, files in os.walk(root):
+            # Changed in place, while the walk goes on: what is unfinished or being written is not entered.
+            subdirectories[:] = sorted(d for d in subdirectories if d[0] != "." and not d.endswith(".unfinished"))
             if RECORD in files:
                 found.append({**read_record(directory), "directory": relative(directory), "path": directory})
     return found
@@ -259,9 +260,9 @@ def parent_among(record, found):
 
 
 def descendants(root, records):
-    """The records made from ``root``, directly or not, children behind their parents."""
+    """The records made from ``root``, directly or not, children behind their parents; no further fine-tuning."""
     found = []
     for record in records:
-        if parent_among(record, records) is root:
+        if record["stage"] != "finetune" and parent_among(record, records) is root:
             found += [record, *descendants(record, records)]
     return found

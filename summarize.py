@@ -29,6 +29,7 @@ from tables import (
     grid_tables,
     long_rows,
     model_directory,
+    remarks,
     family_table,
 )
 
@@ -42,7 +43,7 @@ def parse_args(argv=None):
     parser.add_argument("--task_name", help="only this task (no CLUE table then)")
     parser.add_argument("--format", choices=("markdown", "csv", "json"), default="markdown", help="of what is printed")
     parser.add_argument("--json", help="also write the records to this file, sorted as in the tables")
-    parser.add_argument("--perf", help="JSON of deploy/python/infer_perf.sh: fills the column of speed-ups")
+    parser.add_argument("--perf", help="benchmark of one model as JSON, fills the column of speed-ups")
     parser.add_argument("--plot", help="draw accuracy against size (and speed, with --perf) into this file")
     parser.add_argument("--cells", help="print what a best.json names, one tab-separated line a task, for launchers")
     return parser.parse_args(argv)
@@ -57,6 +58,7 @@ def write_best(model):
     for task, record in best_cells(roots).items():
         cells[task] = {
             "path": os.path.relpath(record["path"], model), "accuracy": accuracy(record), "selected_on": "dev",
+            "remarks": remarks(record),
             "cells": sum(other["task"] == task for other in roots),
             **{name: record["arguments"][name] for name in HYPER_PARAMETERS},
         }  # fmt: skip
@@ -107,6 +109,8 @@ def main(argv=None):
         )
         sys.exit(1)
     speedups = read_speedups(args.perf) if args.perf else {}
+    if args.perf and len({model_directory(root) for root in roots}) > 1:
+        raise utils.UserError("--perf: it is of one model, but there are several here; name the directory of one")
     models, blocks, flat_rows, kept = {}, [], [], []
     for root in roots:
         models.setdefault(model_directory(root), []).append(root)
@@ -120,7 +124,7 @@ def main(argv=None):
         best = best_cells(of_model).values()
         for root in of_model:
             family = descendants(root, records)
-            kept += [root, *family]
+            kept += [{k: v for k, v in record.items() if k != "path"} for record in (root, *family)]
             if family or root in best:
                 blocks.append(family_table(root, family))
     if args.format == "markdown":
@@ -132,8 +136,6 @@ def main(argv=None):
         writer.writeheader()
         writer.writerows(flat_rows)
     if args.json:
-        for record in kept:
-            record.pop("path")
         utils.write_whole(args.json, json.dumps(kept, ensure_ascii=False, indent=1) + "\n")
     if args.plot:
         draw(args.plot, families)

@@ -1,8 +1,10 @@
 """The tables of summarize.py: of one fine-tuned model, of a grid, of CLUE; as Markdown, as flat rows, as a picture."""
 
+import itertools
 import os
 
 from records import descendants
+from utils import UserError
 
 TASKS = ("AFQMC", "TNEWS", "IFLYTEK", "CMNLI", "OCNLI", "CLUEWSC2020", "CSL")
 
@@ -37,13 +39,21 @@ def best_cells(roots):
     """{task: the fine-tuned record that is best on dev}; of equals the first."""
     best = {}
     for record in roots:
-        if accuracy(record) > accuracy(best.get(record["task"])):
+        if rank(record) > rank(best.get(record["task"])):
             best[record["task"]] = record
     return best
 
 
+def rank(record):
+    """What makes a record the better of two of its task: a whole dev set first, a larger one next, then accuracy."""
+    if record is None:
+        return (-1,)
+    dev = record["data"].get("dev") or {}
+    return not dev.get("partial"), dev.get("examples", 0), accuracy(record)
+
+
 def accuracy(record):
-    return record["metrics"]["accuracy"] if record else -1.0
+    return record["metrics"]["accuracy"]
 
 
 def kind_of(record):
@@ -65,7 +75,7 @@ def clue_rows(roots, records, speedups):
     for root in roots:
         for record in [root, *descendants(root, records)]:
             kind = kind_of(record)
-            if kind and accuracy(record) > accuracy(cells.setdefault(kind, {}).get(record["task"])):
+            if kind and rank(record) > rank(cells.setdefault(kind, {}).get(record["task"])):
                 cells[kind][record["task"]] = record
     order = sorted(cells, key=lambda kind: ("quantized" in kind, "pruned" in kind, kind))
     order.sort(key=lambda kind: kind == "pruned to 0.75 + quantized")
@@ -93,20 +103,17 @@ def percent(value, sign=""):
 
 def clue_table(model, rows):
     """The CLUE table as Markdown: per row measured, published where there is such a row, and the difference."""
-    footnotes = {}
+    footnotes = Footnotes()
     lines = [
         f"**CLUE dev accuracy, %: {model}**", "",
         f"| model | {' | '.join(TASKS)} | average | params | FLOPs | file, MB | speed-up |", "| --- " * 13 + "|",
     ]  # fmt: skip
     for row in rows:
-        marked, every = [], set()
-        for task in TASKS:
-            record = row["cells"].get(task)
-            marks = {footnotes.setdefault(note, len(footnotes) + 1) for note in remarks(record)} if record else set()
-            every |= marks
-            marked.append(percent(accuracy(record)) + mark(marks) if record else "missing")
-        present = sum(task in row["cells"] for task in TASKS)
-        average = percent(row["average"]) + mark(every) if present == len(TASKS) else f"{present} of 7 tasks"
+        present = [row["cells"][task] for task in TASKS if task in row["cells"]]
+        marked = [footnotes.marked(row["cells"].get(task)) for task in TASKS]
+        average = f"{len(present)} of 7 tasks"
+        if len(present) == len(TASKS):
+            average = percent(row["average"]) + footnotes.mark(present)
         size = f"{row['bytes'] / 1e6:.1f}" if row["bytes"] else ""
         speed = f"{row['speedup']:.2f}x" if row["speedup"] else ""
         flops = f"{row['flops'] / 1e9:.2f} G"
@@ -114,7 +121,9 @@ def clue_table(model, rows):
         lines.append(f"| {' | '.join(cells)} |")
         if row["row"] in PUBLISHED:
             lines += beside_published(row)
-    lines += ["", "Published: PaddleNLP's PP-MiniLM example (T4, PaddlePaddle 2.2.2; 6 layers x 768, pre-trained)."]
+    shown = "TNEWS" if "TNEWS" in rows[0]["cells"] else next(iter(rows[0]["cells"]))
+    lines += ["", f"Parameters, FLOPs and file of a row are those of {shown}; other tasks' heads differ in size."]
+    lines += ["Published: PaddleNLP's PP-MiniLM example (T4, PaddlePaddle 2.2.2; 6 layers x 768, pre-trained)."]
     first = next(iter(rows[0]["cells"].values()))
     shape = first["model"]["architecture"]
     origin = first["model"]["initialized_from"]
@@ -122,11 +131,22 @@ def clue_table(model, rows):
         f"Measured: {shape['num_hidden_layers']} layers x {shape['hidden_size']}, {origin}; "
         f"on {first['machine']['cpu']}, {first['machine']['cores']} cores; best on dev of each row, INT8 in its engine."
     )
-    return lines + [f"({number}) {note}." for note, number in footnotes.items()]
+    return lines + footnotes.lines()
 
 
-def mark(numbers):
-    return f" ({','.join(map(str, sorted(numbers)))})" if numbers else ""
+class Footnotes(dict):
+    """{remark: its number}, in the order in which a table comes to them."""
+
+    def mark(self, records):
+        numbers = {self.setdefault(note, len(self) + 1) for record in records for note in remarks(record)}
+        return f" ({','.join(map(str, sorted(numbers)))})" if numbers else ""
+
+    def marked(self, record):
+        """A cell: the accuracy of a record with the numbers of its remarks."""
+        return percent(accuracy(record)) + self.mark([record]) if record else "missing"
+
+    def lines(self):
+        return [f"({number}) {note}." for note, number in self.items()]
 
 
 def beside_published(row):
@@ -155,14 +175,16 @@ def grid_tables(roots):
         row += [percent(record["data"]["dev"]["majority_class"]), "; ".join(remarks(record))]
         lines.append(f"| {' | '.join(row)} |")
     for task in best:
-        cells = {(r["arguments"]["learning_rate"], r["arguments"]["batch_size"]): r for r in roots if r["task"] == task}
+        cells, footnotes = {}, Footnotes()
+        for record in sorted((r for r in roots if r["task"] == task), key=rank):  # of equal settings the best stays
+            cells[record["arguments"]["learning_rate"], record["arguments"]["batch_size"]] = record
         if len(cells) > 1:
             rates, sizes = (sorted({key[i] for key in cells}) for i in (0, 1))
             lines += ["", f"**{task}: dev accuracy, %, by learning rate and batch size**", ""]
             lines += [f"| learning rate | {' | '.join(map(str, sizes))} |", "| --- " * (len(sizes) + 1) + "|"]
             for rate in rates:
-                row = [percent(accuracy(cells[rate, n])) if (rate, n) in cells else "missing" for n in sizes]
-                lines.append(f"| {rate:g} | {' | '.join(row)} |")
+                lines.append(f"| {rate:g} | {' | '.join(footnotes.marked(cells.get((rate, n))) for n in sizes)} |")
+            lines += ["", *footnotes.lines()]
     return lines
 
 
@@ -175,9 +197,17 @@ def long_rows(model, rows, roots):
             record = row["cells"].get(task)
             number = published[0][TASKS.index(task)] if published else None
             found.append({"table": "clue", "model": model, "row": row["row"], "task": task, **flat(record, number)})
+        present = [row["cells"][task] for task in TASKS if task in row["cells"]]
+        notes = [note for record in present for note in remarks(record)]
+        if len(present) < len(TASKS):
+            notes = [f"{len(present)} of 7 tasks", *notes]
         average = None if row["average"] is None else round(row["average"] * 100, 4)
-        found.append({"table": "clue", "model": model, "row": row["row"], "task": "average", "accuracy": average,
-                      "published": published and published[1], "speedup": row["speedup"]})  # fmt: skip
+        found.append({
+            "table": "clue", "model": model, "row": row["row"], "task": "average", "accuracy": average,
+            "published": published and published[1],
+            "difference": round(average - published[1], 4) if published and average is not None else None,
+            "speedup": row["speedup"], "remarks": "; ".join(dict.fromkeys(notes)),
+        })  # fmt: skip
     best = best_cells(roots).values()
     for record in roots:
         made_with = record["arguments"]
@@ -206,31 +236,41 @@ def flat(record, published):
 
 
 def draw(path, families):
-    """Dev accuracy of every row against the size of its file, and its speed-up where known, into an image file."""
+    """Dev accuracy of every row against the size of its file, and its speed-up where known, into an image file.
+
+    Raises: UserError for a kind of file that matplotlib does not write.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     points = [
-        (f"{row['row']}", task, accuracy(record) * 100, (size_of(record) or 0) / 1e6, row["speedup"])
-        for _, rows in families for row in rows for task, record in row["cells"].items()
+        (row["row"] if len(families) == 1 else f"{model}, {row['row']}", task, accuracy(record) * 100,
+         (size_of(record) or 0) / 1e6, row["speedup"])
+        for model, rows in families for row in rows for task, record in row["cells"].items()
     ]  # fmt: skip
     panels = [("file, MB", 3)] + ([("speed-up against BERT-base", 4)] if any(p[4] for p in points) else [])
     figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
+    kind = os.path.splitext(path)[1].lstrip(".")
+    if kind not in figure.canvas.get_supported_filetypes():
+        raise UserError(f"--plot {path}: its ending must be that of a picture, .png or .svg")
     kinds, tasks = (list(dict.fromkeys(p[i] for p in points)) for i in (0, 1))
     for axis, (label, column) in zip(axes[0], panels):
-        for kind, marker in zip(kinds, "os^Dvp*XP<>"):
+        for row, marker in zip(kinds, itertools.cycle("os^Dvp*XP<>")):
             for number, task in enumerate(tasks):
-                chosen = [p for p in points if p[0] == kind and p[1] == task and p[column]]
+                chosen = [p for p in points if p[0] == row and p[1] == task and p[column]]
                 x, y = [p[column] for p in chosen], [p[2] for p in chosen]
-                axis.scatter(x, y, marker=marker, color=f"C{number % 10}", label=f"{task}, {kind}")
+                if chosen:
+                    axis.scatter(x, y, marker=marker, color=f"C{number % 10}", label=f"{task}, {row}")
         axis.set_xlabel(label)
         axis.set_ylabel("dev accuracy, %")
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=7)
+    if points:
+        axes[0][0].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=120, format=os.path.splitext(path)[1].lstrip(".") or "png")
+    figure.savefig(f"{path}.writing", dpi=120, format=kind)
+    os.replace(f"{path}.writing", path)
 
 
 # One fine-tuned model and what was made from it

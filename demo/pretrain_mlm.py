@@ -71,10 +71,10 @@ def train(args, corpus, model, tokenizer, unfinished):
     state = training.load_training_state(unfinished, model, optimizer, schedule)
     if state:
         print(f"going on after step {state['step']} of {args.max_steps}")
-    state = state or {"step": 0, "history": [], "seconds": 0.0}
+    state = state or {"step": 0, "history": [], "seconds": 0.0, "sums": [0.0, 0, 0]}
     scalars = utils.scalar_writer(args.visualdl_dir)
     model.train()
-    started, first, tokens, sums = time.time() - state["seconds"], time.time(), 0, np.zeros(3)
+    started, first, tokens, sums = time.time() - state["seconds"], time.time(), 0, np.array(state["sums"])
     stream = corpus.batches(args.batch_size, state["step"], args.group_by_length)
     steps = range(state["step"] + 1, args.max_steps + 1)
     progress = tqdm(steps, total=args.max_steps, initial=state["step"], desc="mlm", mininterval=1, disable=None)
@@ -108,7 +108,7 @@ def train(args, corpus, model, tokenizer, unfinished):
             )
             scalars({"train/loss": loss, "train/accuracy": accuracy, "train/tokens_per_second": pace}, step)
         if step % args.save_steps == 0 or step == args.max_steps:
-            state["seconds"] = time.time() - started
+            state["seconds"], state["sums"] = time.time() - started, sums.tolist()
             training.save_training_state(unfinished, step, model, optimizer, set(), state)
     return state
 
@@ -116,6 +116,8 @@ def train(args, corpus, model, tokenizer, unfinished):
 def main(argv=None):
     args = parse_args(argv)
     training.check_training_arguments(args)
+    if args.model_type != "roberta":
+        raise utils.UserError(f"--model_type {args.model_type}: only roberta can be pre-trained here")
     if not 0 < args.mlm_probability < 1:
         raise utils.UserError(f"--mlm_probability {args.mlm_probability}: must be between 0 and 1")
     args.device = utils.set_device(args.device)
@@ -137,7 +139,7 @@ def main(argv=None):
     state = train(args, corpus, model, tokenizer, unfinished)
     params, flops = modeling.count(model)
     step, loss, accuracy = state["history"][-1]
-    provenance["notes"] = [f"pre-trained by us on a small corpus for {step} steps only"]
+    provenance["notes"].append(f"pre-trained on {os.path.basename(args.input_dir)} for {step} steps only")
     with utils.whole_directory(args.output_dir) as directory:
         model.save_pretrained(directory)
         tokenizer.save(directory)

@@ -3,7 +3,7 @@
 Each cell of the grid is one run of run_clue.py into MODEL/models/TASK/LR_BATCH/, its output in LR_BATCH.log beside it.
 Several run at once: one per GPU, or --workers on a CPU. The same command goes on after a kill: finished cells are
 skipped, begun ones resume. A cell that fails does not stop the others; failures are listed at the end, with status 1.
-When a task is done, MODEL/best.json names its best cell, for prune.sh, export_all.sh, quant_all.sh and run_all.sh.
+MODEL/best.json names the best finished cell of each task, for prune.sh, export_all.sh, quant_all.sh and run_all.sh.
 
     sh run_one_search.sh ppminilm-6l-768h TNEWS                 # what these two launchers run is this script
     DRY_RUN=1 sh run_all_search.sh ppminilm-6l-768h             # prints the plan of the 63 cells, and its time
@@ -87,6 +87,11 @@ def parse_args(argv=None):
             float(rate)
         except ValueError:
             parser.error(f"--learning_rates: {rate!r} is not a number")
+    names = "task_name model_name_or_path output_dir learning_rate batch_size num_train_epochs max_seq_length device"
+    fixed = {f"--{name}" for name in names.split()}
+    for word in args.more:
+        if word.split("=")[0] in fixed:
+            parser.error(f"{word}: the search sets it for each cell")
     args.tasks = [task.upper() if task.upper() in SETTINGS else task for task in args.tasks]
     return args
 
@@ -108,50 +113,88 @@ def plan(args):
 
 def arguments_of(cell, args):
     return [
-        "--task_name", cell.task, "--model_name_or_path", args.model, "--learning_rate", cell.learning_rate,
-        "--batch_size", str(cell.batch_size), "--num_train_epochs", str(cell.epochs),
+        "--do_train", "--task_name", cell.task, "--model_name_or_path", args.model,
+        "--learning_rate", cell.learning_rate, "--batch_size", str(cell.batch_size),
+        "--num_train_epochs", str(cell.epochs),
         "--max_seq_length", str(cell.max_seq_length), "--output_dir", cell.directory,
         *(["--device", args.device] if args.device else []), *cell.more,
     ]  # fmt: skip
 
 
-def state_of(cell, args):
+class Identities:
+    """What run_clue.py will compare a finished cell with, known without starting it; files are hashed once a search."""
+
+    def __init__(self, args):
+        self.args, self.hashes = args, {}
+        record = os.path.join(args.model, records.RECORD)
+        whole = modeling.is_model_directory(args.model) and os.path.isfile(record)
+        self.parent = modeling.parent_of(args.model, records.read_record(args.model)) if whole else None
+
+    def of(self, cell):
+        asked = run_clue.parse_args(arguments_of(cell, self.args))
+        if cell.task not in self.hashes:
+            paths = {split: local_path(cell.task, split, asked.data_dir) for split in ("train", "dev")}
+            self.hashes[cell.task] = {split: {"md5": data.md5_of(path)} for split, path in paths.items() if path}
+        parent = None if asked.init_config else self.parent
+        return records.identity(records.describe_arguments(asked), parent, self.hashes[cell.task])
+
+
+def local_path(task, split, data_dir):
+    """The file of a split if it lies on this machine, else None: a plan starts no download."""
+    try:
+        here = data.find_data_dir(task, data_dir) or os.path.isfile(data.downloaded_path(task, split))
+        return data.split_path(task, split, data_dir) if here else None
+    except utils.UserError:
+        return None
+
+
+def state_of(cell, identities):
     """finished, begun or new. What is finished with other settings counts as new: run_clue.py says what differs."""
     record = finished_record(cell)
     if record:
-        asked = records.describe_arguments(run_clue.parse_args(arguments_of(cell, args)))
-        compared = set(asked) - records.NO_IDENTITY - {"device"}
-        same = all(asked[name] == record["arguments"].get(name) for name in compared)
-        return "finished" if same and not asked["overwrite"] else "new"
+        asked = run_clue.parse_args(arguments_of(cell, identities.args))
+        now = identities.of(cell)
+        before = records.identity(record["arguments"], record["parent"], record["data"])
+        same = all(before.get(name) == value for name, value in now.items() if name != "device")
+        predicted = not asked.do_predict or os.path.isfile(data.submission_path(cell.task, cell.directory))
+        return "finished" if same and predicted and not asked.overwrite else "new"
     return "begun" if os.path.isdir(f"{cell.directory}.unfinished") else "new"
 
 
 def finished_record(cell):
-    """The record of a finished cell, or None."""
-    here = os.path.isfile(os.path.join(cell.directory, records.RECORD))
-    return records.read_record(cell.directory) if here else None
+    """The record of a finished cell; None if there is none, or none that can be read, as run_clue.py will say."""
+    try:
+        return records.read_record(cell.directory)
+    except utils.UserError:
+        return None
 
 
 def estimate(cell, cells):
-    """Seconds that a cell will take, from the recorded ones of its task (of its batch size, if there are), or None."""
-    paces = {}
+    """Seconds that a cell will take, or None: from its task's recorded cells, of its batch size if there are, by the
+    number of records that they trained on. A begun cell counts in full."""
+    paces, epoch = {}, 0
     for other in cells:
         record = finished_record(other) if other.task == cell.task else None
         if record:
-            made_with = record["arguments"]
-            epoch = record["data"]["train"]["examples"]
+            made_with, epoch = record["arguments"], record["data"]["train"]["examples"]
             seen = max(made_with["max_steps"] * made_with["batch_size"], 0) or made_with["num_train_epochs"] * epoch
             paces.setdefault(other.batch_size, []).append(record["seconds"] / seen)
-            examples = seen if made_with["max_steps"] > 0 else cell.epochs * epoch
     if not paces:
         return None
     chosen = paces.get(cell.batch_size) or sum(paces.values(), [])
+    examples = max(typed(cell).max_steps * cell.batch_size, 0) or cell.epochs * epoch
     return examples * sum(chosen) / len(chosen)
+
+
+def typed(cell):
+    """What run_clue.py makes of a cell's further arguments."""
+    return run_clue.parse_args(["--task_name", cell.task, "--output_dir", cell.directory, *cell.more])
 
 
 def show_plan(cells, args, slots):
     """Prints the plan, cell by cell, with its time."""
-    states = [state_of(cell, args) for cell in cells]
+    identities = Identities(args)
+    states = [state_of(cell, identities) for cell in cells]
     seconds = [estimate(cell, cells) for cell in cells]
     print("| cell | epochs | max_seq_length | state | estimate, s |\n| --- | --- | --- | --- | --- |")
     for cell, state, guess in zip(cells, states, seconds):
@@ -173,7 +216,9 @@ def find_slots(args):
     if device.startswith("gpu"):
         import paddle
 
-        return args.gpus.split(",") if args.gpus else [str(i) for i in range(paddle.device.cuda.device_count())]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(paddle.device.cuda.device_count())))
+        paddle.set_device("cpu")  # for what the search itself computes: GPUs are for the cells
+        return (args.gpus or visible).split(",")
     return [None] * (args.workers or max(1, len(os.sched_getaffinity(0)) // 4))
 
 
@@ -222,7 +267,8 @@ def prepare(cells, args):
 
 def search(cells, args, slots):
     """Runs the cells that are not finished. Returns: {cell: why} of those that failed."""
-    states = {cell: state_of(cell, args) for cell in cells}
+    identities = Identities(args)
+    states = {cell: state_of(cell, identities) for cell in cells}
     queue = [cell for cell in cells if states[cell] != "finished"]
     failed = prepare(queue, args) if queue else {}
     queue = [cell for cell in queue if cell not in failed]
@@ -255,7 +301,7 @@ def search(cells, args, slots):
             for cell in [cell for cell, (process, _) in running.items() if process.poll() is not None]:
                 process, slot = running.pop(cell)
                 free.append(slot)
-                if process.returncode == 0:
+                if process.returncode == 0 and finished_record(cell):
                     count(cell, "finished")
                     summarize.write_best(args.model)
                 else:

@@ -9,7 +9,8 @@ shift
 dry=
 [ "${DRY_RUN:-0}" = 0 ] || dry=--dry_run
 
-"$PYTHON" -u "$here/grid_search.py" --model "$model" ${TASKS:+--tasks $TASKS} ${GPUS:+--gpus "$GPUS"} \
+# exec: a kill of the launcher is a kill of the search, and with it of the cells
+exec "$PYTHON" -u "$here/grid_search.py" --model "$model" ${TASKS:+--tasks $TASKS} ${GPUS:+--gpus "$GPUS"} \
     ${BATCH_SIZES:+--batch_sizes $BATCH_SIZES} ${LEARNING_RATES:+--learning_rates $LEARNING_RATES} \
     ${EPOCHS:+--num_train_epochs "$EPOCHS"} ${MAX_SEQ_LENGTH:+--max_seq_length "$MAX_SEQ_LENGTH"} \
     ${WORKERS:+--workers "$WORKERS"} $dry $device_args -- "$@"

@@ -149,6 +149,8 @@ def main(argv=None):
     args.max_seq_length = args.max_seq_length or 128
     utils.set_seed(args.seed)
     task = data.get_task(args.task_name, args.data_dir)
+    if args.do_predict:
+        data.split_path(task.name, "test", args.data_dir)  # a missing one is said before the training, not after
     read = data.read_train_and_dev(task, args)
     splits = {name: split.describe() for name, split in read.items()}
     model, tokenizer, provenance = modeling.load(args, len(task.labels))

@@ -14,4 +14,5 @@ shift 2
 gpu=
 case ${1-} in [0-9]*) gpu=$1; shift ;; esac
 
-TASKS=$task GPUS=$gpu sh "$here/run_all_search.sh" "$model" "$@"
+export TASKS="$task" GPUS="${gpu:-$GPUS}"
+exec sh "$here/run_all_search.sh" "$model" "$@" # exec: a kill of the launcher is a kill of the search

@@ -139,7 +139,7 @@ def train(args, corpus, student, teacher, tokenizer, unfinished, save):
     state = training.load_training_state(unfinished, student, optimizer, schedule)
     if state and rank == 0:
         print(f"going on after step {state['step']} of {steps}")
-    state = state or {"step": 0, "losses": [], "seconds": 0.0}
+    state = state or {"step": 0, "losses": [], "seconds": 0.0, "interval": []}
     scalars = utils.scalar_writer(args.visualdl_dir if rank == 0 else None)
 
     taught = relations.CapturedQKV(teacher, args.teacher_layer_index)
@@ -150,7 +150,7 @@ def train(args, corpus, student, teacher, tokenizer, unfinished, save):
     micro_batches = corpus.batches(args.batch_size, state["step"] * accumulation * world, args.group_by_length)
     # Keeps the summed loss near 1 (FP16 would overflow); the true number of rows divides the gradients at the end.
     expected_rows = float(args.num_relation_heads * args.batch_size * args.max_seq_length)
-    started, tokens, interval = time.time() - state["seconds"], 0, []
+    started, first, tokens, interval = time.time() - state["seconds"], time.time(), 0, state["interval"]
     progress = tqdm(
         range(state["step"] + 1, steps + 1), total=steps, initial=state["step"], desc="distil", mininterval=1,
         disable=None if rank == 0 else True,
@@ -186,12 +186,12 @@ def train(args, corpus, student, teacher, tokenizer, unfinished, save):
         if step % args.logging_steps == 0 or step == steps:
             mean, interval = sum(interval) / len(interval), []
             state["losses"].append([step, round(mean, 8)])
-            pace = tokens * world / (time.time() - started)
+            pace = tokens * world / (time.time() - first)
             if rank == 0:
                 progress.write(f"step {step}/{steps} loss {mean:.6f} lr {schedule.get_lr():.2e} {pace:.0f} tokens/s")
             scalars({"train/loss": mean, "train/tokens_per_second": pace}, step)
         if rank == 0 and (step % args.save_steps == 0 or step == steps):
-            state["seconds"] = time.time() - started
+            state["seconds"], state["interval"] = time.time() - started, interval
             save(step, state)
             training.save_training_state(unfinished, step, student, optimizer, set(), state)
 

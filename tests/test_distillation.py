@@ -121,7 +121,7 @@ def distillation(workspace, tmp_path_factory):
         "--teacher_model_name_or_path", root / "teacher", "--init_config", root / "student.json", "--vocab_file", workspace / "vocab.txt",
         "--input_dir", root / "corpus", "--teacher_layer_index", "1", "--student_layer_index", "1", "--num_relation_heads", "8",
         "--alpha", "0.3", "--beta", "0.3", "--batch_size", "4", "--max_seq_length", "24", "--max_steps", "30", "--save_steps", "10",
-        "--logging_steps", "5", "--learning_rate", "5e-3",
+        "--logging_steps", "4", "--learning_rate", "5e-3",
     ]  # fmt: skip
 
 

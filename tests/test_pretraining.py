@@ -53,7 +53,7 @@ def text(workspace):
 def start(text, output, *more):
     arguments = ["--init_config", text / "tiny.json", "--vocab_file", text / "vocab.txt", "--input_dir", text / "text",
                  "--output_dir", text / output, "--batch_size", 32, "--max_steps", 600, "--learning_rate", "3e-3",
-                 "--save_steps", 100, "--logging_steps", 100, "--group_by_length", *more]  # fmt: skip
+                 "--save_steps", 50, "--logging_steps", 120, "--group_by_length", *more]  # fmt: skip
     return subprocess.Popen([sys.executable, SCRIPT, *map(str, arguments)], stdout=subprocess.PIPE, text=True,
                             stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
 
@@ -74,7 +74,7 @@ def test_the_teacher_learns(teacher):
 
 def test_a_kill_changes_nothing(text, teacher):
     killed = start(text, "killed_teacher")
-    while not (text / "killed_teacher.unfinished/state-200").is_dir():
+    while not (text / "killed_teacher.unfinished/state-150").is_dir():
         assert killed.poll() is None
         time.sleep(0.002)
     killed.send_signal(signal.SIGKILL)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from conftest import ROOT, load_script, record, sh
 
 import summarize
+from records import find_records
 
 GRID = {"BATCH_SIZES": "32 64", "LEARNING_RATES": "2e-3", "EPOCHS": "1", "MAX_SEQ_LENGTH": "48", "WORKERS": "2"}
 MODEL = ["--init_config", "tiny.json", "--vocab_file", "vocab.txt", "--data_dir", "data"]
@@ -47,6 +49,32 @@ def test_every_cell_runs_once_and_the_best_is_named(searched, workspace):
     again = sh("finetuning/run_one_search.sh", "grid", "topics", *SMALL, cwd=workspace, **GRID).stdout
     assert again.count("already finished") == 2 and "starts" not in again
     assert before == {name: os.stat(model / "models/topics" / name / "stage.json").st_mtime_ns for name in cells}
+
+
+def test_other_data_or_weights_are_not_finished(searched, workspace, tmp_path):
+    """The same arguments, but another dev file: what is recorded does not count for it."""
+    settings = {**GRID, "DRY_RUN": "1"}
+    plan = sh("finetuning/run_one_search.sh", "grid", "topics", *SMALL, cwd=workspace, **settings).stdout
+    assert plan.count("| finished |") == 2
+    shutil.copytree(workspace / "data/topics", tmp_path / "topics")
+    with open(tmp_path / "topics/dev.json", "a", encoding="utf-8") as file:
+        file.write("\n")
+    other = [str(tmp_path) if word == "data" else word for word in SMALL]
+    plan = sh("finetuning/run_one_search.sh", "grid", "topics", *other, cwd=workspace, **settings).stdout
+    assert plan.count("| new |") == 2
+    plan = sh(
+        "finetuning/run_one_search.sh", "grid", "topics", *SMALL, "--do_predict", cwd=workspace, **settings
+    ).stdout
+    assert plan.count("| new |") == 2  # the predictions are not there
+
+
+def test_what_is_being_written_is_no_result(searched, workspace, tmp_path):
+    model, _ = searched
+    shutil.copytree(model, tmp_path / "m")
+    cell = tmp_path / "m/models/topics/2e-3_32"
+    for name in (".1e-4_32.writing", "1e-4_32.unfinished"):
+        shutil.copytree(cell, cell.parent / name)
+    assert sorted(r["directory"][-7:] for r in find_records([str(tmp_path)])) == ["2e-3_32", "2e-3_64"]
 
 
 def test_dry_run_estimates_from_what_is_recorded(searched, workspace):
@@ -115,6 +143,7 @@ def test_a_failed_cell_does_not_stop_the_others(workspace):
 @pytest.mark.parametrize("task, more, message", [
     ("topics", ["--no_such_argument"], "unrecognized arguments: --no_such_argument"),
     ("topics", ["--init_config", "missing.json", "--vocab_file", "vocab.txt"], "missing.json: no such file"),
+    ("topics", ["--learning_rate", "1e-3"], "--learning_rate: the search sets it for each cell"),
 ])  # fmt: skip
 def test_what_would_fail_in_every_cell_fails_before_the_first(workspace, monkeypatch, capsys, task, more, message):
     monkeypatch.chdir(workspace)

@@ -81,7 +81,22 @@ def test_the_clue_table(clue, capsys):
     assert blocks[place + 2].split(" | ")[1] == f"{48 - 74.00:+.2f}"
     assert blocks[place + 2].split(" | ")[8] == f"{(sum(tuned) / 7 - 0.02) * 100 - 73.40:+.2f}"
     assert "| AFQMC | 50.00 | 0.0001 | 32 | 3 | 128 | 5 | 2 | 60.00 | random weights |" in text
-    assert "| learning rate | 32 |" in text and "| 3e-05 | 45.00 |" in text
+    assert "| learning rate | 32 |" in text and "| 3e-05 | 45.00 (1) |" in text
+
+
+def test_a_small_dev_set_does_not_win(tmp_path, capsys):
+    """A lucky run on few records is not the best of a grid that was scored on all of them."""
+    write(tmp_path / "m/models/CSL/1e-4_32", "finetune", "CSL", 0.6, "a")
+    write(tmp_path / "m/models/CSL/3e-4_32", "finetune", "CSL", 0.9, "b", rate=3e-4)
+    lucky = tmp_path / "m/models/CSL/3e-4_32/stage.json"
+    record = json.loads(lucky.read_text())
+    record["data"]["dev"].update(partial="5 of 10", examples=5)
+    lucky.write_text(json.dumps(record))
+    summarize.write_best(str(tmp_path / "m"))
+    assert json.loads((tmp_path / "m/best.json").read_text())["CSL"]["path"] == "models/CSL/1e-4_32"
+    text = output(capsys, tmp_path)
+    assert "| CSL | 60.00 | 0.0001 |" in text and "| 0.0003 | 90.00 (1,2,3) |" in text
+    assert "(3) partial dev data: 5 of 10." in text
 
 
 def test_no_average_over_fewer_tasks(tmp_path, capsys):
@@ -101,6 +116,8 @@ def test_csv_and_json_hold_the_same(clue, capsys):
     for one, other in zip(from_json, from_csv):
         assert {name: "" if value is None else str(value) for name, value in one.items()}.items() <= other.items()
     best = next(row for row in from_json if row["table"] == "clue" and row["task"] == "CSL")
+    average = next(row for row in from_json if row["row"] == "fine-tuned" and row["task"] == "average")
+    assert average["difference"] == pytest.approx(53 - 73.69) and "partial train data" in average["remarks"]
     assert best["accuracy"] == 56.0 and best["published"] == 79.17 and best["difference"] == pytest.approx(-23.17)
     assert "partial train data: 9 of 90" in best["remarks"]
 
@@ -116,6 +133,8 @@ def test_speedups_and_the_plot(clue, capsys):
     output(capsys, clue, "--plot", clue / "plot.png")
     width = [int.from_bytes(image[16:20], "big") for image in (with_speed, (clue / "plot.png").read_bytes())]
     assert width[0] == 2 * width[1]  # speed has a panel of its own
+    with pytest.raises(summarize.utils.UserError, match="--plot .*its ending must be that of a picture"):
+        output(capsys, clue, "--plot", clue / "plot.xyz")
     with pytest.raises(summarize.utils.UserError, match="not a benchmark's JSON"):
         output(capsys, clue, "--perf", clue / "m/models/CSL/1e-4_32/stage.json")
 
