@@ -14,6 +14,7 @@ resumes after a kill.
 import argparse
 import os
 import sys
+import tempfile
 import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
@@ -39,7 +40,7 @@ def parse_args(argv=None):
         "--student_model_name_or_path", help="built-in name or directory; required unless --init_config"
     )
     models.add_argument("--init_config", help="JSON file with the student's architecture: start from random weights")
-    models.add_argument("--vocab_file", help="vocabulary for --init_config; must be the teacher's")
+    models.add_argument("--vocab_file", help="for --init_config; must be, and by default is, the teacher's")
     models.add_argument(
         "--teacher_model_type", default="roberta", choices=sorted(modeling.MODEL_TYPES), help="family of the teacher"
     )
@@ -74,18 +75,23 @@ def parse_args(argv=None):
 def load_pair(args):
     """(student, teacher, tokenizer, provenance), checked to fit each other. Raises: UserError if they do not."""
     common = {"use_faster_tokenizer": args.use_faster_tokenizer}
-    student, tokenizer, provenance = modeling.load(
-        argparse.Namespace(
-            model_type=args.model_type, model_name_or_path=args.student_model_name_or_path,
-            init_config=args.init_config, vocab_file=args.vocab_file, **common,
-        ), 2, "Model",
-    )  # fmt: skip
     teacher, teacher_tokenizer, teacher_provenance = modeling.load(
         argparse.Namespace(
             model_type=args.teacher_model_type, model_name_or_path=args.teacher_model_name_or_path, init_config=None,
             vocab_file=None, **common,
         ), 2, "Model",
     )  # fmt: skip
+    with tempfile.TemporaryDirectory() as directory:
+        teacher_tokenizer.save(directory)
+        student, tokenizer, provenance = modeling.load(
+            argparse.Namespace(
+                model_type=args.model_type, model_name_or_path=args.student_model_name_or_path,
+                init_config=args.init_config, vocab_file=args.vocab_file or os.path.join(directory, "vocab.txt"),
+                **common,
+            ), 2, "Model",
+        )  # fmt: skip
+    if args.init_config and not args.vocab_file:
+        tokenizer = teacher_tokenizer
     if tokenizer.vocab != teacher_tokenizer.vocab:
         raise utils.UserError(
             f"--student_model_name_or_path: its vocabulary ({len(tokenizer.vocab)} tokens) is not the teacher's "

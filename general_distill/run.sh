@@ -4,14 +4,21 @@
 # set here; on several GPUs: NPROC=8 sh run.sh ... (--batch_size is per process).
 set -e
 . "$(dirname -- "$0")/../launcher.sh"
-usage 2 $# "sh run.sh INPUT_DIR STUDENT [more arguments of general_distill.py], e.g. sh run.sh corpus ppminilm-6l-768h"
+usage 2 $# "sh run.sh INPUT_DIR STUDENT [more arguments of general_distill.py]
+  STUDENT: 6L768H, 4L256H or 2L128H from random weights, a built-in name, or a model directory of 6 layers"
 input=$1 student=$2
 shift 2
+case $student in
+    6L768H | 4L256H | 2L128H)
+        set -- --init_config "$here/students/$(lower "${student%L*}l-${student#*L}").json" \
+            --student_layer_index $((${student%L*} - 1)) "$@"
+        ;;
+    *) set -- --student_model_name_or_path "$student" --student_layer_index 5 "$@" ;;
+esac
 launch=
 [ "${NPROC:-1}" -eq 1 ] || launch="-m paddle.distributed.launch --nproc_per_node $NPROC"
 
 "$PYTHON" -u $launch "$here/general_distill.py" --input_dir "$input" --output_dir pretrain \
-    --student_model_name_or_path "$student" --teacher_model_type roberta \
-    --teacher_model_name_or_path roberta-wwm-ext-large --teacher_layer_index 19 --student_layer_index 5 \
+    --teacher_model_type roberta --teacher_model_name_or_path roberta-wwm-ext-large --teacher_layer_index 19 \
     --num_relation_heads 64 --alpha 0 --beta 1 --max_seq_length 128 --batch_size "$((512 / ${NPROC:-1}))" \
     --learning_rate 6e-4 --weight_decay 0.01 --warmup_proportion 0.01 --max_steps 400000 $device_args "$@"

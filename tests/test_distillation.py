@@ -263,6 +263,28 @@ def test_what_does_not_fit_is_refused(distillation, tmp_path, changed, message):
     assert not (tmp_path / "o.unfinished").exists()
 
 
+@pytest.mark.parametrize(
+    "student, layers, hidden, heads", [("6l-768h", 6, 768, 12), ("4l-256h", 4, 256, 16), ("2l-128h", 2, 128, 2)]
+)
+def test_published_students_take_the_teachers_vocabulary(distillation, student, layers, hidden, heads):
+    root, arguments = distillation
+    script = load_script("general_distill", "general_distill")
+    at = arguments.index("--vocab_file")
+    args = [
+        *arguments[:at],
+        *arguments[at + 2 :],
+        "--init_config",
+        f"{ROOT}/general_distill/students/{student}.json",
+        "--output_dir",
+        "o",
+    ]
+    model, teacher, tokenizer, _ = script.load_pair(script.parse_args(list(map(str, args))))
+    config = model.config
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (layers, hidden, heads)
+    assert config.intermediate_size == 4 * hidden and config.hidden_act == "relu"
+    assert len(tokenizer.vocab) == config.vocab_size == teacher.config.vocab_size
+
+
 def test_another_vocabulary_is_refused(distillation, tmp_path):
     root, arguments = distillation
     (tmp_path / "vocab.txt").write_text(
