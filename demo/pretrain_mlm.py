@@ -139,7 +139,9 @@ def main(argv=None):
     state = train(args, corpus, model, tokenizer, unfinished)
     params, flops = modeling.count(model)
     step, loss, accuracy = state["history"][-1]
-    provenance["notes"].append(f"pre-trained on {os.path.basename(args.input_dir)} for {step} steps only")
+    provenance["notes"].append(
+        f"pre-trained on {os.path.basename(os.path.abspath(args.input_dir))} for {step} steps only"
+    )
     with utils.whole_directory(args.output_dir) as directory:
         model.save_pretrained(directory)
         tokenizer.save(directory)

@@ -224,6 +224,30 @@ def test_an_epoch_sees_each_line_once(distillation):
     assert [next(corpus.batches(7, skip=n)) for n in (0, 1, 17, 18, 39)] == [first[n] for n in (0, 1, 17, 18, 39)]
 
 
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    """Peak of a process that goes through an epoch: 150,000 lines, and ten times as many."""
+    lines = "".join("".join(FILLER[(i * 7 + j) % len(FILLER)] for j in range(5 + i % 60)) + "\n" for i in range(15_000))
+    for name, shards in (("small", 1), ("large", 10)):
+        (tmp_path / name).mkdir()
+        for shard in range(shards):
+            (tmp_path / name / f"{shard}.txt").write_text(lines * 10, encoding="utf-8")
+    code = (
+        f"import sys; sys.path[:0] = [{ROOT!r}, {ROOT + '/general_distill'!r}]; import resource; from corpus import Corpus\n"
+        "corpus = Corpus(sys.argv[1], 1); stream = corpus.batches(64, 0, True)\n"
+        "for _ in range(corpus.batches_per_epoch(64)): epoch, texts = next(stream)\n"
+        "print(epoch, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    peaks = []
+    for name in ("small", "large"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / name)], capture_output=True, text=True, check=True
+        )
+        epoch, peak = map(int, done.stdout.split())
+        assert epoch == 0
+        peaks.append(peak)
+    assert peaks[1] < 1.05 * peaks[0], peaks  # the text alone is 140 MB, half of what such a process takes
+
+
 def test_batches_of_similar_length_hold_each_line_once(tmp_path, monkeypatch):
     """Also across blocks, of which there are several here, and with the same place to go on from."""
     monkeypatch.setattr("corpus.BLOCK", 1000)

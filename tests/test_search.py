@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, load_script, record, sh
+from conftest import ROOT, load_script, record, sh, write_rows
 
 import summarize
 from records import find_records
@@ -171,5 +171,11 @@ def test_best_json_in_place_of_typed_values(searched, workspace):
     sh("quantization/quant_all.sh", "../grid/best.json", *sample, *few, cwd=here)
     exported = record(model / best["path"])["export"]["weights"]
     assert set(record(here / "topics_finetuned_quant_models/abs_max4")["parent"]["weights"]) <= set(exported)
+    shutil.copytree(workspace / "data/topics", here / "data/topics")
+    rows = [json.loads(line) for line in open(here / "data/topics/dev.json", encoding="utf-8")]
+    write_rows(here / "data/topics/test.json", [{"id": i, "sentence": row["sentence"]} for i, row in enumerate(rows)])
+    sh("finetuning/predict_all.sh", "../grid/best.json", "--data_dir", "data", cwd=here)
+    predictions = [json.loads(line) for line in open(model / best["path"] / "topics_predict.json", encoding="utf-8")]
+    assert [p["id"] for p in predictions] == list(range(len(rows)))
     bad = sh("pruning/prune.sh", "../tiny.json", "0.75", cwd=here, check=False)
     assert bad.returncode == 2 and "not a best.json" in bad.stderr

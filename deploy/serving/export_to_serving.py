@@ -1,0 +1,130 @@
+"""Prepares an exported model for Paddle Serving: the model beside the descriptions that its server and its client read.
+
+Reads the directory of a fine-tuned, pruned or quantized export; writes --server_path (model, tokenizer, stage.json,
+serving_server_conf.prototxt) and --client_path (serving_client_conf.prototxt), each whole. The descriptions name the
+inputs and outputs, as paddle_serving_client's converter does, which does not run with the Paddle of today.
+
+    python export_to_serving.py --dirname ../../quantization/tnews_quant_models/mse4 --model_filename int8.pdmodel \\
+        --params_filename int8.pdiparams --server_path serving_server --client_path serving_client
+"""
+
+import os
+import shutil
+import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+import compat  # noqa: F401  before Paddle
+
+import engine
+import records
+import utils
+
+# Paddle Serving's numbers for Paddle's types of variables, by the names of framework.proto.
+TYPES = {
+    "INT64": 0,
+    "FP32": 1,
+    "INT32": 2,
+    "FP64": 3,
+    "INT16": 4,
+    "FP16": 5,
+    "BF16": 6,
+    "UINT8": 7,
+    "INT8": 8,
+    "BOOL": 9,
+}
+BESIDE = ("vocab.txt", "tokenizer_config.json")
+
+
+def parse_args(argv=None):
+    parser = utils.Parser(__doc__)
+    parser.add_argument("--dirname", required=True, help="directory of the exported model")
+    parser.add_argument("--model_filename", help="name of its graph (default: the only .pdmodel there)")
+    parser.add_argument("--params_filename", help="name of its parameters (default: that of the graph, .pdiparams)")
+    parser.add_argument("--server_path", default="serving_server", help="directory for the server")
+    parser.add_argument("--client_path", default="serving_client", help="directory for the client")
+    parser.add_argument("--feed_alias_names", help="other names for the inputs, with commas, in the graph's order")
+    parser.add_argument("--fetch_alias_names", help="other names for the outputs, likewise")
+    return parser.parse_args(argv)
+
+
+def read_variables(path):
+    """(inputs, outputs) of a .pdmodel in its order: lists of (name, type, shape without batch and length)."""
+    from paddle.base.proto import framework_pb2
+
+    program = framework_pb2.ProgramDesc()
+    with open(path, "rb") as file:
+        program.ParseFromString(file.read())
+    block = program.blocks[0]
+    variables = {variable.name: variable.type.lod_tensor for variable in block.vars}
+
+    def described(kind, side):
+        operators = [operator for operator in block.ops if operator.type == kind]
+        operators.sort(key=lambda operator: next(a.i for a in operator.attrs if a.name == "col"))
+        found = []
+        for operator in operators:
+            name = next(slot.arguments[0] for slot in getattr(operator, side) if slot.arguments)
+            tensor = variables[name].tensor
+            kind_of = framework_pb2.VarType.Type.Name(tensor.data_type)
+            found.append((name, TYPES[kind_of], [size for size in tensor.dims if size >= 0]))
+        return found
+
+    return described("feed", "outputs"), described("fetch", "inputs")
+
+
+def describe(inputs, outputs, feed_alias_names=None, fetch_alias_names=None):
+    """The GeneralModelConfig message of Paddle Serving. Raises: UserError for a wrong number of alias names."""
+    from paddle_serving_app.proto import general_model_config_pb2
+
+    config = general_model_config_pb2.GeneralModelConfig()
+    for given, option, variables, add, kind in (
+        (feed_alias_names, "feed_alias_names", inputs, config.feed_var.add, "feed_type"),
+        (fetch_alias_names, "fetch_alias_names", outputs, config.fetch_var.add, "fetch_type"),
+    ):
+        aliases = given.split(",") if given else [name for name, _, _ in variables]
+        if len(aliases) != len(variables):
+            names = ", ".join(name for name, _, _ in variables)
+            raise utils.UserError(f"--{option} {given}: {len(aliases)} names for {len(variables)} ({names})")
+        for alias, (name, number, shape) in zip(aliases, variables):
+            entry = add(name=name, alias_name=alias, is_lod_tensor=False, shape=shape)
+            setattr(entry, kind, number)
+    return config
+
+
+def write_description(directory, side, config):
+    """serving_<side>_conf.prototxt, for people, and .stream.prototxt, the same message for programs."""
+    with open(os.path.join(directory, f"serving_{side}_conf.prototxt"), "w", encoding="utf-8") as file:
+        file.write(str(config))
+    with open(os.path.join(directory, f"serving_{side}_conf.stream.prototxt"), "wb") as file:
+        file.write(config.SerializeToString())
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        import paddle_serving_app  # noqa: F401
+    except ImportError as error:
+        raise utils.UserError(f"{error}; `bash setup_env.sh --serving` installs Paddle Serving") from error
+    model = os.path.join(args.dirname, args.model_filename) if args.model_filename else args.dirname
+    prefix = engine.find_prefix(model)
+    name = os.path.basename(prefix)
+    if args.params_filename not in (None, f"{name}.pdiparams"):
+        raise utils.UserError(f"--params_filename {args.params_filename}: those of {name}.pdmodel are {name}.pdiparams")
+    record = engine.open_exported(prefix)
+    files = record["weights"] if record["stage"] == "quantize" else records.exported(record)
+    config = describe(*read_variables(f"{prefix}.pdmodel"), args.feed_alias_names, args.fetch_alias_names)
+    for path in (args.server_path, args.client_path):
+        known = {"serving_server_conf.prototxt", "serving_client_conf.prototxt"}
+        if os.path.exists(path) and os.listdir(path) and not known & set(os.listdir(path)):
+            raise utils.UserError(f"{path}: exists and holds something else; name another directory or remove it")
+    source = os.path.dirname(os.path.abspath(prefix))
+    with utils.whole_directory(args.server_path) as directory:
+        for file in (*files, *BESIDE, records.RECORD):
+            shutil.copy2(os.path.join(source, file), directory)
+        write_description(directory, "server", config)
+    with utils.whole_directory(args.client_path) as directory:
+        write_description(directory, "client", config)
+    print(f"{prefix} -> {args.server_path} (server), {args.client_path} (client)")
+
+
+if __name__ == "__main__":
+    utils.run(main)
