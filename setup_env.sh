@@ -77,6 +77,32 @@ if [ -n "$had_digest" ] && [ "$had_flavour" = "$flavour" ] && [ "${had_serving#-
     exit 0
 fi
 
+install() { # LOCK: every package is listed there with its hashes, so nothing is resolved and nothing else fetched
+    echo "setup_env.sh: installing requirements/$1.txt"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+        --require-hashes --requirement "$root/requirements/$1.txt"
+}
+
+install_serving_and_finish() {
+    if [ -n "$serving" ]; then
+        install serving
+        install serving-wheels
+        [ "$flavour" = cpu ] || install serving-wheels-gpu
+    fi
+    echo "$flavour ${serving:--} $(digest "$flavour" "$serving") $base" > "$stamp"
+    echo "setup_env.sh: done; the launchers use .venv by themselves, for your own commands: . .venv/bin/activate"
+}
+
+# Paddle Serving is added to what is there, and whatever runs from it meanwhile goes on.
+if [ -n "$had_digest" ] && [ "$had_flavour" = "$flavour" ] && [ "$had_serving" = - ] &&
+    [ "$had_digest" = "$(digest "$flavour" '')" ] && [ "${base:-$had_base}" = "$had_base" ]; then
+    base=$had_base
+    echo "setup_env.sh: adding Paddle Serving to .venv"
+    rm -f "$stamp" # a half-added one must not pass for a finished environment
+    install_serving_and_finish
+    exit 0
+fi
+
 if [ -z "$python" ]; then
     minor=0 reasons=
     for candidate in python3.12 python3.11 python3.10 python3.9 python3 python; do
@@ -97,17 +123,6 @@ echo "setup_env.sh: making .venv ($flavour${serving:+, serving}) with $("$base" 
 rm -f "$stamp" # first: a half-removed environment must not pass for a finished one
 rm -rf "$venv"
 "$base" -m venv "$venv"
-install() { # LOCK: every package is listed there with its hashes, so nothing is resolved and nothing else fetched
-    echo "setup_env.sh: installing requirements/$1.txt"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
-        --require-hashes --requirement "$root/requirements/$1.txt"
-}
 install build
 install "$flavour"
-if [ -n "$serving" ]; then
-    install serving
-    install serving-wheels
-    [ "$flavour" = cpu ] || install serving-wheels-gpu
-fi
-echo "$flavour ${serving:--} $(digest "$flavour" "$serving") $base" > "$stamp"
-echo "setup_env.sh: done; the launchers use .venv by themselves, for your own commands: . .venv/bin/activate"
+install_serving_and_finish

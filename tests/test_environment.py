@@ -84,8 +84,12 @@ def test_makes_repairs_and_rests(checkout):
     assert "making .venv" in setup(checkout, "--python", BASE).stdout and not (checkout / ".venv/mark").exists()
     (checkout / "requirements/cpu.txt").write_text("# another lock\n")
     assert "making .venv" in setup(checkout, "--python", BASE).stdout
-    assert "making .venv (cpu, serving)" in setup(checkout, "--serving", "--python", BASE).stdout
+    (checkout / ".venv/mark").write_text("")
+    added = setup(checkout, "--serving").stdout  # to what is there, so that what runs from it goes on
+    assert "adding Paddle Serving" in added and "making" not in added and (checkout / ".venv/mark").exists()
     assert "up to date (cpu, serving)" in setup(checkout).stdout
+    (checkout / ".venv/installed").unlink()
+    assert "making .venv (cpu, serving)" in setup(checkout, "--serving", "--python", BASE).stdout
     assert "making .venv (gpu, serving)" in setup(checkout, "--gpu", "--python", BASE).stdout
 
 
