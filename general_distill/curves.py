@@ -96,10 +96,10 @@ def draw(path, teacher, student, runs):
     twin = left.twinx()
     twin.plot(steps, accuracies, color="C1", label="accuracy (right)")
     left.set(title="teacher: masked tokens", xlabel="step")
-    left.legend(loc="lower left")
-    twin.legend(loc="upper right")
+    left.legend(loc="upper center")
+    twin.legend(loc="center right")
     middle.plot(*zip(*student["losses"]))
-    middle.set(title="student: relation loss", xlabel="step", ylabel="KL per row, Q + K + V, nats", yscale="log")
+    middle.set(title="student: relation loss", xlabel="step", ylabel="KL per row, Q + K + V, nats")
     for color, (name, of) in zip(("C2", "C3"), runs.items()):
         for number, run in enumerate(of):
             xs, ys = zip(*run["evaluations"])
@@ -109,7 +109,7 @@ def draw(path, teacher, student, runs):
     right.legend(loc="lower right")
     for axis in (left, middle, right):
         axis.grid(alpha=0.3)
-    figure.tight_layout()
+    figure.tight_layout(w_pad=2.5)
     figure.savefig(path, dpi=100, format="png")
 
 
