@@ -122,6 +122,7 @@ def load(args, num_labels, kind="ForSequenceClassification"):
     Returns: (model, tokenizer, provenance); provenance has ``model``, ``parent`` and ``notes`` for the stage record.
     """
     fast = args.use_faster_tokenizer
+    option = getattr(args, "option", "--model_name_or_path")  # as the user knows it
     cls = model_class(args.model_type, kind)
     name, parent, notes = args.model_name_or_path, None, []
     if args.init_config:
@@ -131,7 +132,7 @@ def load(args, num_labels, kind="ForSequenceClassification"):
         config = random_config(args.model_type, args.init_config, len(tokenizer.vocab), num_labels)
         model, source, notes = cls(config), "random weights", ["random weights, no pre-training"]
     elif not name:
-        raise UserError("--model_name_or_path is needed: a built-in name or a model directory (or --init_config)")
+        raise UserError(f"{option} is needed: a built-in name or a model directory (or --init_config)")
     elif is_model_directory(name):
         check_model_type(name, args.model_type)
         if os.path.isfile(os.path.join(name, records.RECORD)):
@@ -156,7 +157,7 @@ def load(args, num_labels, kind="ForSequenceClassification"):
     else:
         builtin = [n for n in cls.pretrained_init_configuration if "uncased" not in n][:8]
         raise UserError(
-            f"--model_name_or_path {name}: no directory with {WEIGHTS}, and not a built-in "
+            f"{option} {name}: no directory with {WEIGHTS}, and not a built-in "
             f"{args.model_type} model ({', '.join(builtin)}, ...)"
         )
     if len(tokenizer.vocab) > model.config.vocab_size:

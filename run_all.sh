@@ -11,6 +11,7 @@ case ${1-} in
     *.json)
         [ -f "$1" ] || { echo "run_all.sh: error: $1: no such file" >&2; exit 2; }
         best=$(CDPATH= cd -- "$(dirname -- "$1")" && pwd)/$(basename -- "$1")
+        "$PYTHON" "$root/summarize.py" --cells "$best" > /dev/null # ends here if it is none
         shift
         ;;
     *)
@@ -61,7 +62,7 @@ if [ -n "$best" ]; then
     sh infer_all.sh "$@" $DATA_ARGS || failed="$failed infer_all.sh"
     step "summary"
     cd "$root"
-    "$PYTHON" summarize.py "$(dirname -- "$best")" pruning quantization
+    "$PYTHON" summarize.py "$(dirname -- "$best")" pruning quantization || failed="$failed summarize.py"
     [ -z "$failed" ] || { echo "run_all.sh: failed:$failed" >&2; exit 1; }
     exit
 fi

@@ -30,6 +30,7 @@ from tables import (
     long_rows,
     model_directory,
     remarks,
+    family_rows,
     family_table,
 )
 
@@ -77,7 +78,9 @@ def read_best(path):
             directory = os.path.join(os.path.dirname(path), cell["path"])
             yield (task, *(f"{cell[name]:g}" for name in HYPER_PARAMETERS), directory)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise utils.UserError(f"{path}: not a {BEST} of finetuning/run_one_search.sh ({error!r})") from error
+        raise utils.UserError(f"{path}: not a {BEST} of finetuning/run_one_search.sh") from error
+    if not cells:
+        raise utils.UserError(f"{path}: names no task")
 
 
 def read_speedups(path):
@@ -108,6 +111,8 @@ def main(argv=None):
             file=sys.stderr,
         )
         sys.exit(1)
+    if args.plot and not os.path.isdir(os.path.dirname(os.path.abspath(args.plot))):
+        raise utils.UserError(f"--plot {args.plot}: no such directory")
     speedups = read_speedups(args.perf) if args.perf else {}
     if args.perf and len({model_directory(root) for root in roots}) > 1:
         raise utils.UserError("--perf: it is of one model, but there are several here; name the directory of one")
@@ -127,6 +132,7 @@ def main(argv=None):
             kept += [{k: v for k, v in record.items() if k != "path"} for record in (root, *family)]
             if family or root in best:
                 blocks.append(family_table(root, family))
+                flat_rows += family_rows(relative(model), root, family)
     if args.format == "markdown":
         print("\n\n".join("\n".join(block) for block in blocks))
     elif args.format == "json":

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import tempfile
 
 from records import descendants
 from utils import UserError
@@ -36,7 +37,7 @@ def remarks(record):
 
 
 def best_cells(roots):
-    """{task: the fine-tuned record that is best on dev}; of equals the first."""
+    """{task: the fine-tuned record that is best on dev}; of equals the first by path."""
     best = {}
     for record in roots:
         if rank(record) > rank(best.get(record["task"])):
@@ -113,7 +114,7 @@ def clue_table(model, rows):
         marked = [footnotes.marked(row["cells"].get(task)) for task in TASKS]
         average = f"{len(present)} of 7 tasks"
         if len(present) == len(TASKS):
-            average = percent(row["average"]) + footnotes.mark(present)
+            average = percent(row["average"]) + (" (*)" if any(map(remarks, present)) else "")
         size = f"{row['bytes'] / 1e6:.1f}" if row["bytes"] else ""
         speed = f"{row['speedup']:.2f}x" if row["speedup"] else ""
         flops = f"{row['flops'] / 1e9:.2f} G"
@@ -131,7 +132,8 @@ def clue_table(model, rows):
         f"Measured: {shape['num_hidden_layers']} layers x {shape['hidden_size']}, {origin}; "
         f"on {first['machine']['cpu']}, {first['machine']['cores']} cores; best on dev of each row, INT8 in its engine."
     )
-    return lines + footnotes.lines()
+    every = ["(*) an average of figures with the remarks that they carry."] if footnotes else []
+    return lines + footnotes.lines() + every
 
 
 class Footnotes(dict):
@@ -216,9 +218,19 @@ def long_rows(model, rows, roots):
     return found
 
 
+def family_rows(model, root, family):
+    """Every variant of a fine-tuned model as one flat dict each."""
+    rows = [(record, row_of(record)) for record in (root, *family)]
+    return [
+        {"table": "models", "model": model, "row": row[0], "task": record["task"], **flat(record, None),
+         "agreement": record["metrics"].get("agreement")}
+        for record, row in rows if row
+    ]  # fmt: skip
+
+
 HYPER_PARAMETERS = ("learning_rate", "batch_size", "num_train_epochs", "max_seq_length")
 COLUMNS = ("table", "model", "row", "task", "accuracy", "published", "difference", "majority_class", "params", "flops",
-           "bytes", "speedup", *HYPER_PARAMETERS, "remarks")  # fmt: skip
+           "bytes", "speedup", "agreement", *HYPER_PARAMETERS, "remarks")  # fmt: skip
 
 
 def flat(record, published):
@@ -269,8 +281,10 @@ def draw(path, families):
     if points:
         axes[0][0].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(f"{path}.writing", dpi=120, format=kind)
-    os.replace(f"{path}.writing", path)
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(path))) as directory:
+        whole = os.path.join(directory, "plot")
+        figure.savefig(whole, dpi=120, format=kind)
+        os.replace(whole, path)
 
 
 # One fine-tuned model and what was made from it

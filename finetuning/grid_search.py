@@ -87,6 +87,8 @@ def parse_args(argv=None):
             float(rate)
         except ValueError:
             parser.error(f"--learning_rates: {rate!r} is not a number")
+    if min(args.batch_sizes) < 1:
+        parser.error(f"--batch_sizes: {min(args.batch_sizes)} must be above 0")
     names = "task_name model_name_or_path output_dir learning_rate batch_size num_train_epochs max_seq_length device"
     fixed = {f"--{name}" for name in names.split()}
     for word in args.more:
@@ -279,12 +281,11 @@ def search(cells, args, slots):
         nonlocal done
         done += 1
         accuracy = finished_record(cell)["metrics"]["accuracy"]
-        if accuracy > best.get(cell.task, (-1, None))[0]:
-            best[cell.task] = accuracy, cell
+        best[cell.task] = max(best.get(cell.task, (-1, "")), (accuracy, cell.name()), key=lambda pair: pair[0])
         progress.update()
         progress.write(
             f"{cell.name()}: {how}, dev accuracy {accuracy:.4f} (best of {cell.task} so far {best[cell.task][0]:.4f}: "
-            f"{best[cell.task][1].name()}); {done} done, {len(running)} running, {len(queue)} to go"
+            f"{best[cell.task][1]}); {done} done, {len(running)} running, {len(queue)} to go"
         )
 
     for cell in cells:
@@ -323,8 +324,12 @@ def main(argv=None):
     if args.dry_run:
         return show_plan(cells, args, slots)
     failed = search(cells, args, slots)
+    reasons = {}
     for cell, why in failed.items():
-        print(f"grid_search.py: failed: {cell.name()}: {why}", file=sys.stderr)
+        reasons.setdefault(why, []).append(cell)
+    for why, of in reasons.items():  # what fails all cells of a task is said once
+        several = f" and {len(of) - 1} more cells" if len(of) > 1 else ""
+        print(f"grid_search.py: failed: {of[0].name()}{several}: {why}", file=sys.stderr)
     if failed:
         sys.exit(1)
     print(f"{len(cells)} cells done; best of each task: {os.path.join(args.model, summarize.BEST)}")

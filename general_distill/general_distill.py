@@ -78,7 +78,7 @@ def load_pair(args):
     teacher, teacher_tokenizer, teacher_provenance = modeling.load(
         argparse.Namespace(
             model_type=args.teacher_model_type, model_name_or_path=args.teacher_model_name_or_path, init_config=None,
-            vocab_file=None, **common,
+            vocab_file=None, option="--teacher_model_name_or_path", **common,
         ), 2, "Model",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as directory:
@@ -87,7 +87,7 @@ def load_pair(args):
             argparse.Namespace(
                 model_type=args.model_type, model_name_or_path=args.student_model_name_or_path,
                 init_config=args.init_config, vocab_file=args.vocab_file or os.path.join(directory, "vocab.txt"),
-                **common,
+                option="--student_model_name_or_path", **common,
             ), 2, "Model",
         )  # fmt: skip
     if args.init_config and not args.vocab_file:
@@ -208,6 +208,8 @@ def main(argv=None):
     utils.check_positive(args, "gradient_accumulation_steps")
     args.max_seq_length = args.max_seq_length or 128
     args.device = utils.set_device(args.device)
+    if args.use_amp and args.device == "cpu":
+        raise utils.UserError("--use_amp: FP16 is for a GPU; on a CPU leave it out")
     rank, world = training.start_processes()
     corpus = Corpus(args.input_dir, args.seed)
     if args.max_steps <= 0:

@@ -16,6 +16,9 @@ case $student in
     *) set -- --student_model_name_or_path "$student" --student_layer_index 5 "$@" ;;
 esac
 launch=
+case ${NPROC:-1} in
+    *[!0-9]* | 0) echo "run.sh: error: NPROC=$NPROC: must be a number of processes" >&2; exit 2 ;;
+esac
 [ "${NPROC:-1}" -eq 1 ] || launch="-m paddle.distributed.launch --nproc_per_node $NPROC"
 
 "$PYTHON" -u $launch "$here/general_distill.py" --input_dir "$input" --output_dir pretrain \

@@ -276,6 +276,8 @@ def test_batches_of_similar_length_hold_each_line_once(tmp_path, monkeypatch):
     (["--num_relation_heads", "48"], "--num_relation_heads 48: does not divide the student's 64"),
     (["--teacher_layer_index", "3"], "the teacher has layers 0 to 2"),
     (["--num_layers", "6"], "the student has 2"),
+    (["--use_amp"], "--use_amp: FP16 is for a GPU"),
+    (["--teacher_model_name_or_path", "/no"], "--teacher_model_name_or_path /no: no directory"),
     (["--input_dir", "/nonexistent"], "--input_dir /nonexistent: no such directory"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(distillation, tmp_path, changed, message):

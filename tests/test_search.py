@@ -177,5 +177,9 @@ def test_best_json_in_place_of_typed_values(searched, workspace):
     sh("finetuning/predict_all.sh", "../grid/best.json", "--data_dir", "data", cwd=here)
     predictions = [json.loads(line) for line in open(model / best["path"] / "topics_predict.json", encoding="utf-8")]
     assert [p["id"] for p in predictions] == list(range(len(rows)))
+    (workspace / "empty.json").write_text("{}")
+    for launcher in ("finetuning/predict_all.sh", "run_all.sh"):
+        empty = sh(launcher, "../empty.json", cwd=here, check=False)
+        assert empty.returncode == 2 and empty.stderr.count("\n") == 1 and "names no task" in empty.stderr
     bad = sh("pruning/prune.sh", "../tiny.json", "0.75", cwd=here, check=False)
     assert bad.returncode == 2 and "not a best.json" in bad.stderr

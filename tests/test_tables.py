@@ -67,13 +67,14 @@ def test_the_clue_table(clue, capsys):
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
     tuned = [0.5 + i / 100 for i in range(7)]
     for row, less in (("fine-tuned", 0), ("pruned to 0.75", 0.01), ("pruned to 0.75 + quantized", 0.02)):
-        found = re.findall(r"\d+\.\d\d(?: \([\d,]+\))?", rows[f"{row}, measured"].split(" | ", 1)[1])
+        found = re.findall(r"\d+\.\d\d(?: \([\d,*]+\))?", rows[f"{row}, measured"].split(" | ", 1)[1])
         wanted = [f"{(v - less) * 100:.2f}" for v in tuned]
         wanted.append(f"{sum(v - less for v in tuned) / 7 * 100:.2f}")
         assert [f.split()[0] for f in found[:8]] == wanted
         marks = [f.split()[1] for f in found[:8]]
-        assert marks[0] == "(1)" and marks[6] == marks[7] == "(1,2)"  # CSL, and the average that it is in
+        assert marks[0] == "(1)" and marks[6] == "(1,2)" and marks[7] == "(*)"  # CSL, and the average
     assert "(1) random weights." in text and "(2) partial train data: 9 of 90." in text
+    assert "(*) an average of figures with the remarks that they carry." in text
     assert rows["pruned to 0.75 + quantized, measured"].count("1.0 |") == 1  # the file in MB
     blocks = text.split("\n")
     place = next(i for i, line in enumerate(blocks) if line.startswith("| pruned to 0.75 + quantized, measured"))
@@ -112,7 +113,8 @@ def test_no_average_over_fewer_tasks(tmp_path, capsys):
 def test_csv_and_json_hold_the_same(clue, capsys):
     from_json = json.loads(output(capsys, clue, "--format", "json"))
     from_csv = list(csv.DictReader(io.StringIO(output(capsys, clue, "--format", "csv"))))
-    assert len(from_json) == len(from_csv) == 3 * 8 + 14
+    assert len(from_json) == len(from_csv) == 3 * 8 + 14 + 7 * 4
+    assert [row["agreement"] for row in from_json if row["table"] == "models"].count(0.9) == 14
     for one, other in zip(from_json, from_csv):
         assert {name: "" if value is None else str(value) for name, value in one.items()}.items() <= other.items()
     best = next(row for row in from_json if row["table"] == "clue" and row["task"] == "CSL")
