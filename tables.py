@@ -228,6 +228,7 @@ def family_rows(model, root, family):
     ]  # fmt: skip
 
 
+MARKERS = "os^Dvp*XP<>"
 HYPER_PARAMETERS = ("learning_rate", "batch_size", "num_train_epochs", "max_seq_length")
 COLUMNS = ("table", "model", "row", "task", "accuracy", "published", "difference", "majority_class", "params", "flops",
            "bytes", "speedup", "agreement", *HYPER_PARAMETERS, "remarks")  # fmt: skip
@@ -263,24 +264,29 @@ def draw(path, families):
         for model, rows in families for row in rows for task, record in row["cells"].items()
     ]  # fmt: skip
     panels = [("file, MB", 3)] + ([("speed-up against BERT-base", 4)] if any(p[4] for p in points) else [])
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(6 * len(panels) + 2.5, 4.5), squeeze=False, layout="constrained"
+    )
     kind = os.path.splitext(path)[1].lstrip(".")
     if kind not in figure.canvas.get_supported_filetypes():
         raise UserError(f"--plot {path}: its ending must be that of a picture, .png or .svg")
     kinds, tasks = (list(dict.fromkeys(p[i] for p in points)) for i in (0, 1))
     for axis, (label, column) in zip(axes[0], panels):
-        for row, marker in zip(kinds, itertools.cycle("os^Dvp*XP<>")):
+        for row, marker in zip(kinds, itertools.cycle(MARKERS)):
             for number, task in enumerate(tasks):
                 chosen = [p for p in points if p[0] == row and p[1] == task and p[column]]
                 x, y = [p[column] for p in chosen], [p[2] for p in chosen]
-                if chosen:
-                    axis.scatter(x, y, marker=marker, color=f"C{number % 10}", label=f"{task}, {row}")
+                axis.scatter(x, y, marker=marker, color=f"C{number % 10}")
         axis.set_xlabel(label)
         axis.set_ylabel("dev accuracy, %")
         axis.grid(alpha=0.3)
-    if points:
-        axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
+    # Colours tell tasks, shapes tell rows: one legend of both beside the last panel.
+    keys = [pyplot.Line2D([], [], color=f"C{i % 10}", lw=4, label=task) for i, task in enumerate(tasks)]
+    keys += [
+        pyplot.Line2D([], [], color="grey", marker=marker, ls="", label=row)
+        for row, marker in zip(kinds, itertools.cycle(MARKERS))
+    ]
+    figure.legend(handles=keys, fontsize=8, loc="outside right center")
     with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(path))) as directory:
         whole = os.path.join(directory, "plot")
         figure.savefig(whole, dpi=120, format=kind)
