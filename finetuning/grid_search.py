@@ -297,7 +297,6 @@ def search(cells, args, slots):
                 cell, slot = queue.pop(0), free.pop(0)
                 running[cell] = start(cell, args, slot, len(slots)), slot
                 progress.write(f"{cell.name()}: {'resumes' if states[cell] == 'begun' else 'starts'}, see {cell.log()}")
-            progress.set_postfix_str(f"{len(running)} running, {len(queue)} to go, {len(failed)} failed")
             time.sleep(0.2)
             for cell in [cell for cell, (process, _) in running.items() if process.poll() is not None]:
                 process, slot = running.pop(cell)
@@ -308,6 +307,7 @@ def search(cells, args, slots):
                 else:
                     failed[cell] = f"status {process.returncode}, {last_line(cell.log())}; see {cell.log()}"
                     progress.write(f"{cell.name()}: FAILED, {failed[cell]}")
+            progress.set_postfix_str(f"{len(running)} running, {len(queue)} to go, {len(failed)} failed")
     finally:
         for process, _ in running.values():
             process.kill()
