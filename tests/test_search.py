@@ -21,13 +21,25 @@ SMALL = [*MODEL, "--max_train_samples", "320", "--max_eval_samples", "64"]
 
 
 def children_of(process):
-    """Process ids of run_clue.py below a search."""
-    done = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True)
-    rows = [line.split(None, 2) for line in done.stdout.splitlines()[1:]]
-    mine = {str(process.pid)}
-    for _ in rows:
-        mine |= {pid for pid, parent, _ in rows if parent in mine}
-    return [int(pid) for pid, _, args in rows if pid in mine and "run_clue.py" in args]
+    """Process ids of run_clue.py below a search, from /proc: ps cuts long command lines."""
+    parents, commands = {}, {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/stat") as stat, open(f"/proc/{pid}/cmdline") as command:
+                parents[int(pid)] = int(stat.read().rsplit(")", 1)[1].split()[1])
+                commands[int(pid)] = command.read()
+        except OSError:  # gone meanwhile
+            continue
+    return [pid for pid, parent in parents.items() if parent == process.pid and "run_clue.py" in commands[pid]]
+
+
+def runs(pid):
+    """Whether a process is there and not merely waiting to be reaped."""
+    try:
+        with open(f"/proc/{pid}/cmdline") as file:
+            return bool(file.read())
+    except OSError:  # gone, before or while it was read
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +132,7 @@ def test_a_killed_search_leaves_nothing_running_and_goes_on(workspace):
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     deadline = time.time() + 10
-    while any(os.path.exists(f"/proc/{pid}/cmdline") and open(f"/proc/{pid}/cmdline").read() for pid in cells):
+    while any(map(runs, cells)):
         assert time.time() < deadline, "the cell outlived its search"
         time.sleep(0.05)
     again, whole = search("killed"), search("whole")
