@@ -259,10 +259,19 @@ def parent_among(record, found):
     return candidates[0] if candidates else None
 
 
-def descendants(root, records):
-    """The records made from ``root``, directly or not, children behind their parents; no further fine-tuning."""
+def children_among(found):
+    """{path of a record: the records made directly from it, in the order of ``found``; no further fine-tuning}."""
+    children = {}
+    for record in found:
+        parent = parent_among(record, found) if record["stage"] != "finetune" else None
+        if parent:
+            children.setdefault(parent["path"], []).append(record)
+    return children
+
+
+def descendants(root, children):
+    """The records made from ``root``, directly or not, children behind their parents. children: of children_among."""
     found = []
-    for record in records:
-        if record["stage"] != "finetune" and parent_among(record, records) is root:
-            found += [record, *descendants(record, records)]
+    for record in children.get(root["path"], []):
+        found += [record, *descendants(record, children)]
     return found

@@ -16,7 +16,7 @@ import os
 import sys
 
 import utils
-from records import find_records, relative, descendants
+from records import children_among, descendants, find_records, relative
 from tables import (
     TASKS,
     HYPER_PARAMETERS,
@@ -119,20 +119,21 @@ def main(argv=None):
     models, blocks, flat_rows, kept = {}, [], [], []
     for root in roots:
         models.setdefault(model_directory(root), []).append(root)
-    families = [(relative(model), clue_rows(of_model, records, speedups)) for model, of_model in models.items()]
+    children = children_among(records)
+    families = [(relative(model), clue_rows(of_model, children, speedups)) for model, of_model in models.items()]
     for (model, rows), of_model in zip(families, models.values()):
-        of_clue = any(root["task"] in TASKS for root in of_model)
-        if of_clue and not args.task_name:
-            blocks.append(clue_table(model, rows))
+        of_clue = rows if not args.task_name and any(root["task"] in TASKS for root in of_model) else []
+        if of_clue:
+            blocks.append(clue_table(model, of_clue))
         blocks.append(grid_tables(of_model))
-        flat_rows += long_rows(model, rows if of_clue and not args.task_name else [], of_model)
+        flat_rows += long_rows(model, of_clue, of_model)
         best = best_cells(of_model).values()
         for root in of_model:
-            family = descendants(root, records)
+            family = descendants(root, children)
             kept += [{k: v for k, v in record.items() if k != "path"} for record in (root, *family)]
             if family or root in best:
                 blocks.append(family_table(root, family))
-                flat_rows += family_rows(relative(model), root, family)
+                flat_rows += family_rows(model, root, family)
     if args.format == "markdown":
         print("\n\n".join("\n".join(block) for block in blocks))
     elif args.format == "json":

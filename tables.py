@@ -12,7 +12,6 @@ TASKS = ("AFQMC", "TNEWS", "IFLYTEK", "CMNLI", "OCNLI", "CLUEWSC2020", "CSL")
 # CLUE dev accuracy in the order of TASKS, their average, millions of parameters, 10^9 multiply-adds at 128 tokens, and
 # speed-up against BERT-base (T4, batch 32 x 128, INT8 for the quantized). Source: README of PaddleNLP's PP-MiniLM.
 PUBLISHED = {
-    "BERT-base": ((74.14, 56.81, 61.10, 81.19, 74.85, 79.93, 81.47), 72.78, 102.3, 10.87, 1.00),
     "fine-tuned": ((74.14, 57.43, 61.75, 81.01, 76.17, 86.18, 79.17), 73.69, 59.7, 5.44, 2.15),
     "pruned to 0.75": ((73.91, 57.44, 61.64, 81.10, 75.59, 85.86, 78.53), 73.44, 49.1, 4.08, 2.74),
     "quantized": ((74.19, 57.13, 61.10, 81.20, 76.10, 85.20, 78.03), 73.28, 59.8, None, 7.34),
@@ -70,11 +69,12 @@ def kind_of(record):
     return None
 
 
-def clue_rows(roots, records, speedups):
-    """The CLUE table of one model directory: [{row, cells: {task: record}, average, ...}], best on dev in each cell."""
+def clue_rows(roots, children, speedups):
+    """The CLUE table of one model directory: [{row, cells: {task: record}, present: [record], average, ...}], best on
+    dev in each cell. children: of records.children_among."""
     cells = {}
     for root in roots:
-        for record in [root, *descendants(root, records)]:
+        for record in [root, *descendants(root, children)]:
             kind = kind_of(record)
             if kind and rank(record) > rank(cells.setdefault(kind, {}).get(record["task"])):
                 cells[kind][record["task"]] = record
@@ -84,10 +84,11 @@ def clue_rows(roots, records, speedups):
     for kind in order:
         row = cells[kind]
         shown = row.get("TNEWS") or next(iter(row.values()))
-        whole = all(task in row for task in TASKS)
+        present = [row[task] for task in TASKS if task in row]
         rows.append({
-            "row": kind, "cells": row, "params": shown["params"], "flops": shown["flops"], "bytes": size_of(shown),
-            "average": sum(accuracy(row[task]) for task in TASKS) / len(TASKS) if whole else None,
+            "row": kind, "cells": row, "present": present,
+            "params": shown["params"], "flops": shown["flops"], "bytes": size_of(shown),
+            "average": sum(map(accuracy, present)) / len(TASKS) if len(present) == len(TASKS) else None,
             "speedup": speedups.get(kind),
         })  # fmt: skip
     return rows
@@ -110,11 +111,10 @@ def clue_table(model, rows):
         f"| model | {' | '.join(TASKS)} | average | params | FLOPs | file, MB | speed-up |", "| --- " * 13 + "|",
     ]  # fmt: skip
     for row in rows:
-        present = [row["cells"][task] for task in TASKS if task in row["cells"]]
         marked = [footnotes.marked(row["cells"].get(task)) for task in TASKS]
-        average = f"{len(present)} of 7 tasks"
-        if len(present) == len(TASKS):
-            average = percent(row["average"]) + (" (*)" if any(map(remarks, present)) else "")
+        average = f"{len(row['present'])} of 7 tasks"
+        if row["average"] is not None:
+            average = percent(row["average"]) + (" (*)" if any(map(remarks, row["present"])) else "")
         size = f"{row['bytes'] / 1e6:.1f}" if row["bytes"] else ""
         speed = f"{row['speedup']:.2f}x" if row["speedup"] else ""
         flops = f"{row['flops'] / 1e9:.2f} G"
@@ -139,13 +139,12 @@ def clue_table(model, rows):
 class Footnotes(dict):
     """{remark: its number}, in the order in which a table comes to them."""
 
-    def mark(self, records):
-        numbers = {self.setdefault(note, len(self) + 1) for record in records for note in remarks(record)}
-        return f" ({','.join(map(str, sorted(numbers)))})" if numbers else ""
-
     def marked(self, record):
         """A cell: the accuracy of a record with the numbers of its remarks."""
-        return percent(accuracy(record)) + self.mark([record]) if record else "missing"
+        if record is None:
+            return "missing"
+        numbers = sorted(self.setdefault(note, len(self) + 1) for note in remarks(record))
+        return percent(accuracy(record)) + (f" ({','.join(map(str, numbers))})" if numbers else "")
 
     def lines(self):
         return [f"({number}) {note}." for note, number in self.items()]
@@ -199,10 +198,9 @@ def long_rows(model, rows, roots):
             record = row["cells"].get(task)
             number = published[0][TASKS.index(task)] if published else None
             found.append({"table": "clue", "model": model, "row": row["row"], "task": task, **flat(record, number)})
-        present = [row["cells"][task] for task in TASKS if task in row["cells"]]
-        notes = [note for record in present for note in remarks(record)]
-        if len(present) < len(TASKS):
-            notes = [f"{len(present)} of 7 tasks", *notes]
+        notes = [note for record in row["present"] for note in remarks(record)]
+        if row["average"] is None:
+            notes = [f"{len(row['present'])} of 7 tasks", *notes]
         average = None if row["average"] is None else round(row["average"] * 100, 4)
         found.append({
             "table": "clue", "model": model, "row": row["row"], "task": "average", "accuracy": average,
@@ -299,7 +297,7 @@ def draw(path, families):
 def row_of(record):
     """(what, accuracy, agreement, params, FLOPs, MB) of a record as table cells, or None if it has no row."""
     stage, metrics, width = record["stage"], record["metrics"], record["model"]["width_mult"]
-    size, agreement = (record.get("export") or {}).get("bytes"), ""
+    size = size_of(record)
     if stage == "finetune":
         what = "fine-tuned, FP32"
     elif stage == "prune_export" and size:
@@ -307,13 +305,12 @@ def row_of(record):
     elif stage == "quantize":
         origin = "fine-tuned" if width == 1 else f"pruned to {width:g}"
         what = f"{origin}, INT8 {record['variant']['algorithm']}{record['variant']['calib_samples']}"
-        size, agreement = metrics["bytes"], f"{metrics['agreement'] * 100:.2f}"
     else:
         return None
     return [
         what,
-        f"{metrics['accuracy'] * 100:.2f}",
-        agreement,
+        percent(metrics["accuracy"]),
+        percent(metrics.get("agreement")),
         f"{record['params'] / 1e6:.2f} M",
         f"{record['flops'] / 1e9:.2f} G",
         f"{size / 1e6:.1f}" if size else "",
