@@ -130,6 +130,11 @@ def split_path(task_name, split, data_dir=None):
     raise UserError(f"{directory}: no {' or '.join(names)} there")
 
 
+def is_local(task_name, split, data_dir=None):
+    """Whether a split lies on this machine, so that reading it starts no download. Raises: as find_data_dir."""
+    return find_data_dir(task_name, data_dir) is not None or os.path.isfile(downloaded_path(task_name, split))
+
+
 def downloaded_path(task_name, split):
     """Where PaddleNLP keeps a split of a CLUE task, whether it is there or not."""
     from paddlenlp.datasets.clue import Clue

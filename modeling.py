@@ -116,13 +116,13 @@ def random_config(model_type, init_config, vocab_size, num_labels):
     return model_class(model_type).config_class(**fields, num_labels=num_labels)
 
 
-def load(args, num_labels, kind="ForSequenceClassification"):
+def load(args, num_labels, kind="ForSequenceClassification", option="--model_name_or_path"):
     """The model and the tokenizer that ``--model_name_or_path`` or ``--init_config`` names.
 
+    Args: option: the name by which the user knows ``--model_name_or_path``, for messages.
     Returns: (model, tokenizer, provenance); provenance has ``model``, ``parent`` and ``notes`` for the stage record.
     """
     fast = args.use_faster_tokenizer
-    option = getattr(args, "option", "--model_name_or_path")  # as the user knows it
     cls = model_class(args.model_type, kind)
     name, parent, notes = args.model_name_or_path, None, []
     if args.init_config:
@@ -270,13 +270,17 @@ def export_static(model, prefix):
     forget_call_stacks(f"{prefix}.pdmodel")
 
 
-def forget_call_stacks(path):
-    """Removes from a .pdmodel where each operator was made in the source: these are paths of this machine."""
+def read_program(path):
+    """The ProgramDesc message of a .pdmodel."""
     from paddle.base.proto import framework_pb2
 
-    program = framework_pb2.ProgramDesc()
     with open(path, "rb") as file:
-        program.ParseFromString(file.read())
+        return framework_pb2.ProgramDesc.FromString(file.read())
+
+
+def forget_call_stacks(path):
+    """Removes from a .pdmodel where each operator was made in the source: these are paths of this machine."""
+    program = read_program(path)
     for block in program.blocks:
         for operator in block.ops:
             kept = [attribute for attribute in operator.attrs if attribute.name != "op_callstack"]
@@ -292,8 +296,7 @@ def parity_features(args, record, tokenizer, max_seq_length):
     32 dev records if they lie on this machine, else 32 sequences of random tokens: an export starts no download.
     """
     try:
-        directory = data.find_data_dir(record["task"], args.data_dir)
-        local = directory is not None or os.path.isfile(data.downloaded_path(record["task"], "dev"))
+        local = data.is_local(record["task"], "dev", args.data_dir)
     except UserError:
         if args.data_dir:
             raise

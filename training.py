@@ -101,6 +101,12 @@ def group_by_length(order, lengths, batch_size, random):
     return np.concatenate([shuffled, order[whole:]])
 
 
+def seed_step(seed, step):
+    """Seeds what a step draws, dropout above all, apart for each process: so no state of a generator need be kept."""
+    rank, world = rank_and_world()
+    paddle.seed((seed * 1_000_003 + step) * world + rank)
+
+
 def training_batches(features, args, first_step, steps, pad_id=0):
     """Yields (step, Batch, share) for the steps after ``first_step``. An epoch sees each record once.
 
@@ -117,7 +123,7 @@ def training_batches(features, args, first_step, steps, pad_id=0):
         epoch, position = divmod(step - 1, per_epoch)
         if order is None or position == 0:
             order = epoch_order(features, joint_size, args.seed, epoch, args.group_by_length)
-        paddle.seed((args.seed * 1_000_003 + step) * world + rank)
+        seed_step(args.seed, step)
         joint = order[position * joint_size : (position + 1) * joint_size]
         part = joint[rank * args.batch_size : (rank + 1) * args.batch_size]
         length = max(len(features[i].input_ids) for i in joint)  # of the joint batch: pruning's loss counts padding

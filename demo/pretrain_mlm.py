@@ -20,12 +20,11 @@ import numpy as np
 import paddle
 from tqdm import tqdm
 
-import data
 import modeling
 import records
 import training
 import utils
-from corpus import Corpus
+from corpus import Corpus, encode
 
 
 def parse_args(argv=None):
@@ -79,10 +78,9 @@ def train(args, corpus, model, tokenizer, unfinished):
     steps = range(state["step"] + 1, args.max_steps + 1)
     progress = tqdm(steps, total=args.max_steps, initial=state["step"], desc="mlm", mininterval=1, disable=None)
     for step in progress:
-        paddle.seed(args.seed * 1_000_003 + step)
+        training.seed_step(args.seed, step)
         _, texts = next(stream)
-        features = [data.Feature(*encoded, None) for encoded in tokenizer.encode(texts, None, args.max_seq_length)]
-        batch = data.collate(features, range(len(features)), tokenizer.pad_id)
+        batch, count = encode(texts, tokenizer, args.max_seq_length)
         random = np.random.default_rng([args.seed, step])
         input_ids, positions, expected = mask_tokens(batch.input_ids, tokenizer, args.mlm_probability, random)
         inputs = paddle.to_tensor(input_ids), paddle.to_tensor(batch.token_type_ids)
@@ -97,7 +95,7 @@ def train(args, corpus, model, tokenizer, unfinished):
         optimizer.clear_grad()
         right = int((scores.argmax(-1).numpy() == expected).sum())
         sums += [float(loss) * len(expected), right, len(expected)]
-        tokens += sum(len(f.input_ids) for f in features)
+        tokens += count
         if step % args.logging_steps == 0 or step == args.max_steps:
             loss, accuracy, sums = sums[0] / sums[2], sums[1] / sums[2], np.zeros(3)
             pace = tokens / (time.time() - first)

@@ -123,39 +123,40 @@ def arguments_of(cell, args):
     ]  # fmt: skip
 
 
+def asked_of(cell, args):
+    """The arguments of a cell as run_clue.py reads them."""
+    return run_clue.parse_args(arguments_of(cell, args))
+
+
 class Identities:
     """What run_clue.py will compare a finished cell with, known without starting it; files are hashed once a search."""
 
     def __init__(self, args):
-        self.args, self.hashes = args, {}
+        self.hashes = {}
         record = os.path.join(args.model, records.RECORD)
         whole = modeling.is_model_directory(args.model) and os.path.isfile(record)
         self.parent = modeling.parent_of(args.model, records.read_record(args.model)) if whole else None
 
-    def of(self, cell):
-        asked = run_clue.parse_args(arguments_of(cell, self.args))
-        if cell.task not in self.hashes:
-            paths = {split: local_path(cell.task, split, asked.data_dir) for split in ("train", "dev")}
-            self.hashes[cell.task] = {split: {"md5": data.md5_of(path)} for split, path in paths.items() if path}
+    def of(self, task, asked):
+        if task not in self.hashes:
+            paths = {split: local_path(task, split, asked.data_dir) for split in ("train", "dev")}
+            self.hashes[task] = {split: {"md5": data.md5_of(path)} for split, path in paths.items() if path}
         parent = None if asked.init_config else self.parent
-        return records.identity(records.describe_arguments(asked), parent, self.hashes[cell.task])
+        return records.identity(records.describe_arguments(asked), parent, self.hashes[task])
 
 
 def local_path(task, split, data_dir):
     """The file of a split if it lies on this machine, else None: a plan starts no download."""
     try:
-        here = data.find_data_dir(task, data_dir) or os.path.isfile(data.downloaded_path(task, split))
-        return data.split_path(task, split, data_dir) if here else None
+        return data.split_path(task, split, data_dir) if data.is_local(task, split, data_dir) else None
     except utils.UserError:
         return None
 
 
-def state_of(cell, identities):
+def state_of(cell, asked, record, identities):
     """finished, begun or new. What is finished with other settings counts as new: run_clue.py says what differs."""
-    record = finished_record(cell)
     if record:
-        asked = run_clue.parse_args(arguments_of(cell, identities.args))
-        now = identities.of(cell)
+        now = identities.of(cell.task, asked)
         before = records.identity(record["arguments"], record["parent"], record["data"])
         same = all(before.get(name) == value for name, value in now.items() if name != "device")
         predicted = not asked.do_predict or os.path.isfile(data.submission_path(cell.task, cell.directory))
@@ -171,38 +172,41 @@ def finished_record(cell):
         return None
 
 
-def estimate(cell, cells):
+def read_cells(cells, args):
+    """({cell: its record or None}, {cell: its state})."""
+    identities, found = Identities(args), {cell: finished_record(cell) for cell in cells}
+    return found, {cell: state_of(cell, asked_of(cell, args), found[cell], identities) for cell in cells}
+
+
+def estimate(cell, max_steps, found):
     """Seconds that a cell will take, or None: from its task's recorded cells, of its batch size if there are, by the
-    number of records that they trained on. A begun cell counts in full."""
+    number of records that they trained on. A begun cell counts in full.
+
+    Args: max_steps: of the cell. found: {cell: its record or None}.
+    """
     paces, epoch = {}, 0
-    for other in cells:
-        record = finished_record(other) if other.task == cell.task else None
-        if record:
+    for other, record in found.items():
+        if record and other.task == cell.task:
             made_with, epoch = record["arguments"], record["data"]["train"]["examples"]
             seen = max(made_with["max_steps"] * made_with["batch_size"], 0) or made_with["num_train_epochs"] * epoch
             paces.setdefault(other.batch_size, []).append(record["seconds"] / seen)
     if not paces:
         return None
     chosen = paces.get(cell.batch_size) or sum(paces.values(), [])
-    examples = max(typed(cell).max_steps * cell.batch_size, 0) or cell.epochs * epoch
+    examples = max(max_steps * cell.batch_size, 0) or cell.epochs * epoch
     return examples * sum(chosen) / len(chosen)
-
-
-def typed(cell):
-    """What run_clue.py makes of a cell's further arguments."""
-    return run_clue.parse_args(["--task_name", cell.task, "--output_dir", cell.directory, *cell.more])
 
 
 def show_plan(cells, args, slots):
     """Prints the plan, cell by cell, with its time."""
-    identities = Identities(args)
-    states = [state_of(cell, identities) for cell in cells]
-    seconds = [estimate(cell, cells) for cell in cells]
+    found, states = read_cells(cells, args)
+    max_steps = asked_of(cells[0], args).max_steps
+    seconds = {cell: estimate(cell, max_steps, found) for cell in cells}
     print("| cell | epochs | max_seq_length | state | estimate, s |\n| --- | --- | --- | --- | --- |")
-    for cell, state, guess in zip(cells, states, seconds):
-        shown = "" if state == "finished" else "unknown" if guess is None else f"{guess:.0f}"
-        print(f"| {cell.name()} | {cell.epochs} | {cell.max_seq_length} | {state} | {shown} |")
-    left = [guess for state, guess in zip(states, seconds) if state != "finished"]
+    for cell, guess in seconds.items():
+        shown = "" if states[cell] == "finished" else "unknown" if guess is None else f"{guess:.0f}"
+        print(f"| {cell.name()} | {cell.epochs} | {cell.max_seq_length} | {states[cell]} | {shown} |")
+    left = [guess for cell, guess in seconds.items() if states[cell] != "finished"]
     known = [guess for guess in left if guess is not None]
     print(f"{len(cells)} cells, {len(left)} to do, {len(slots)} at once", end="")
     if known:
@@ -255,7 +259,7 @@ def prepare(cells, args):
 
     Returns: {cell: why} of the tasks without data. Raises: UserError for a model that cannot be loaded.
     """
-    asked = run_clue.parse_args(arguments_of(cells[0], args))
+    asked = asked_of(cells[0], args)
     modeling.load(asked, 2)
     failed = {}
     for task in dict.fromkeys(cell.task for cell in cells):
@@ -269,18 +273,17 @@ def prepare(cells, args):
 
 def search(cells, args, slots):
     """Runs the cells that are not finished. Returns: {cell: why} of those that failed."""
-    identities = Identities(args)
-    states = {cell: state_of(cell, identities) for cell in cells}
+    found, states = read_cells(cells, args)
     queue = [cell for cell in cells if states[cell] != "finished"]
     failed = prepare(queue, args) if queue else {}
     queue = [cell for cell in queue if cell not in failed]
     best, running, free, done = {}, {}, list(slots), 0
     progress = tqdm(total=len(cells), desc="cells", disable=None)
 
-    def count(cell, how):
+    def count(cell, record, how):
         nonlocal done
         done += 1
-        accuracy = finished_record(cell)["metrics"]["accuracy"]
+        accuracy = record["metrics"]["accuracy"]
         best[cell.task] = max(best.get(cell.task, (-1, "")), (accuracy, cell.name()), key=lambda pair: pair[0])
         progress.update()
         progress.write(
@@ -290,7 +293,8 @@ def search(cells, args, slots):
 
     for cell in cells:
         if states[cell] == "finished":
-            count(cell, "already finished")
+            count(cell, found[cell], "already finished")
+    summarize.write_best(args.model)
     try:
         while queue or running:
             while queue and free:
@@ -301,8 +305,9 @@ def search(cells, args, slots):
             for cell in [cell for cell, (process, _) in running.items() if process.poll() is not None]:
                 process, slot = running.pop(cell)
                 free.append(slot)
-                if process.returncode == 0 and finished_record(cell):
-                    count(cell, "finished")
+                record = finished_record(cell) if process.returncode == 0 else None
+                if record:
+                    count(cell, record, "finished")
                     summarize.write_best(args.model)
                 else:
                     failed[cell] = f"status {process.returncode}, {last_line(cell.log())}; see {cell.log()}"
@@ -312,7 +317,6 @@ def search(cells, args, slots):
         for process, _ in running.values():
             process.kill()
         progress.close()
-    summarize.write_best(args.model)
     return failed
 
 
@@ -320,7 +324,7 @@ def main(argv=None):
     args = parse_args(argv)
     slots = find_slots(args)
     cells = plan(args)
-    run_clue.parse_args(arguments_of(cells[0], args))  # ends here with its own message if an argument is wrong
+    asked_of(cells[0], args)  # ends here with its own message if an argument is wrong
     if args.dry_run:
         return show_plan(cells, args, slots)
     failed = search(cells, args, slots)

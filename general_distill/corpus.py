@@ -6,11 +6,18 @@ import os
 
 import numpy as np
 
+import data
 import records
 import training
 from utils import UserError
 
 BLOCK = 50_000  # lines that are in memory and shuffled together
+
+
+def encode(texts, tokenizer, max_seq_length):
+    """(data.Batch of the texts, without labels; number of its tokens that are not padding)."""
+    features = [data.Feature(*encoded, None) for encoded in tokenizer.encode(texts, None, max_seq_length)]
+    return data.collate(features, range(len(features)), tokenizer.pad_id), sum(len(f.input_ids) for f in features)
 
 
 class Corpus:

@@ -23,13 +23,12 @@ import compat  # noqa: F401  before Paddle
 import paddle
 from tqdm import tqdm
 
-import data
 import modeling
 import records
 import relations
 import training
 import utils
-from corpus import Corpus
+from corpus import Corpus, encode
 
 
 def parse_args(argv=None):
@@ -78,8 +77,8 @@ def load_pair(args):
     teacher, teacher_tokenizer, teacher_provenance = modeling.load(
         argparse.Namespace(
             model_type=args.teacher_model_type, model_name_or_path=args.teacher_model_name_or_path, init_config=None,
-            vocab_file=None, option="--teacher_model_name_or_path", **common,
-        ), 2, "Model",
+            vocab_file=None, **common,
+        ), 2, "Model", "--teacher_model_name_or_path",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as directory:
         teacher_tokenizer.save(directory)
@@ -87,8 +86,8 @@ def load_pair(args):
             argparse.Namespace(
                 model_type=args.model_type, model_name_or_path=args.student_model_name_or_path,
                 init_config=args.init_config, vocab_file=args.vocab_file or os.path.join(directory, "vocab.txt"),
-                option="--student_model_name_or_path", **common,
-            ), 2, "Model",
+                **common,
+            ), 2, "Model", "--student_model_name_or_path",
         )  # fmt: skip
     if args.init_config and not args.vocab_file:
         tokenizer = teacher_tokenizer
@@ -162,14 +161,13 @@ def train(args, corpus, student, teacher, tokenizer, unfinished, save):
         disable=None if rank == 0 else True,
     )  # fmt: skip
     for step in progress:
-        paddle.seed((args.seed * 1_000_003 + step) * world + rank)
+        training.seed_step(args.seed, step)
         loss_sum, rows_sum = 0.0, 0.0
         for number in range(accumulation * world):
             _, texts = next(micro_batches)
             if number % world != rank:
                 continue
-            features = [data.Feature(*encoded, None) for encoded in tokenizer.encode(texts, None, args.max_seq_length)]
-            batch = data.collate(features, range(len(features)), tokenizer.pad_id)
+            batch, count = encode(texts, tokenizer, args.max_seq_length)
             inputs = paddle.to_tensor(batch.input_ids), paddle.to_tensor(batch.token_type_ids)
             mask = (inputs[0] != tokenizer.pad_id).astype("float32")
             with paddle.amp.auto_cast(enable=args.use_amp):
@@ -180,7 +178,7 @@ def train(args, corpus, student, teacher, tokenizer, unfinished, save):
             loss, rows = relations.relation_loss(*qkv, mask, args.num_relation_heads, args.alpha, args.beta)
             scaler.scale(loss / expected_rows).backward()
             loss_sum, rows_sum = loss_sum + float(loss), rows_sum + rows
-            tokens += sum(len(f.input_ids) for f in features)
+            tokens += count
         loss_sum, rows_sum = training.sum_over_processes(loss_sum, rows_sum)
         training.sum_gradients(student.parameters(), factor=expected_rows / rows_sum)
         scaler.step(optimizer)
