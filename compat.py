@@ -119,6 +119,29 @@ def quant_post_static(*args, **kwargs):
         PostTrainingQuantization._sample_avg = sample_avg
 
 
+def paddle_serving():
+    """Paddle Serving's pipeline: a namespace with Op, RequestOp, ResponseOp and DAGExecutor.
+
+    Importing it opens log files in $SERVING_LOG_PATH/PipelineServingLogs. It takes the name ``Client`` from
+    paddle_serving_client, which has no wheel for Python 3.10 and later, and never uses it for a model in the process.
+    """
+    from importlib.util import find_spec
+    from types import ModuleType, SimpleNamespace
+
+    if find_spec("paddle_serving_client") is None:
+        sys.modules["paddle_serving_client"] = ModuleType("paddle_serving_client")
+        sys.modules["paddle_serving_client"].Client = type("Client", (), {})
+    from paddle_serving_server.pipeline import operator
+    from paddle_serving_server.pipeline.dag import DAGExecutor
+
+    return SimpleNamespace(
+        Op=operator.Op,
+        RequestOp=operator.RequestOp,
+        ResponseOp=operator.ResponseOp,
+        DAGExecutor=DAGExecutor,
+    )
+
+
 @contextlib.contextmanager
 def away_from_directory(name):
     """While this is entered, ``from_pretrained(name)`` finds the built-in model of that name.

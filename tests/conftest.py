@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ sys.path[:0] = [
     ROOT,
     *(
         os.path.join(ROOT, d)
-        for d in ("finetuning", "pruning", "quantization", "deploy/python", "general_distill", "demo")
+        for d in ("finetuning", "pruning", "quantization", "deploy/python", "deploy/serving", "general_distill", "demo")
     ),
 ]
 
@@ -182,3 +183,67 @@ def quantized(workspace, pruned):
 
 def record(directory):
     return records.read_record(str(directory))
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Service:
+    """web_service.py as a process: ``http``, ``rpc`` are its ports, ``logs`` its directory of logs."""
+
+    def __init__(self, directory, model, *options, settings=None, env=None, cwd=None):
+        self.http, self.rpc, self.directory = free_port(), free_port(), directory
+        self.logs = directory / "PipelineServingLogs"
+        config = directory / "config.yml"
+        config.write_text(json.dumps(settings or {}))
+        script = os.path.join(ROOT, "deploy/serving/web_service.py")
+        command = [sys.executable, script, "--config", config, "--model", model, "--log_dir", directory]
+        command += ["--http_port", self.http, "--rpc_port", self.rpc, *options]
+        self.stdout, self.stderr = directory / "stdout", directory / "stderr"
+        with open(self.stdout, "wb") as out, open(self.stderr, "wb") as err:
+            self.process = subprocess.Popen(
+                list(map(str, command)), stdout=out, stderr=err, cwd=cwd, env={**os.environ, **(env or {})}
+            )
+
+    def __enter__(self):
+        import rpc_client
+
+        assert rpc_client.wait_ready("127.0.0.1", self.http, 120), self.stderr.read_text()
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.terminate()
+        self.process.wait(30)
+
+    def post(self, body, path="/ppminilm/prediction", **kwargs):
+        """(HTTP status, answer) to a body: bytes, or an object to send as JSON."""
+        import requests
+
+        kwargs.setdefault("method", "POST")
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        reply = requests.request(url=f"http://127.0.0.1:{self.http}{path}", data=data, timeout=60, **kwargs)
+        return reply.status_code, reply.json()
+
+    def call(self, message, timeout=60):
+        """The Response to a Request, or to bytes, over RPC."""
+        import grpc
+
+        import protocol
+
+        with grpc.insecure_channel(f"127.0.0.1:{self.rpc}") as channel:
+            data = message if isinstance(message, bytes) else message.SerializeToString()
+            deserializer = protocol.messages().Response.FromString
+            return channel.unary_unary(protocol.METHOD, response_deserializer=deserializer)(data, timeout=timeout)
+
+    def worker(self):
+        """The process id of the one that holds the model."""
+        path = f"/proc/{self.process.pid}/task/{self.process.pid}/children"
+        return int(open(path).read().split()[0])
+
+
+def settings_of(batch_size=32, **others):
+    return {"op": {"ppminilm": {"batch_size": batch_size}}, **others}

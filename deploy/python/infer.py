@@ -22,6 +22,7 @@ import data
 import engine
 import tokenization
 import records
+import texts
 import utils
 
 
@@ -35,13 +36,7 @@ def parse_args(argv=None):
         help="file prefix of a graph, without .pdmodel, or the directory with it; several of one task give a table",
     )
     main.add_argument("--task_name", help="default, and checked: the task in the model's stage.json")
-    main.add_argument("--text", nargs="+", help="classify these texts instead of scoring dev")
-    main.add_argument("--text_pair", nargs="+", help="the second text of each, for sentence-pair tasks")
-    main.add_argument(
-        "--input_file",
-        help="classify a file: one text a line (a tab before the second text of a pair), "
-        "or .json with one record of the task a line; - is standard input",
-    )
+    texts.add_text_arguments(parser.add_argument_group("your own texts, instead of dev"))
     main.add_argument(
         "--predict_test",
         metavar="DIR",
@@ -100,37 +95,6 @@ def parse_args(argv=None):
     return args
 
 
-def read_texts(args, task_name, pairs):
-    """The user's own texts as examples. Raises: UserError for an empty text, or a pair where none is wanted."""
-    if args.text:
-        rows = list(zip(args.text, args.text_pair or [None] * len(args.text)))
-        if args.text_pair and len(args.text_pair) != len(args.text):
-            raise utils.UserError(f"--text_pair: {len(args.text_pair)} texts for {len(args.text)} of --text")
-    elif args.input_file.endswith((".json", ".jsonl")):
-        rows = []
-        for number, row in data.read_rows(args.input_file):
-            try:
-                rows.append(data.texts_of(task_name, row))
-            except (KeyError, TypeError, ValueError) as error:
-                raise utils.UserError(f"{args.input_file}:{number}: not a record of {task_name}: {error}") from error
-    else:
-        try:
-            file = sys.stdin if args.input_file == "-" else open(args.input_file, encoding="utf-8")
-            with file:
-                rows = [tuple((line.rstrip("\r\n").split("\t", 1) + [None])[:2]) for line in file]
-        except UnicodeDecodeError as error:
-            raise utils.UserError(f"--input_file {args.input_file}: not UTF-8 ({error.reason})") from error
-    for number, row in enumerate(rows, 1):
-        if not row[0].strip() or (row[1] is not None and not row[1].strip()):
-            raise utils.UserError(f"text {number} is empty")
-        if pairs is not None and pairs != (row[1] is not None):
-            wanted = "sentence pairs (--text A --text_pair B; in a file, a tab between)" if pairs else "single texts"
-            raise utils.UserError(f"text {number}: {task_name} takes {wanted}")
-    if not rows:
-        raise utils.UserError(f"--input_file {args.input_file}: no text in it")
-    return [data.Example(text, pair, None, number) for number, (text, pair) in enumerate(rows, 1)]
-
-
 def open_engine(args, prefix, device, tokenizer, features):
     return engine.open_engine(
         prefix, features, device, args.precision, args.threads, args.use_trt, args.batch_size, tokenizer.pad_id
@@ -139,21 +103,12 @@ def open_engine(args, prefix, device, tokenizer, features):
 
 def classify(args, prefix, device, tokenizer, record, length):
     """Prints one JSON line per text of the user: label and probabilities."""
-    examples = read_texts(args, record["task"], record["data"]["dev"].get("pairs"))
+    examples = texts.read_texts(args, record["task"], record["data"]["dev"].get("pairs"))
     features = data.convert(examples, tokenizer, length)
     predictor = open_engine(args, prefix, device, tokenizer, features)
-    logits = predictor.predict(features, args.batch_size, tokenizer.pad_id).astype("float64")
-    exponentials = np.exp(logits - logits.max(-1, keepdims=True))
-    for example, row in zip(examples, exponentials / exponentials.sum(-1, keepdims=True)):
-        answer = {
-            "text": example.text,
-            "label": record["labels"][row.argmax()],
-            "probability": round(float(row.max()), 6),
-            "probabilities": {label: round(float(p), 6) for label, p in zip(record["labels"], row)},
-        }
-        if example.text_pair is not None:
-            answer["text_pair"] = example.text_pair
-        print(json.dumps(answer, ensure_ascii=False))
+    logits = predictor.predict(features, args.batch_size, tokenizer.pad_id)
+    for example, row in zip(examples, texts.probabilities(logits)):
+        print(json.dumps(texts.answer(example, record["labels"], row), ensure_ascii=False))
 
 
 def predict_test(args, prefix, device, tokenizer, record, length):

@@ -1,0 +1,159 @@
+"""What travels between clients and the service: requests, answers and the numbers of errors, over RPC and HTTP.
+
+A request names its texts by one of these sets of keys:
+
+    text                one text                      texts                    a list of them
+    text, text_pair     one sentence pair             texts, text_pairs        two lists of the same length
+
+Over RPC it is Paddle Serving's pipeline message, whose values are strings, so that a list is written as JSON. Over HTTP
+it is that message as JSON, {"key": ["text"], "value": ["..."]}, or the plain object {"text": "..."}.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+from typing import List, NamedTuple, Optional
+
+SERVICE = "ppminilm"
+METHOD = "/baidu.paddle_serving.pipeline_serving.PipelineService/inference"
+
+# Paddle Serving's numbers for what went wrong (CustomExceptionCode of paddle_serving_server 0.9.0), and HTTP's.
+OK, NOT_IMPLEMENTED, UNAVAILABLE, NO_SERVICE, BAD_INPUT, TIMEOUT, UNKNOWN = 0, 3000, 3001, 3002, 5000, 6000, 10000
+HTTP_STATUS = {OK: 200, NOT_IMPLEMENTED: 405, UNAVAILABLE: 503, NO_SERVICE: 404, BAD_INPUT: 400, TIMEOUT: 504}
+
+
+JSON_TYPES = {
+    (type(None),): "null",
+    (bool,): "true or false",
+    (int, float): "a number",
+    (list,): "a list",
+    (dict,): "an object",
+}
+
+
+class ServiceError(Exception):
+    """A request that gets no prediction. ``status`` is for HTTP, where it says more than the number's own."""
+
+    def __init__(self, err_no, message, status=None):
+        super().__init__(message)
+        self.err_no, self.status = err_no, status or HTTP_STATUS.get(err_no, 500)
+
+
+class Query(NamedTuple):
+    texts: List[str]
+    pairs: Optional[List[str]]
+    logid: int
+    expires: float  # time.monotonic() after which nobody waits for the answer any more
+
+
+def messages():
+    """The module of Paddle Serving's pipeline messages, Request and Response.
+
+    It is loaded by its path: importing it by name would import the whole server, with Paddle, and make a log directory.
+    """
+    name = "paddle_serving_server.pipeline.proto.pipeline_service_pb2"
+    if name not in sys.modules:
+        package = importlib.util.find_spec("paddle_serving_server")
+        if package is None:
+            raise ModuleNotFoundError("No module named 'paddle_serving_server'", name="paddle_serving_server")
+        path = os.path.join(package.submodule_search_locations[0], "pipeline", "proto", "pipeline_service_pb2.py")
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def parse_json(text, what):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ServiceError(BAD_INPUT, f"{what} is not JSON") from error
+
+
+def fields_of_message(message):
+    """{key: value} of a Request. Raises: ServiceError for a wrong service name, tensors, or keys without values."""
+    if message.name not in ("", SERVICE):
+        raise ServiceError(NO_SERVICE, f"there is no service of that name; this one is {SERVICE}")
+    if message.tensors:
+        raise ServiceError(BAD_INPUT, "tensors are not taken; send texts as key and value")
+    if len(message.key) != len(message.value) or len(set(message.key)) != len(message.key):
+        raise ServiceError(BAD_INPUT, "each key needs one value, and each value a key of its own")
+    fields = dict(zip(message.key, message.value))
+    for key in {"texts", "text_pairs"} & set(fields):
+        fields[key] = parse_json(fields[key], f"the value of {key}")
+    return fields
+
+
+def fields_of_body(body):
+    """({key: value}, logid, whether in the message's form) of an HTTP body, bytes. Raises: ServiceError."""
+    try:
+        request = parse_json(body.decode("utf-8"), "the body")
+    except UnicodeDecodeError as error:
+        raise ServiceError(BAD_INPUT, f"the body is not UTF-8 ({error.reason} at byte {error.start})") from error
+    if not isinstance(request, dict):
+        raise ServiceError(BAD_INPUT, "the body must be a JSON object")
+    logid, name = request.pop("logid", 0), request.pop("name", "")
+    if not isinstance(logid, int) or isinstance(logid, bool) or abs(logid) >= 2**63:
+        raise ServiceError(BAD_INPUT, "logid must be a whole number of 64 bits")
+    if "key" not in request and "value" not in request:
+        if name not in ("", SERVICE):
+            raise ServiceError(NO_SERVICE, f"there is no service of that name; this one is {SERVICE}")
+        return request, logid, False
+    keys, values = request.get("key"), request.get("value")
+    if not all(isinstance(side, list) and all(isinstance(item, str) for item in side) for side in (keys, values)):
+        raise ServiceError(BAD_INPUT, "key and value must be lists of strings")
+    message = messages().Request(logid=logid)
+    try:
+        message.key.extend(keys)
+        message.value.extend(values)
+        message.name = name
+    except (TypeError, ValueError) as error:  # UnicodeEncodeError among them
+        raise ServiceError(BAD_INPUT, "name, key and value must be Unicode strings") from error
+    return fields_of_message(message), logid, True
+
+
+def read_query(fields, logid, expires, pairs, max_texts):
+    """The Query of a request.
+
+    Args: fields: {key: value}. pairs: whether the model takes sentence pairs. max_texts: the most in one request.
+    Raises: ServiceError that says what is wrong, by the text's number and without its words.
+    """
+    forms = [("text", "text_pair"), ("texts", "text_pairs")] if pairs else [("text",), ("texts",)]
+    keys = next((form for form in forms if set(form) == set(fields)), None)
+    if keys is None:
+        takes = "sentence pairs" if pairs else "single texts"
+        either = " or ".join(" and ".join(form) for form in forms)
+        raise ServiceError(BAD_INPUT, f"this model takes {takes}: the keys must be {either}, and no others")
+    sides = [check_texts(key, fields[key] if key.endswith("s") else [fields[key]], max_texts) for key in keys]
+    if len({len(side) for side in sides}) > 1:
+        raise ServiceError(BAD_INPUT, f"{len(sides[0])} texts and {len(sides[1])} text_pairs: there must be as many")
+    return Query(sides[0], sides[1] if pairs else None, logid, expires)
+
+
+def check_texts(key, texts, max_texts):
+    """Returns: texts. Raises: ServiceError unless it is a list of 1 to max_texts Unicode strings."""
+    if not isinstance(texts, list) or not texts:
+        raise ServiceError(BAD_INPUT, f"{key} must be a list of texts with at least one in it")
+    if len(texts) > max_texts:
+        raise ServiceError(BAD_INPUT, f"{len(texts)} texts in {key}; at most {max_texts} are taken in one request")
+    for number, text in enumerate(texts, 1):
+        which = f"text {number} of {key}" if key.endswith("s") else key
+        if not isinstance(text, str):
+            kind = next(name for types, name in JSON_TYPES.items() if isinstance(text, types))
+            raise ServiceError(BAD_INPUT, f"{which} must be a string, not {kind}")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair, which is no character
+            raise ServiceError(BAD_INPUT, f"{which} is not Unicode ({error.reason})") from error
+    return texts
+
+
+def body_of(response, in_message_form):
+    """The JSON of an HTTP answer, bytes, for a Response: in the message's form, or as a plain object."""
+    answer = {"err_no": response.err_no, "err_msg": response.err_msg}
+    if in_message_form:
+        answer.update(key=list(response.key), value=list(response.value), tensors=[])
+    else:
+        answer.update((key, json.loads(value)) for key, value in zip(response.key, response.value))
+    return json.dumps(answer, ensure_ascii=False).encode("utf-8")

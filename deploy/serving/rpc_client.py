@@ -1,0 +1,169 @@
+"""Asks the service: prints one JSON line for each text, over RPC or, with --http, over HTTP.
+
+    python rpc_client.py --text 今年的高考作文题 股市收盘上涨
+    python rpc_client.py --http --address 127.0.0.1:18083 --input_file texts.txt
+    echo 今年的高考作文题 | python rpc_client.py --input_file -
+
+Exit status: 0 if every text was answered, 1 if the service refused, failed or was not reached, 2 for wrong arguments.
+"""
+
+import json
+import os
+import sys
+import time
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+import protocol
+import texts
+import utils
+from utils import UserError
+
+PORTS = {"rpc": 8091, "http": 18083}
+
+
+class Refused(Exception):
+    """An answer without a prediction, or none at all. ``again``: whether it is worth asking again."""
+
+    def __init__(self, message, again=False):
+        super().__init__(message)
+        self.again = again
+
+
+def parse_args(argv=None):
+    parser = utils.Parser(__doc__)
+    texts.add_text_arguments(parser.add_argument_group("texts"))
+    group = parser.add_argument_group("service")
+    group.add_argument("--http", action="store_true", help="over HTTP instead of RPC")
+    group.add_argument("--address", help="host:port (default: 127.0.0.1 and 8091, with --http 18083)")
+    group.add_argument("--batch_size", type=int, default=32, help="texts per request")
+    group.add_argument("--deadline", type=float, default=10.0, help="seconds for each request, retries included")
+    group.add_argument("--retries", type=int, default=3, help="how often to ask again if it is unreachable or too busy")
+    group.add_argument(
+        "--wait-ready", "--wait_ready", type=float, default=0.0, metavar="SECONDS", help="first wait until it is ready"
+    )
+    group.add_argument("--task_name", default="", help="of the records, if --input_file is a .json of CLUE")
+    args = parser.parse_args(argv)
+    if bool(args.text) == bool(args.input_file):
+        parser.error("give either --text or --input_file")
+    if args.text_pair and not args.text:
+        parser.error("--text_pair goes with --text")
+    utils.check_positive(args, "batch_size", "deadline")
+    if args.retries < 0:
+        parser.error(f"--retries {args.retries}: must be 0 or more")
+    host, _, port = (args.address or f"127.0.0.1:{PORTS['http' if args.http else 'rpc']}").rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        parser.error(f"--address {args.address}: must be host:port")
+    args.host, args.port = host, int(port)
+    return args
+
+
+def rpc(host, port):
+    """A function (fields, seconds) that asks over RPC. Returns from it: {key: value}. Raises in it: Refused."""
+    import grpc
+
+    pb = protocol.messages()
+    channel = grpc.insecure_channel(f"{host}:{port}", [("grpc.max_reconnect_backoff_ms", 500)])
+    call = channel.unary_unary(
+        protocol.METHOD, request_serializer=pb.Request.SerializeToString, response_deserializer=pb.Response.FromString
+    )
+
+    def ask(fields, seconds):
+        values = [value if isinstance(value, str) else json.dumps(value) for value in fields.values()]
+        try:
+            response = call(pb.Request(name=protocol.SERVICE, key=list(fields), value=values), timeout=seconds)
+        except grpc.RpcError as error:
+            raise Refused(
+                f"{error.code().name.lower()}: {error.details()}", error.code() == grpc.StatusCode.UNAVAILABLE
+            ) from error
+        if response.err_no:
+            raise Refused(f"err_no {response.err_no}: {response.err_msg}", response.err_no == protocol.UNAVAILABLE)
+        return {key: json.loads(value) for key, value in zip(response.key, response.value)}
+
+    return ask
+
+
+def http(host, port):
+    """As rpc, over HTTP."""
+    import requests
+
+    session = requests.Session()
+    session.trust_env = False  # a proxy of the environment is for other machines
+
+    def ask(fields, seconds):
+        try:
+            reply = session.post(f"http://{host}:{port}/{protocol.SERVICE}/prediction", json=fields, timeout=seconds)
+            answer = reply.json()
+        except requests.Timeout as error:
+            raise Refused(f"no answer in {seconds:.1f} s") from error
+        except ValueError as error:
+            raise Refused(f"HTTP {reply.status_code}, and not an answer of this service") from error
+        except requests.RequestException as error:
+            raise Refused(f"{host}:{port} cannot be reached", again=True) from error
+        if answer.get("err_no"):
+            raise Refused(f"err_no {answer['err_no']}: {answer['err_msg']}", answer["err_no"] == protocol.UNAVAILABLE)
+        return answer
+
+    return ask
+
+
+def ask_again(ask, fields, deadline, retries):
+    """Calls ask(fields, seconds left) and, while that is worth it, again, after 0.1, 0.2, 0.4, ... up to 1 second."""
+    until, pause = time.monotonic() + deadline, 0.1
+    while True:
+        try:
+            return ask(fields, max(0.001, until - time.monotonic()))
+        except Refused as refusal:
+            if not refusal.again or retries == 0 or time.monotonic() + pause > until:
+                raise
+            time.sleep(pause)
+            retries, pause = retries - 1, min(1.0, 2 * pause)
+
+
+def wait_ready(host, port, seconds):
+    """Whether the service answers a health request, which takes the way of every other, within so many seconds."""
+    import requests
+
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/{protocol.SERVICE}/health"
+    until = time.monotonic() + seconds
+    while True:
+        left = max(0.1, until - time.monotonic())
+        try:
+            with requests.Session() as session:
+                session.trust_env = False
+                if session.get(url, timeout=left).status_code == 200:
+                    return True
+        except requests.RequestException:
+            pass
+        if time.monotonic() > until:
+            print(f"{url}: not ready after {seconds:g} s", file=sys.stderr)
+            return False
+        time.sleep(min(0.2, max(0.0, until - time.monotonic())))
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    examples = texts.read_texts(args, args.task_name, None)
+    try:
+        ask = (http if args.http else rpc)(args.host, args.port)
+    except ImportError as error:
+        raise UserError(f"{error}; `bash setup_env.sh --serving` installs Paddle Serving") from error
+    for start in range(0, len(examples), args.batch_size):
+        chosen = examples[start : start + args.batch_size]
+        fields = {"texts": [example.text for example in chosen]}
+        if chosen[0].text_pair is not None:
+            fields["text_pairs"] = [example.text_pair for example in chosen]
+        try:
+            wait = args.wait_ready if start == 0 else 0
+            answer = ask_again(ask, fields, args.deadline + wait, sys.maxsize if wait else args.retries)
+        except Refused as refusal:
+            where = f"{args.host}:{args.port}, texts {start + 1} to {start + len(chosen)}"
+            print(f"rpc_client.py: {where}: {refusal}", file=sys.stderr)
+            sys.exit(1)
+        for example, row, truncated in zip(chosen, answer["probabilities"], answer["truncated"]):
+            said = texts.answer(example, answer["classes"], row)
+            print(json.dumps({**said, "truncated": truncated}, ensure_ascii=False), flush=True)
+
+
+if __name__ == "__main__":
+    utils.run(main)

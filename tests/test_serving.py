@@ -1,0 +1,389 @@
+"""The service's answers: the same as infer.py's, in every precision, under load; and none to what is not a request."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, Service, load_script, settings_of, sh
+
+import data
+import engine
+import texts
+import tokenization
+
+pytest.importorskip("paddle_serving_server", reason="needs Paddle Serving: bash setup_env.sh --serving")
+import load_test  # noqa: E402
+import protocol  # noqa: E402
+import rpc_client  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def models(pruned, quantized):
+    """{precision: (directory, file prefix)} of ``topics``."""
+    single = pruned / "0.75/sub_static"
+    return {"fp32": (single, "float"), "bf16": (single, "float"), "int8": (quantized / "mse4", "int8")}
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16", "int8"])
+def served(request, models, tmp_path_factory):
+    """(Service, precision) of every precision; oneDNN writes each operation into the worker's output."""
+    directory, _ = models[request.param]
+    options = ["--precision", "bf16"] if request.param == "bf16" else []
+    tmp = tmp_path_factory.mktemp(request.param)
+    with Service(tmp, directory, *options, env={"ONEDNN_VERBOSE": "1"}) as service:
+        yield service, request.param
+
+
+@pytest.fixture(scope="module")
+def service(models, tmp_path_factory):
+    """One INT8 service with small limits."""
+    settings = settings_of(max_body_bytes=20_000, max_texts=50)
+    with Service(tmp_path_factory.mktemp("service"), models["int8"][0], settings=settings) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def pair_model(workspace):
+    """A tiny, hardly trained AFQMC model, exported."""
+    sh(
+        "finetuning/run_clue.sh", "afqmc", "1e-3", 32, 1, 64, 0, "pairs", "--init_config", "tiny.json", "--vocab_file",
+        "vocab.txt", "--data_dir", "data", "--max_steps", 2, cwd=workspace,
+    )  # fmt: skip
+    directory = workspace / "pairs/models/AFQMC/1e-3_32"
+    load_script("finetuning", "export_model").main(
+        ["--task_name", "afqmc", "--model_path", str(directory), "--data_dir", str(workspace / "data")]
+    )
+    return directory
+
+
+def offline(directory, name, precision, examples, length=64):
+    """infer.py's logits: its engine, its batches, its order."""
+    tokenizer = tokenization.load_tokenizer(str(directory))
+    features = data.convert(examples, tokenizer, length)
+    return engine.Engine(str(directory / name), "cpu", precision).predict(features, pad_id=tokenizer.pad_id)
+
+
+def dev_texts(workspace, count):
+    rows = [row for _, row in data.read_rows(str(workspace / "data/topics/dev.json"))][:count]
+    return [data.Example(row["sentence"], None, None, n) for n, row in enumerate(rows, 1)]
+
+
+def test_answers_are_infers(served, models, workspace):
+    """One text, a list, by HTTP in both forms and by RPC: labels, probabilities, logits of infer.py, in order."""
+    service, precision = served
+    examples = dev_texts(workspace, 40)
+    logits = offline(*models[precision], precision, examples)
+    labels = json.loads((models[precision][0] / "stage.json").read_text())["labels"]
+    sentences = [example.text for example in examples]
+    as_json = json.dumps(sentences, ensure_ascii=False)
+    status, plain = service.post({"texts": sentences})
+    assert status == 200 and plain["err_no"] == 0 and plain["classes"] == labels
+    _, form = service.post({"key": ["texts"], "value": [as_json], "logid": 7})
+    pb = protocol.messages()
+    rpc = service.call(pb.Request(key=["texts"], value=[as_json], name="ppminilm"))
+    for keys, values in ((form["key"], form["value"]), (rpc.key, rpc.value)):
+        assert {**dict(zip(keys, map(json.loads, values))), "err_no": 0, "err_msg": ""} == plain
+    tolerance = load_test.TOLERANCE[precision]
+    assert np.abs(np.array(plain["logits"]) - logits).max() <= tolerance
+    assert np.allclose(plain["probabilities"], texts.probabilities(plain["logits"]), atol=1e-6)
+    assert plain["labels"] == [labels[i] for i in np.argmax(plain["logits"], -1)]
+    assert plain["truncated"] == [False] * 40
+    for i in range(5):
+        _, one = service.post({"text": sentences[i]})
+        assert np.abs(one["logits"][0] - logits[i]).max() <= tolerance and len(one["labels"]) == 1
+    assert len(set(plain["labels"])) == 4  # a model that always says the same would pass all of the above
+
+
+def test_precision_is_in_force(served):
+    """oneDNN's own report of the worker: which kind of numbers its matrix products took."""
+    service, precision = served
+    service.post({"text": "一丁"})
+    report = (service.logs / "worker.out").read_text(errors="replace")
+    products = re.findall(r"exec,cpu,(?:inner_product|matmul),[^,]*,[^,]*,(src_\w+)", report)
+    assert len(products) > 20
+    wanted = {"fp32": r"src_f32", "bf16": r"src_bf16", "int8": r"src_[us]8"}[precision]
+    others = {"fp32": r"src_(bf16|[us]8)", "bf16": r"src_[us]8", "int8": r"src_bf16"}[precision]
+    assert any(re.match(wanted, kind) for kind in products) and not any(re.match(others, kind) for kind in products)
+    if precision == "fp32":
+        return
+    linear = re.findall(r"exec,cpu,inner_product,[^,]*,[^,]*,(src_\w+)", report)
+    assert linear and sum(bool(re.match(wanted, kind)) for kind in linear) >= 0.9 * len(linear)
+
+
+def test_right_answers_under_load(service, models, workspace):
+    """600 requests of mixed lengths from 50 clients: every answer is the one to its own question."""
+    tokenizer = tokenization.load_tokenizer(str(models["int8"][0]))
+    examples = load_test.random_texts(tokenizer.vocab, False, 560, 3) + dev_texts(workspace, 40)
+    logits = offline(*models["int8"], "int8", examples)
+    labels = json.loads((models["int8"][0] / "stage.json").read_text())["labels"]
+    answers, _, _ = load_test.send_all(service.http, examples, 50)
+    assert load_test.count_right(answers, logits, labels, load_test.TOLERANCE["int8"]) == 600
+    mixed_up = answers[1:] + answers[:1]
+    assert load_test.count_right(mixed_up, logits, labels, load_test.TOLERANCE["int8"]) < 300
+
+
+def test_long_texts_are_cut_as_in_training_and_that_is_said(service, models):
+    long, short = "一丁" * 100, "一丁七"
+    _, answer = service.post({"texts": [short, long, long[:62], long[:63]]})
+    assert answer["truncated"] == [False, True, False, True]
+    assert answer["logits"][1] == answer["logits"][2] == answer["logits"][3]
+    examples = [data.Example(long, None, None, 1)]
+    assert np.abs(answer["logits"][1] - offline(*models["int8"], "int8", examples)[0]).max() < 0.1
+
+
+def test_pairs(pair_model, tmp_path):
+    pairs = [("一丁七", "万丈"), ("三上", "下不与丐"), ("丑" * 80, "专且世" * 30)]
+    examples = [data.Example(a, b, None, 1) for a, b in pairs]
+    logits = offline(pair_model, "inference", "fp32", examples)
+    with Service(tmp_path, pair_model) as service:
+        _, answer = service.post({"texts": [a for a, _ in pairs], "text_pairs": [b for _, b in pairs]})
+        assert np.abs(np.array(answer["logits"]) - logits).max() < 1e-4 and answer["truncated"] == [False, False, True]
+        _, one = service.post({"text": "一丁七", "text_pair": "万丈"})
+        assert np.abs(one["logits"][0] - logits[0]).max() < 1e-4
+        for wrong, said in (
+            ({"text": "一"}, "sentence pairs"),
+            ({"text": "一", "text_pair": " "}, "is empty"),
+            ({"text": "一", "text_pairs": ["丁"]}, "the keys must be"),
+            ({"texts": ["一", "丁"], "text_pairs": ["七"]}, "as many"),
+        ):
+            status, answer = service.post(wrong)
+            assert status == 400 and said in answer["err_msg"] and "labels" not in answer
+        done = subprocess.run(
+            [sys.executable, "deploy/serving/rpc_client.py", "--address", f"127.0.0.1:{service.rpc}"]
+            + ["--text", *(a for a, _ in pairs), "--text_pair", *(b for _, b in pairs)],
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        rows = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [(row["text"], row["text_pair"]) for row in rows] == pairs and done.returncode == 0
+
+
+# What is no request: (what it is, the HTTP body, status, err_no, words of the answer); the README shows this table.
+BAD = [
+    ("wrong key", {"sentence": "一"}, 400, 5000, "the keys must be text or texts"),
+    ("no key", {}, 400, 5000, "the keys must be text or texts"),
+    ("a key too many", {"text": "一", "label": "1"}, 400, 5000, "the keys must be text or texts"),
+    ("a pair for a model of single texts", {"text": "一", "text_pair": "丁"}, 400, 5000, "takes single texts"),
+    ("empty text", {"text": ""}, 400, 5000, "text 1 is empty"),
+    ("blank text", {"text": " \t\u3000\n"}, 400, 5000, "text 1 is empty"),
+    ("control characters alone", {"text": "\x00\x07"}, 400, 5000, "text 1 is empty"),
+    ("one blank text among others", {"texts": ["一", " "]}, 400, 5000, "text 2 is empty"),
+    ("null", {"text": None}, 400, 5000, "text must be a string, not null"),
+    ("number", {"text": 5}, 400, 5000, "text must be a string, not a number"),
+    ("object", {"text": {"a": "一"}}, 400, 5000, "text must be a string, not an object"),
+    ("a list where one text belongs", {"text": ["一"]}, 400, 5000, "text must be a string, not a list"),
+    ("a text where a list belongs", {"texts": "一"}, 400, 5000, "texts must be a list of texts"),
+    ("nested list", {"texts": ["一", ["丁"]]}, 400, 5000, "text 2 of texts must be a string, not a list"),
+    ("empty list", {"texts": []}, 400, 5000, "with at least one in it"),
+    ("too many texts", {"texts": ["一"] * 51}, 400, 5000, "51 texts in texts; at most 50"),
+    ("half of a surrogate pair", b'{"text": "\\ud800"}', 400, 5000, "is not Unicode"),
+    ("invalid UTF-8", b'{"text": "\xff"}', 400, 5000, "the body is not UTF-8"),
+    ("not JSON", b'{"text": ', 400, 5000, "the body is not JSON"),
+    ("JSON nested too deep", b"[" * 10000, 400, 5000, "the body is not JSON"),
+    ("not an object", ["一"], 400, 5000, "the body must be a JSON object"),
+    ("empty body", b"", 400, 5000, "the body is not JSON"),
+    ("key without value", {"key": ["text"], "value": []}, 400, 5000, "each key needs one value"),
+    ("key twice", {"key": ["text", "text"], "value": ["一", "丁"]}, 400, 5000, "each key needs one value"),
+    ("a value that is no string", {"key": ["text"], "value": [["一"]]}, 400, 5000, "must be lists of strings"),
+    ("a list that is not JSON", {"key": ["texts"], "value": ["['一']"]}, 400, 5000, "value of texts is not JSON"),
+    ("logid that is no number", {"text": "一", "logid": "1"}, 400, 5000, "logid must be"),
+    ("unknown service name", {"text": "一", "name": "other"}, 404, 3002, "there is no service of that name"),
+    ("body over the limit", {"text": "一" * 20000}, 413, 5000, "larger than 20000 bytes"),
+]
+
+
+@pytest.fixture(scope="module")
+def answers_to_bad(service):
+    return [service.post(body) for _, body, *_ in BAD]
+
+
+@pytest.mark.parametrize("number", range(len(BAD)), ids=[what for what, *_ in BAD])
+def test_bad_input_gets_no_prediction(service, answers_to_bad, number):
+    _, _, status, err_no, words = BAD[number]
+    got_status, answer = answers_to_bad[number]
+    assert (got_status, answer["err_no"]) == (status, err_no) and words in answer["err_msg"], answer
+    assert set(answer) <= {"err_no", "err_msg", "key", "value", "tensors"} and not answer.get("value")
+
+
+def test_the_readme_shows_these_answers(answers_to_bad):
+    """deploy/serving/README.md has the table as it is produced here, with the limits that this service has."""
+    lines = ["| 请求 request | HTTP | err_no | err_msg |", "| --- | --- | --- | --- |"]
+    for (what, body, *_), (status, answer) in zip(BAD, answers_to_bad):
+        shown = repr(body)[1:] if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False)
+        shown = shown if len(shown) <= 60 else f"{shown[:30]} …"
+        lines.append(
+            f"| {what}: `{shown}` | {status} | {answer['err_no']} | {answer['err_msg']} |".replace("\t", "\\t")
+        )
+    readme = open(os.path.join(ROOT, "deploy/serving/README.md"), encoding="utf-8").read()
+    assert "\n".join(lines) in readme, "\n".join(lines)
+
+
+def test_paths_and_methods(service):
+    for path, method, status, err_no in (
+        ("/other/prediction", "POST", 404, 3002),
+        ("/", "GET", 404, 3002),
+        ("/ppminilm/prediction", "GET", 405, 3000),
+        ("/ppminilm/health", "POST", 405, 3000),
+    ):
+        got, answer = service.post(None, path, method=method)
+        assert (got, answer["err_no"]) == (status, err_no)
+    got, answer = service.post(None, "/ppminilm/health", method="GET")
+    assert got == 200 and answer["precision"] == "int8" and answer["max_seq_length"] == 64
+
+
+def test_bad_messages_over_rpc(service):
+    """Paddle Serving's clients read err_no, so it is there and not in gRPC's status; and the service goes on."""
+    import grpc
+
+    pb = protocol.messages()
+    for message, err_no, words in (
+        (pb.Request(), 5000, "the keys must be"),
+        (pb.Request(key=["text"], value=[""]), 5000, "text 1 is empty"),
+        (pb.Request(key=["text"], value=["array(['一'], dtype='<U1')"], name="other"), 3002, "no service of that name"),
+        (pb.Request(key=["texts"], value=["array(['一'], dtype='<U1')"]), 5000, "not JSON"),
+        (pb.Request(key=["texts"], value=["[null]"]), 5000, "not null"),
+        (pb.Request(key=["text", "texts"], value=["一", "[]"]), 5000, "the keys must be"),
+        (b"\x0a\x04text\x12\x01\xff", 5000, "not UTF-8"),  # key text, value one byte that is not UTF-8
+        (b"\xff\xff\xff", 5000, "not a request of Paddle Serving"),
+        (pb.Request(tensors=[pb.Tensor(name="text", elem_type=12, str_data=["一"])]), 5000, "tensors are not taken"),
+    ):
+        response = service.call(message)
+        assert response.err_no == err_no and words in response.err_msg and not response.value, response
+    with pytest.raises(grpc.RpcError) as error:
+        service.call(pb.Request(key=["text"], value=["一" * 20000]))
+    assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert service.call(pb.Request(key=["text"], value=["一"])).err_no == 0
+
+
+class Payload:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_pickled_tensor_runs_nothing(service, tmp_path):
+    pb, mark = protocol.messages(), str(tmp_path / "it_ran")
+    stream = io.BytesIO()
+    np.save(stream, np.array([Payload(mark)], dtype=object), allow_pickle=True)
+    message = pb.Request(tensors=[pb.Tensor(name="text", elem_type=13, byte_data=stream.getvalue())])
+    # Paddle Serving's own way of reading the request, in a process of its own, shows that the payload is live.
+    code = (
+        "import sys, compat; op = compat.paddle_serving().RequestOp(); import protocol\n"
+        "op.unpack_request_package(protocol.messages().Request.FromString(sys.stdin.buffer.read()))"
+    )
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/deploy/serving", "SERVING_LOG_PATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], input=message.SerializeToString(), env=env, cwd=tmp_path)
+    assert os.path.exists(mark), "the payload is dead: this test shows nothing"
+    os.remove(mark)
+    response = service.call(message)
+    assert response.err_no == 5000 and "tensors are not taken" in response.err_msg and not os.path.exists(mark)
+
+
+def test_no_words_of_a_request_in_the_logs(service, answers_to_bad):
+    """Neither of one that was answered nor of one that was refused; what is logged is its number, size and time."""
+    marker = "丂丄丅丆"
+    for body in ({"text": marker}, {"texts": [marker, None]}, {"text": marker, "x": marker}, {marker: marker}):
+        service.post(body)
+    service.post({"text": "一", "name": marker, "logid": 987654})
+    service.post({"text": "一", "logid": 987654})
+    written = [service.stdout, service.stderr, *service.logs.iterdir()]
+    said = "".join(path.read_text(errors="replace") for path in written)
+    assert "logid 987654: 1 texts" in said and "err_no 5000" in said
+    assert marker not in said and marker.encode("unicode_escape").decode() not in said
+
+
+def test_paddle_servings_own_client(service):
+    """PipelineClient of paddle_serving_server, as users of Paddle Serving have it."""
+    code = (
+        "import compat; compat.paddle_serving()\n"
+        "from paddle_serving_server.pipeline import PipelineClient\n"
+        f"client = PipelineClient(); client.connect(['127.0.0.1:{service.rpc}'])\n"
+        "answer = client.predict(feed_dict={'text': '一丁七', 'clientip': '127.0.0.1'})\n"
+        "print('ANSWER', answer.err_no, dict(zip(answer.key, answer.value))['labels'])"
+    )
+    env = {**os.environ, "SERVING_LOG_PATH": str(service.directory / "client")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    _, answer = service.post({"text": "一丁七"})
+    assert f"ANSWER 0 {json.dumps(answer['labels'], ensure_ascii=False)}" in done.stdout, done.stderr
+
+
+def client(*arguments, stdin=None):
+    command = [sys.executable, os.path.join(ROOT, "deploy/serving/rpc_client.py"), *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True)
+
+
+def test_client_gives_infers_lines(served, models, workspace, tmp_path, capsys):
+    """From arguments, a file and standard input, over RPC and HTTP, in several requests: the lines of infer.py."""
+    service, precision = served
+    if precision != "fp32":
+        pytest.skip("once is enough")
+    directory, name = models["fp32"]
+    sentences = [example.text for example in dev_texts(workspace, 12)]
+    load_script("deploy/python", "infer").main(["--model_path", str(directory / name), "--text", *sentences])
+    expected = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    file = tmp_path / "texts.txt"
+    file.write_text("\n".join(sentences) + "\n", encoding="utf-8")
+    records = tmp_path / "texts.json"
+    records.write_text("".join(json.dumps({"sentence": s}) + "\n" for s in sentences))
+    rpc, http = ["--address", f"127.0.0.1:{service.rpc}"], ["--http", "--address", f"127.0.0.1:{service.http}"]
+    for options, stdin in (
+        ([*rpc, "--text", *sentences], None),
+        ([*http, "--input_file", file, "--batch_size", 5], None),
+        ([*rpc, "--input_file", records], None),
+        ([*http, "--input_file", "-"], file.read_text()),
+    ):
+        done = client(*options, stdin=stdin)
+        assert done.returncode == 0, done.stderr
+        rows = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [(r["text"], r["label"], r["truncated"]) for r in rows] == [
+            (e["text"], e["label"], False) for e in expected
+        ]
+        for row, other in zip(rows, expected):
+            assert row["probabilities"].keys() == other["probabilities"].keys()
+            assert all(abs(row["probabilities"][k] - v) < 1e-4 for k, v in other["probabilities"].items())
+
+
+def test_clients_exit_status(service, tmp_path):
+    address = ["--address", f"127.0.0.1:{service.rpc}"]
+    for options, status, words in (
+        ([*address], 2, "give either --text or --input_file"),
+        ([*address, "--text", " "], 2, "text 1 is empty"),
+        ([*address, "--input_file", tmp_path / "none.txt"], 2, "No such file"),
+        (["--address", "nowhere", "--text", "一"], 2, "must be host:port"),
+        ([*address, "--text", "一", "--text_pair", "丁"], 1, "err_no 5000: this model takes single texts"),
+        ([*address, "--http", "--text", "一", "--retries", 0], 1, ""),  # HTTP spoken to the RPC port
+        (["--address", "127.0.0.1:9", "--text", "一", "--retries", 1], 1, "unavailable"),
+        (["--http", "--address", "127.0.0.1:9", "--text", "一", "--retries", 1], 1, "cannot be reached"),
+        ([*address, "--text", "一" * 500, "--deadline", "0.0001"], 1, "deadline"),
+    ):
+        done = client(*options)
+        assert done.returncode == status and words in done.stderr.lower() or words in done.stderr, done
+        assert len(done.stderr.splitlines()) == 1 and not done.stdout, done
+
+
+def test_client_asks_again_while_that_helps():
+    def failing(times, again):
+        def ask(fields, seconds):
+            calls.append(seconds)
+            if len(calls) <= times:
+                raise rpc_client.Refused("busy", again)
+            return "answer"
+
+        return ask
+
+    calls = []
+    assert rpc_client.ask_again(failing(2, True), {}, 10, 3) == "answer" and len(calls) == 3
+    assert calls[0] > calls[1] > calls[2]  # the deadline is that of all attempts together
+    for times, again, deadline, expected in ((9, True, 10, 3), (1, False, 10, 1), (9, True, 0.25, 2)):
+        calls = []
+        with pytest.raises(rpc_client.Refused):
+            rpc_client.ask_again(failing(times, again), {}, deadline, 2)
+        assert len(calls) == expected

@@ -1,0 +1,258 @@
+"""The service's life: it starts whole or not at all, ends without a trace, survives its worker, keeps its limits."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import ROOT, Service, free_port, settings_of
+
+pytest.importorskip("paddle_serving_server", reason="needs Paddle Serving: bash setup_env.sh --serving")
+import load_test  # noqa: E402
+import web_service  # noqa: E402
+
+SCRIPT = os.path.join(ROOT, "deploy/serving/web_service.py")
+
+
+@pytest.fixture(scope="module")
+def model(pruned):
+    return pruned / "0.75/sub_static"
+
+
+def run(*options, **kwargs):
+    """web_service.py with options, to its end."""
+    return subprocess.run(
+        [sys.executable, SCRIPT, *map(str, options)], capture_output=True, text=True, timeout=120, **kwargs
+    )
+
+
+def processes(marker):
+    """Ids of the processes whose environment or command line holds ``marker``."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            for name in ("cmdline", "environ"):
+                with open(f"/proc/{pid}/{name}", "rb") as file:
+                    if marker.encode() in file.read() and int(pid) != os.getpid():
+                        found.append(int(pid))
+    return sorted(set(found))
+
+
+def can_bind(port):
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
+
+
+def until(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.05)
+
+
+def listening(ports):
+    """{(address in hexadecimal, port)} of the listening sockets among ``ports``, from /proc/net/tcp and tcp6."""
+    found = set()
+    for name in ("tcp", "tcp6"):
+        for line in open(f"/proc/net/{name}").readlines()[1:]:
+            address, port = line.split()[1].split(":")
+            if line.split()[3] == "0A" and int(port, 16) in ports:
+                found.add((address, int(port, 16)))
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ends_clean(model, tmp_path, number):
+    """What is being answered is answered; status 0; no process and no port is left; logs are where they should be."""
+    marker = str(tmp_path)
+    with Service(tmp_path, model, cwd=tmp_path) as service:
+        assert {address for address, _ in listening({service.http, service.rpc})} == {"0100007F"}  # 127.0.0.1 alone
+        assert len(listening({service.http, service.rpc})) == 2 and len(processes(marker)) == 2
+        answers, started = [], threading.Barrier(9)
+
+        def ask():
+            started.wait()
+            answers.append(service.post({"texts": ["一丁七万丈三上下" * 8] * 128}))
+
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        started.wait()
+        until(lambda: len(re.findall("128 texts", (service.logs / "pipeline.log").read_text())) >= 1)
+        service.process.send_signal(number)
+        assert service.process.wait(30) == 0
+        for thread in threads:
+            thread.join()
+    assert len(answers) == 8 and {status for status, _ in answers} <= {200, 503}
+    assert any(status == 200 for status, _ in answers)
+    assert not processes(marker)
+    can_bind(service.http), can_bind(service.rpc)
+    assert service.stderr.read_text() == "" and "ready" in service.stdout.read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["PipelineServingLogs", "config.yml", "stderr", "stdout"]
+
+
+def test_survives_its_worker_and_takes_it_along(model, tmp_path):
+    marker = str(tmp_path)
+    with Service(tmp_path, model) as service:
+        first = service.worker()
+        os.kill(first, signal.SIGKILL)
+        until(lambda: "starting it anew" in service.stderr.read_text())
+        service.__enter__()
+        assert service.worker() != first and service.post({"text": "一丁七"})[0] == 200
+        assert service.stdout.read_text().count("ready") == 2
+        service.process.kill()  # no time to tell the worker
+        until(lambda: not processes(marker))
+        until(lambda: not listening({service.http, service.rpc}))
+
+
+def test_a_failed_load_is_one_line_and_kills_nobody(model, tmp_path):
+    """The launcher, here a shell in the same process group, goes on."""
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in model.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    weights = broken / "float.pdiparams"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    ports = ["--http_port", str(free_port()), "--rpc_port", str(free_port()), "--log_dir", str(tmp_path)]
+    for name, words in ((broken, "float.pdiparams"), (tmp_path / "none", "none")):
+        command = [sys.executable, SCRIPT, "--model", str(name), *ports]
+        done = subprocess.run(
+            ["sh", "-c", '"$@"; echo "status $?"', "sh", *command], capture_output=True, text=True, timeout=120
+        )
+        assert done.stdout.strip() == "status 2", done
+        assert len(done.stderr.splitlines()) == 1 and words in done.stderr, done.stderr
+
+
+def test_what_kills_its_process_group_kills_no_more(model, tmp_path):
+    """Paddle Serving ends the whole process group when an operator fails; here that is the worker alone."""
+    with Service(tmp_path, model) as service:
+        worker = service.worker()
+        assert os.getpgid(worker) == worker != os.getpgid(service.process.pid) == os.getpgid(0)
+        os.killpg(worker, signal.SIGKILL)
+        until(lambda: "starting it anew" in service.stderr.read_text())
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ("http_prot: 1", "no setting is called http_prot"),
+        ("http_port: many", "http_port: 'many' must be a whole number"),
+        ("http_port: 80", "http_port: 80 must be from 1024 to 65535"),
+        ("dag: {is_thread_op: false}", "dag.is_thread_op: False must be True"),
+        ("op: {ppminilm: {concurrency: 2}}", "concurrency: 2 must be from 1 to 1"),
+        ("op: {other: {concurrency: 1}}", "no setting is called op.other.concurrency"),
+        ("op: {ppminilm: {local_service_conf: {precision: int4}}}", "precision: 'int4' must be"),
+        ("- a\n- b", "must be settings"),
+        ("a: [", "not YAML"),
+        ("http_port: 8091", "http_port and rpc_port are both 8091"),
+    ],
+)
+def test_wrong_settings(tmp_path, settings, words):
+    """In this process, as it ends before anything is started."""
+    config = tmp_path / "config.yml"
+    config.write_text(settings)
+    with pytest.raises(web_service.UserError, match=re.escape(words)) as error:
+        web_service.check_ports(web_service.read_config(web_service.parse_args(["--config", str(config)])))
+    assert "\n" not in str(error.value)
+
+
+def test_the_settings_in_the_file_are_the_defaults(tmp_path):
+    empty = tmp_path / "empty.yml"
+    empty.write_text("")
+    args = web_service.parse_args(["--config", str(empty), "--model", "m", "--log_dir", "l"])
+    shown = web_service.parse_args(["--model", "m", "--log_dir", "l"])
+    assert web_service.read_config(args) == web_service.read_config(shown)
+    text = open(os.path.join(ROOT, "deploy/serving/config_nlp.yml"), encoding="utf-8").read()
+    assert all(re.search(rf"^ *{name.split('.')[-1]}:", text, re.M) for name in web_service.SETTINGS)
+
+
+def test_used_port_and_no_such_address(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run("--http_port", taken.getsockname()[1], "--log_dir", tmp_path)
+        assert done.returncode == 2 and "Address already in use" in done.stderr and len(done.stderr.splitlines()) == 1
+    done = run("--host", "192.0.2.1", "--log_dir", tmp_path)
+    assert done.returncode == 2 and "192.0.2.1" in done.stderr and not list(tmp_path.iterdir())
+    done = run("--config", tmp_path / "none.yml")
+    assert done.returncode == 2 and "No such file" in done.stderr
+
+
+def test_wait_ready_says_no(tmp_path):
+    started = time.monotonic()
+    done = run("--http_port", free_port(), "--wait-ready", "1")
+    assert done.returncode == 1 and "not ready after 1 s" in done.stderr and time.monotonic() - started < 30
+
+
+def test_is_ready_only_with_the_model(model, tmp_path):
+    """No port is open before a request can be answered: whoever gets a connection gets a prediction."""
+    service = Service(tmp_path, model)
+    with contextlib.closing(service.process.stdout or open(os.devnull)):
+        try:
+            connected = None
+            while connected is None:
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", service.http), 1):
+                    connected = time.monotonic()
+            status, answer = service.post({"text": "一丁七"})
+            assert status == 200 and answer["labels"] and time.monotonic() - connected < 5
+        finally:
+            service.__exit__()
+
+
+def test_limits(model, tmp_path):
+    """Too much at once gets 503, too late 504, and both quickly; then it answers as before."""
+    settings = settings_of(batch_size=1, max_waiting=12, worker_num=12, timeout_ms=300)
+    with Service(tmp_path, model, settings=settings) as service:
+        long = {"texts": ["一丁七万丈三上下" * 8] * 128}
+        outcomes = []
+
+        def ask():
+            outcomes.append(service.post(long))
+
+        threads = [threading.Thread(target=ask) for _ in range(40)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        statuses = {status for status, _ in outcomes}
+        assert {200, 504} <= statuses <= {200, 503, 504} and len(outcomes) == 40
+        for status, answer in outcomes:
+            assert answer["err_no"] == {200: 0, 503: 3001, 504: 6000}[status] and ("labels" in answer) == (
+                status == 200
+            )
+        assert service.post({"text": "一丁七"})[0] == 200
+        # A client that sends half a request, or nothing, is put off and keeps nobody from being served.
+        idle = [socket.create_connection(("127.0.0.1", service.http)) for _ in range(5)]
+        idle[0].sendall(b"POST /ppminilm/prediction HTTP/1.1\r\nContent-Length: 100\r\n\r\n{")
+        assert service.post({"text": "一丁七"})[0] == 200
+        for connection in idle:
+            connection.settimeout(20)
+            with contextlib.suppress(ConnectionResetError):
+                assert connection.recv(1) == b""
+            connection.close()
+
+
+def test_load_test_counts(model, tmp_path):
+    """The benchmark runs as its help says, and its checks can fail."""
+    output = tmp_path / "load.json"
+    done = subprocess.run(
+        [sys.executable, os.path.join(ROOT, "deploy/serving/load_test.py"), "--model", str(model)]
+        + ["--requests", "60", "--clients", "8", "--rounds", "1", "--output", str(output)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| 60 of 60 |") == 2 and "batched / one by one" in done.stdout
+    rounds = json.loads(output.read_text())["rounds"]
+    assert rounds["batched"][0]["right"] == 60 and rounds["batched"][0]["per_second"] > 0
+    right = {"err_no": 0, "logits": [[1.0, 2.0]], "labels": ["b"]}
+    answers = [right, {**right, "labels": ["a"]}, {**right, "logits": [[1.0, 2.2]]}, {"err_no": 5000}, None]
+    assert load_test.count_right(answers, [[1, 2]] * 5, ["a", "b"], 0.1) == 1
