@@ -20,11 +20,12 @@ def commands(name):
     for block in blocks(name):
         directory, variables = ".", {}
         for line in block.splitlines():
-            words = shlex.split(string.Template(line).substitute(variables), comments=True)
+            words = shlex.split(string.Template(line.replace("$!", "PID")).substitute(variables), comments=True)
             while len(words) > 1 and re.match(r"[A-Z_]+=", words[0]):  # settings of a launcher
                 words = words[1:]
-            if words[0] == "mkdir":
+            if words[0] in ("mkdir", "curl", "kill"):
                 continue
+            words = words[:-1] if words[-1] == "&" else words
             if words[0] == "cd":
                 directory = words[1]
             elif re.match(r"\w+=", words[-1]):
@@ -51,7 +52,7 @@ def test_both_readmes_show_the_same():
 
 @pytest.mark.parametrize(
     "directory, words",
-    commands("README_en.md") + commands("general_distill/README.md"),
+    commands("README_en.md") + commands("general_distill/README.md") + commands("deploy/serving/README.md"),
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else value,
 )
 def test_commands_are_accepted(directory, words):

@@ -213,7 +213,7 @@ def test_the_readme_shows_these_answers(answers_to_bad):
     """deploy/serving/README.md has the table as it is produced here, with the limits that this service has."""
     lines = ["| 请求 request | HTTP | err_no | err_msg |", "| --- | --- | --- | --- |"]
     for (what, body, *_), (status, answer) in zip(BAD, answers_to_bad):
-        shown = repr(body)[1:] if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False)
+        shown = repr(body)[2:-1] if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False)
         shown = shown if len(shown) <= 60 else f"{shown[:30]} …"
         lines.append(
             f"| {what}: `{shown}` | {status} | {answer['err_no']} | {answer['err_msg']} |".replace("\t", "\\t")
