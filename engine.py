@@ -24,6 +24,11 @@ def is_quantized(prefix):
     return b"quantize_linear" in graph or b"fake_quantize" in graph
 
 
+def default_precision(prefix):
+    """What a CPU computes a graph in unless told otherwise: int8 if it is quantized, else fp32."""
+    return "int8" if is_quantized(prefix) else "fp32"
+
+
 def find_prefix(path):
     """The file prefix that a user means by a prefix, a .pdmodel file, or a directory with one graph in it.
 
@@ -171,7 +176,7 @@ def open_engine(prefix, features, device="cpu", precision="fp32", threads=None, 
 
 def collect_shapes(prefix, features, shape_file, batch_size=32, pad_id=0):
     """Records minimum, maximum and most frequent shapes for TensorRT by running ``features`` once on the GPU."""
-    precision = "int8" if is_quantized(prefix) else "fp32"
+    precision = default_precision(prefix)
     collector = Engine(prefix, "gpu", precision, shape_file=shape_file, collect=True)
     for batch in data.batches(features, batch_size, pad_id, data.by_length(features)):
         collector.run(batch)

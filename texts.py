@@ -48,6 +48,8 @@ def read_texts(args, task_name, pairs):
         if pairs is not None and pairs != (row[1] is not None):
             wanted = "sentence pairs (--text A --text_pair B; in a file, a tab between)" if pairs else "single texts"
             raise UserError(f"text {number}: {task_name} takes {wanted}")
+    if len({row[1] is None for row in rows}) > 1:
+        raise UserError("some texts are single, others sentence pairs")
     if not rows:
         raise UserError(f"--input_file {args.input_file}: no text in it")
     return [data.Example(text, pair, None, number) for number, (text, pair) in enumerate(rows, 1)]

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 
@@ -185,16 +184,12 @@ def record(directory):
     return records.read_record(str(directory))
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class Service:
     """web_service.py as a process: ``http``, ``rpc`` are its ports, ``logs`` its directory of logs."""
 
     def __init__(self, directory, model, *options, settings=None, env=None, cwd=None):
+        from load_test import free_port
+
         self.http, self.rpc, self.directory = free_port(), free_port(), directory
         self.logs = directory / "PipelineServingLogs"
         config = directory / "config.yml"
@@ -211,8 +206,13 @@ class Service:
     def __enter__(self):
         import rpc_client
 
-        assert rpc_client.wait_ready("127.0.0.1", self.http, 120), self.stderr.read_text()
-        return self
+        for _ in range(60):
+            if rpc_client.wait_ready("127.0.0.1", self.http, 2):
+                return self
+            if self.process.poll() is not None:
+                break
+        self.__exit__()
+        raise AssertionError(self.stderr.read_text())
 
     def __exit__(self, *_):
         if self.process.poll() is None:

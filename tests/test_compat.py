@@ -116,3 +116,13 @@ def test_mkl_uses_avx2_on_amd():
     asked = python(code.format("import zlib"), env={**unset, "MKL_DEBUG_CPU_TYPE": "5"})
     assert plain.stdout != asked.stdout, "the defect is gone: remove the cure"
     assert cured.stdout == asked.stdout and len(cured.stdout) > 1000
+
+
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="paddle_serving_client has a wheel for this Python")
+def test_paddle_servings_server_without_its_client(tmp_path):
+    """Its import of a name from paddle_serving_client, which has no wheel here."""
+    pytest.importorskip("paddle_serving_server", reason="needs Paddle Serving: bash setup_env.sh --serving")
+    env = {**os.environ, "SERVING_LOG_PATH": str(tmp_path)}
+    without = python("import compat; from paddle_serving_server.pipeline import operator", env=env)
+    assert "No module named 'paddle_serving_client'" in without.stderr, "the defect is gone: remove the cure"
+    assert python("import compat; print(compat.paddle_serving().Op.__name__)", env=env).stdout.strip() == "Op"

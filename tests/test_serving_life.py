@@ -13,11 +13,13 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT, Service, free_port, settings_of
+from conftest import ROOT, Service, settings_of
 
 pytest.importorskip("paddle_serving_server", reason="needs Paddle Serving: bash setup_env.sh --serving")
 import load_test  # noqa: E402
+import protocol  # noqa: E402
 import web_service  # noqa: E402
+from load_test import free_port  # noqa: E402
 
 SCRIPT = os.path.join(ROOT, "deploy/serving/web_service.py")
 
@@ -133,6 +135,17 @@ def test_a_failed_load_is_one_line_and_kills_nobody(model, tmp_path):
         assert len(done.stderr.splitlines()) == 1 and words in done.stderr, done.stderr
 
 
+def test_a_worker_that_dies_while_loading_is_one_line(model, tmp_path):
+    """As when memory runs out, or as Paddle Serving ends its process group when an operator fails."""
+    service = Service(tmp_path, model)
+    until(lambda: len(processes(str(tmp_path))) == 2)
+    os.kill(service.worker(), signal.SIGKILL)
+    assert service.process.wait(30) == 1
+    (line,) = service.stderr.read_text().splitlines()
+    assert "status -9 before it was ready; see " in line and line.endswith("giving up")
+    assert not processes(str(tmp_path)) and service.stdout.read_text() == ""
+
+
 def test_what_kills_its_process_group_kills_no_more(model, tmp_path):
     """Paddle Serving ends the whole process group when an operator fails; here that is the worker alone."""
     with Service(tmp_path, model) as service:
@@ -167,11 +180,14 @@ def test_wrong_settings(tmp_path, settings, words):
 
 
 def test_the_settings_in_the_file_are_the_defaults(tmp_path):
+    """Those that a file leaves out are as config_nlp.yml has them, paths relative to the file."""
     empty = tmp_path / "empty.yml"
     empty.write_text("")
-    args = web_service.parse_args(["--config", str(empty), "--model", "m", "--log_dir", "l"])
-    shown = web_service.parse_args(["--model", "m", "--log_dir", "l"])
-    assert web_service.read_config(args) == web_service.read_config(shown)
+    left_out = web_service.read_config(web_service.parse_args(["--config", str(empty)]))
+    shown = web_service.read_config(web_service.parse_args([]))
+    base = os.path.join(ROOT, "deploy/serving")
+    assert json.loads(json.dumps(left_out).replace(str(tmp_path), base)) == shown
+    assert shown["op"]["ppminilm"]["local_service_conf"]["model_config"] == os.path.join(base, "serving_server")
     text = open(os.path.join(ROOT, "deploy/serving/config_nlp.yml"), encoding="utf-8").read()
     assert all(re.search(rf"^ *{name.split('.')[-1]}:", text, re.M) for name in web_service.SETTINGS)
 
@@ -197,39 +213,54 @@ def test_wait_ready_says_no(tmp_path):
 def test_is_ready_only_with_the_model(model, tmp_path):
     """No port is open before a request can be answered: whoever gets a connection gets a prediction."""
     service = Service(tmp_path, model)
-    with contextlib.closing(service.process.stdout or open(os.devnull)):
-        try:
-            connected = None
-            while connected is None:
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", service.http), 1):
-                    connected = time.monotonic()
-            status, answer = service.post({"text": "一丁七"})
-            assert status == 200 and answer["labels"] and time.monotonic() - connected < 5
-        finally:
-            service.__exit__()
+    try:
+
+        def connects():
+            assert service.process.poll() is None, service.stderr.read_text()
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", service.http), 1):
+                return True
+
+        until(connects, 60)
+        status, answer = service.post({"text": "一丁七"})
+        assert status == 200 and answer["labels"]
+    finally:
+        service.__exit__()
+
+
+def at_once(count, ask):
+    """What ``count`` calls of ask(), started together, return, each with its seconds."""
+    outcomes, together = [], threading.Barrier(count)
+
+    def call():
+        together.wait()
+        started = time.monotonic()
+        result = ask()
+        outcomes.append((result, time.monotonic() - started))
+
+    threads = [threading.Thread(target=call) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcomes
 
 
 def test_limits(model, tmp_path):
-    """Too much at once gets 503, too late 504, and both quickly; then it answers as before."""
-    settings = settings_of(batch_size=1, max_waiting=12, worker_num=12, timeout_ms=300)
+    """Too much at once gets 503, at once; too late 504; over RPC the same err_no; then it answers as before."""
+    settings = settings_of(batch_size=1, worker_num=12, timeout_ms=300)
     with Service(tmp_path, model, settings=settings) as service:
-        long = {"texts": ["一丁七万丈三上下" * 8] * 128}
-        outcomes = []
-
-        def ask():
-            outcomes.append(service.post(long))
-
-        threads = [threading.Thread(target=ask) for _ in range(40)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        statuses = {status for status, _ in outcomes}
-        assert {200, 504} <= statuses <= {200, 503, 504} and len(outcomes) == 40
-        for status, answer in outcomes:
+        texts = ["一丁七万丈三上下" * 8] * 128
+        outcomes = at_once(40, lambda: service.post({"texts": texts}))
+        assert {status for (status, _), _ in outcomes} == {200, 503, 504}
+        for (status, answer), _ in outcomes:
             assert answer["err_no"] == {200: 0, 503: 3001, 504: 6000}[status] and ("labels" in answer) == (
                 status == 200
             )
+        refused = [seconds for (status, _), seconds in outcomes if status == 503]
+        assert max(refused) < max(seconds for (status, _), seconds in outcomes if status == 504)
+        message = protocol.messages().Request(key=["texts"], value=[json.dumps(texts)])
+        outcomes = at_once(40, lambda: service.call(message).err_no)
+        assert {err_no for err_no, _ in outcomes} == {0, 3001, 6000}
         assert service.post({"text": "一丁七"})[0] == 200
         # A client that sends half a request, or nothing, is put off and keeps nobody from being served.
         idle = [socket.create_connection(("127.0.0.1", service.http)) for _ in range(5)]

@@ -21,23 +21,15 @@ METHOD = "/baidu.paddle_serving.pipeline_serving.PipelineService/inference"
 # Paddle Serving's numbers for what went wrong (CustomExceptionCode of paddle_serving_server 0.9.0), and HTTP's.
 OK, NOT_IMPLEMENTED, UNAVAILABLE, NO_SERVICE, BAD_INPUT, TIMEOUT, UNKNOWN = 0, 3000, 3001, 3002, 5000, 6000, 10000
 HTTP_STATUS = {OK: 200, NOT_IMPLEMENTED: 405, UNAVAILABLE: 503, NO_SERVICE: 404, BAD_INPUT: 400, TIMEOUT: 504}
-
-
-JSON_TYPES = {
-    (type(None),): "null",
-    (bool,): "true or false",
-    (int, float): "a number",
-    (list,): "a list",
-    (dict,): "an object",
-}
+JSON_TYPES = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list"}
 
 
 class ServiceError(Exception):
-    """A request that gets no prediction. ``status`` is for HTTP, where it says more than the number's own."""
+    """A request that gets no prediction."""
 
-    def __init__(self, err_no, message, status=None):
+    def __init__(self, err_no, message):
         super().__init__(message)
-        self.err_no, self.status = err_no, status or HTTP_STATUS.get(err_no, 500)
+        self.err_no = err_no
 
 
 class Query(NamedTuple):
@@ -100,7 +92,9 @@ def fields_of_body(body):
         if name not in ("", SERVICE):
             raise ServiceError(NO_SERVICE, f"there is no service of that name; this one is {SERVICE}")
         return request, logid, False
-    keys, values = request.get("key"), request.get("value")
+    if request.pop("tensors", []) or set(request) != {"key", "value"}:
+        raise ServiceError(BAD_INPUT, "beside key and value there may be logid and name, and no tensors")
+    keys, values = request["key"], request["value"]
     if not all(isinstance(side, list) and all(isinstance(item, str) for item in side) for side in (keys, values)):
         raise ServiceError(BAD_INPUT, "key and value must be lists of strings")
     message = messages().Request(logid=logid)
@@ -140,7 +134,7 @@ def check_texts(key, texts, max_texts):
     for number, text in enumerate(texts, 1):
         which = f"text {number} of {key}" if key.endswith("s") else key
         if not isinstance(text, str):
-            kind = next(name for types, name in JSON_TYPES.items() if isinstance(text, types))
+            kind = JSON_TYPES.get(type(text), "an object")
             raise ServiceError(BAD_INPUT, f"{which} must be a string, not {kind}")
         try:
             text.encode("utf-8")

@@ -36,8 +36,8 @@ def parse_args(argv=None):
     group.add_argument("--http", action="store_true", help="over HTTP instead of RPC")
     group.add_argument("--address", help="host:port (default: 127.0.0.1 and 8091, with --http 18083)")
     group.add_argument("--batch_size", type=int, default=32, help="texts per request")
-    group.add_argument("--deadline", type=float, default=10.0, help="seconds for each request, retries included")
-    group.add_argument("--retries", type=int, default=3, help="how often to ask again if it is unreachable or too busy")
+    group.add_argument("--deadline", type=float, default=10.0, help="seconds for each request")
+    group.add_argument("--retries", type=int, default=3, help="how often to ask again if it is unreachable or full")
     group.add_argument(
         "--wait-ready", "--wait_ready", type=float, default=0.0, metavar="SECONDS", help="first wait until it is ready"
     )
@@ -92,14 +92,17 @@ def http(host, port):
     def ask(fields, seconds):
         try:
             reply = session.post(f"http://{host}:{port}/{protocol.SERVICE}/prediction", json=fields, timeout=seconds)
-            answer = reply.json()
         except requests.Timeout as error:
             raise Refused(f"no answer in {seconds:.1f} s") from error
-        except ValueError as error:
-            raise Refused(f"HTTP {reply.status_code}, and not an answer of this service") from error
         except requests.RequestException as error:
             raise Refused(f"{host}:{port} cannot be reached", again=True) from error
-        if answer.get("err_no"):
+        try:
+            answer = reply.json()
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict) or "err_no" not in answer:
+            raise Refused(f"HTTP {reply.status_code}, and not an answer of this service")
+        if answer["err_no"]:
             raise Refused(f"err_no {answer['err_no']}: {answer['err_msg']}", answer["err_no"] == protocol.UNAVAILABLE)
         return answer
 

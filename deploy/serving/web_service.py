@@ -29,10 +29,9 @@ SETTINGS = {
     "host": ("127.0.0.1",),
     "rpc_port": (8091, 1024, 65535),
     "http_port": (18083, 1024, 65535),
-    "worker_num": (64, 1, 1024),
-    "max_waiting": (256, 1, 100_000),
+    "worker_num": (128, 1, 512),
     "timeout_ms": (10_000, 1, 600_000),
-    "max_body_bytes": (1 << 20, 1024, 1 << 28),
+    "max_body_bytes": (1 << 18, 1024, 1 << 26),
     "max_texts": (128, 1, 10_000),
     "grace_ms": (5000, 0, 600_000),
     "log_dir": (".",),
@@ -114,12 +113,13 @@ def read_config(args):
     if not isinstance(given, dict):
         raise UserError(f"--config {args.config}: must be settings, one `name: value` a line")
     flat = {name: default for name, (default, *_) in SETTINGS.items()}
-    base = os.path.dirname(os.path.abspath(args.config))
     for name, value in flatten(given).items():
         if name not in SETTINGS:
             raise UserError(f"--config {args.config}: no setting is called {name}; there are {', '.join(SETTINGS)}")
         check(name, value, f"--config {args.config}: {name}")
-        flat[name] = os.path.join(base, value) if name in (OPTIONS["model"], "log_dir") else value
+        flat[name] = value
+    for name in (OPTIONS["model"], "log_dir"):
+        flat[name] = os.path.join(os.path.dirname(os.path.abspath(args.config)), flat[name])
     for option, name in OPTIONS.items():
         value = getattr(args, option)
         if value is not None:
@@ -161,7 +161,8 @@ class Supervisor:
         log_dir = os.path.join(self.config["log_dir"], "PipelineServingLogs")
         os.makedirs(log_dir, exist_ok=True)
         ready, tell = os.pipe()
-        with open(os.path.join(log_dir, "worker.out"), "ab") as out:
+        mode = "wb" if self.worker is None else "ab"  # kept across restarts: it may say why the last one ended
+        with open(os.path.join(log_dir, "worker.out"), mode) as out:
             self.worker = subprocess.Popen(
                 [sys.executable, os.path.abspath(__file__)],
                 stdin=subprocess.PIPE,
@@ -175,7 +176,7 @@ class Supervisor:
         if self.stopping:  # the signal came before there was a worker to pass it on to
             self.stop()
         with contextlib.suppress(BrokenPipeError), self.worker.stdin as stdin:
-            json.dump(self.config, stdin)
+            json.dump({**self.config, "supervisor": os.getpid()}, stdin)
         with open(ready, "rb") as pipe:
             return pipe.read(1) == b"!"
 
@@ -196,30 +197,27 @@ class Supervisor:
         """Returns: the exit status."""
         signal.signal(signal.SIGTERM, self.stop)
         signal.signal(signal.SIGINT, self.stop)
-        started_before, quick_ends = False, 0
+        config, been_ready, quick_ends = self.config, False, 0
         while True:
-            started = time.monotonic()
             ready = self.start()
+            since = time.monotonic()
             if ready:
-                config = self.config
-                print(
-                    f"web_service.py: ready, http://{config['host']}:{config['http_port']}/ppminilm/prediction and RPC "
-                    f"on port {config['rpc_port']}",
-                    flush=True,
-                )
+                where = f"http://{config['host']}:{config['http_port']}/ppminilm/prediction"
+                print(f"web_service.py: ready, {where} and RPC on port {config['rpc_port']}", flush=True)
             status = self.worker.wait()
             self.end()  # whatever else is in its group
             if self.stopping:
                 return 0
-            if not ready and not started_before:
-                return 2 if status == 2 else 1
-            started_before = True
-            quick_ends = quick_ends + 1 if time.monotonic() - started < 30 else 0
-            said = f"web_service.py: the worker ended with status {status}"
-            if quick_ends == 3:
-                print(f"{said}, three times in quick succession: giving up", file=sys.stderr)
+            if status == 2 and not been_ready:
+                return 2  # it has said why
+            said = f"web_service.py: the worker ended with status {status}{'' if ready else ' before it was ready'}"
+            said += f"; see {os.path.join(config['log_dir'], 'PipelineServingLogs')}"
+            quick_ends = quick_ends + 1 if not ready or time.monotonic() - since < 30 else 0
+            been_ready = been_ready or ready
+            if not been_ready or quick_ends == 3:
+                print(f"{said}; giving up", file=sys.stderr)
                 return 1
-            print(f"{said}, starting it anew", file=sys.stderr, flush=True)
+            print(f"{said}; starting it anew", file=sys.stderr, flush=True)
 
 
 WORKER = "PPMINILM_WORKER"  # in the environment: this process is the worker, and tells on that file that it is ready
@@ -230,7 +228,7 @@ def work():
     import worker
 
     def ready():
-        with open(int(os.environ[WORKER]), "wb") as tell:
+        with contextlib.suppress(BrokenPipeError), open(int(os.environ[WORKER]), "wb", 0) as tell:
             tell.write(b"!")
 
     worker.serve(json.load(sys.stdin), ready)

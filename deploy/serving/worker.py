@@ -42,6 +42,8 @@ log = logging.getLogger("ppminilm")
 ROWS = {"cpu": (8, 4, 2, 1), "gpu": (32, 16, 8, 4, 2, 1)}
 # What a run costs beyond its rows x length tokens, in tokens: 6 layers in INT8 took 5 to 6 ms and 0.13 ms a token.
 RUN_COST = 48
+# For requests beyond worker_num: they are refused, and that must not wait for a thread.
+SPARE_THREADS = 8
 
 
 def padded_lengths(longest):
@@ -56,16 +58,30 @@ class Model:
     def __init__(self, path, device, precision, threads, use_trt=False):
         prefix = engine.find_prefix(path)
         self.record = engine.open_exported(prefix)
-        self.precision = precision or ("int8" if engine.is_quantized(prefix) else "fp32")
+        self.precision = precision or engine.default_precision(prefix)
         self.labels, self.pairs = self.record["labels"], bool(self.record["data"]["dev"].get("pairs"))
         self.longest = self.record["arguments"]["max_seq_length"]
         self.tokenizer = tokenization.load_tokenizer(os.path.dirname(os.path.abspath(prefix)))
         self.rows, self.lengths = ROWS[device.partition(":")[0]], padded_lengths(self.longest)
         ids = [self.tokenizer.cls_id] + [self.tokenizer.sep_id] * (self.longest - 1)
-        self.warm_up = [data.Feature(ids[:n], [0] * n, None) for n in self.lengths for _ in range(sum(self.rows))]
-        self.engine = engine.open_engine(
-            prefix, self.warm_up, device, self.precision, threads, use_trt, self.rows[0], self.tokenizer.pad_id
+        shapes = [data.Feature(ids[:n], [0] * n, None) for n in self.lengths for _ in range(self.rows[0])]
+        self.engine = engine.open_engine(  # which learns TensorRT's ranges from batches of most rows, and one of one
+            prefix, [*shapes, shapes[-1]], device, self.precision, threads, use_trt, self.rows[0], self.tokenizer.pad_id
         )
+        self.last_run = time.monotonic()
+
+    def prepare(self):
+        """Runs every shape once."""
+        for length in self.lengths:
+            for rows in self.rows:
+                ids = np.full((rows, length), self.tokenizer.sep_id)
+                self.run_once(ids, np.zeros_like(ids))
+
+    def run_once(self, input_ids, token_type_ids):
+        """Logits of one batch of a prepared shape, int64 [rows, length]."""
+        logits = self.engine.run(data.Batch(input_ids, token_type_ids, None, None))
+        self.last_run = time.monotonic()
+        return logits
 
     def prepare_server(self):
         return None
@@ -115,7 +131,7 @@ class Model:
             rows, length = cheapest[n][1], lengths[n - 1]
             chosen = order[n - rows : n]
             ids, types = (np.ascontiguousarray(side[chosen, :length]) for side in (input_ids, token_type_ids))
-            logits[chosen] = self.engine.run(data.Batch(ids, types, None, chosen))
+            logits[chosen] = self.run_once(ids, types)
             n -= rows
         return logits
 
@@ -140,17 +156,31 @@ class PPMiniLMOp(pipeline.Op):
         self.model = model
 
     def init_client(self, client_config, server_endpoints):
-        """Runs every shape once, here because oneDNN keeps what it prepared for the thread that ran it."""
-        self.model.run(*self.model.arrays(self.model.warm_up))
+        """Prepares the shapes, here because oneDNN keeps what it prepared for the thread that ran it."""
+        self.model.prepare()
         return self.model
 
     def _auto_batching_generator(self, input_channel, op_name, batch_size, timeout, op_info_prefix):
-        """Yields what waits, at most batch_size requests: a lone one at once, and no timer that ticks while idle."""
+        """Yields what waits, at most batch_size texts or one request: a lone one at once, without a timer that ticks
+        while idle, and many large ones not all together, so that each is answered as soon as it can be."""
+        held = None
         while True:
-            batch = [input_channel.front(op_name)]
-            while len(batch) < batch_size and input_channel.size():
-                batch.append(input_channel.front(op_name))
+            batch = [held or input_channel.front(op_name)]
+            held, texts_in = None, self.count(batch[0])
+            while input_channel.size():
+                held = input_channel.front(op_name)
+                texts_in += self.count(held)
+                if texts_in > batch_size:
+                    break
+                batch.append(held)
+                held = None
             yield batch
+
+    @staticmethod
+    def count(waiting):
+        """The number of texts of a request in the channel."""
+        (request,) = waiting.values()
+        return len(request.dictdata["query"].texts)
 
     def preprocess(self, input_dicts, data_id=0, log_id=0):
         (request,) = input_dicts.values()
@@ -207,7 +237,7 @@ class Service:
         key = object()
         try:
             with self.lock:
-                if self.closing or len(self.running) >= self.config["max_waiting"]:
+                if self.closing or len(self.running) >= self.config["worker_num"]:
                     why = "is stopping" if self.closing else "has too many requests waiting"
                     raise ServiceError(UNAVAILABLE, f"the service {why}; try again")
                 self.running[key] = came
@@ -252,7 +282,7 @@ def rpc_server(service, config):
     )
     name, method = protocol.METHOD.strip("/").split("/")
     server = grpc.server(
-        futures.ThreadPoolExecutor(config["worker_num"]),
+        futures.ThreadPoolExecutor(config["worker_num"] + SPARE_THREADS),
         handlers=[grpc.method_handlers_generic_handler(name, {method: handler})],
         options=[("grpc.max_receive_message_length", config["max_body_bytes"]), ("grpc.so_reuseport", 0)],
     )
@@ -331,13 +361,19 @@ def http_server(service, config):
         http_app(service, config),
         host=config["host"],
         port=config["http_port"],
-        threads=config["worker_num"],
-        connection_limit=config["max_waiting"],
+        threads=config["worker_num"] + SPARE_THREADS,
+        connection_limit=1000,
+        asyncore_use_poll=True,  # select() knows no more than 1024 files
         max_request_body_size=config["max_body_bytes"] + 1,  # it refuses this size itself
         channel_timeout=seconds,  # of a client that sends nothing
         cleanup_interval=seconds,
         ident=None,
     )
+
+
+def unanswered(http):
+    """Whether waitress has a request that is not answered, or an answer that is not sent."""
+    return any(channel.requests or channel.total_outbufs_len for channel in list(http.active_channels.values()))
 
 
 def set_up_logs():
@@ -349,15 +385,17 @@ def set_up_logs():
 
 
 def watch(service):
-    """Ends the process when web_service.py is gone, or when a request is never answered: it would be for ever."""
-    parent = os.getppid()
+    """Ends the process when web_service.py is gone, or when requests wait and the model has not run for long: they
+    would wait for ever."""
     while True:
         time.sleep(0.5)
-        oldest = min(list(service.running.values()), default=time.monotonic())
-        if os.getppid() != parent:
+        if os.getppid() != service.config["supervisor"]:
             os._exit(1)
-        if time.monotonic() - oldest > service.timeout + 30:
-            log.critical("a request has had no answer for %.0f s: ending this process", time.monotonic() - oldest)
+        now = time.monotonic()
+        oldest = min(list(service.running.values()), default=now)
+        silent = now - max(oldest, service.model.last_run)
+        if silent > service.timeout + 30:
+            log.critical("requests wait and nothing has happened for %.0f s: ending this process", silent)
             os._exit(1)
 
 
@@ -373,11 +411,9 @@ def serve(config, ready):
     def stop(*_):
         def drain():
             service.closing = True
-            rpc.stop(config["grace_ms"] / 1000).wait()
             until = time.monotonic() + config["grace_ms"] / 1000
-            while time.monotonic() < until and (
-                service.running or any(channel.total_outbufs_len for channel in list(http.active_channels.values()))
-            ):
+            rpc_done = rpc.stop(config["grace_ms"] / 1000)
+            while time.monotonic() < until and (not rpc_done.is_set() or unanswered(http)):
                 time.sleep(0.01)
             os._exit(0)
 
