@@ -1,3 +1,4 @@
+# shellcheck shell=sh
 # What the launchers share; they read it with `.`. Sets: here (the launcher's directory), root, PYTHON, device_args.
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
 root=$here

@@ -54,7 +54,7 @@ print("usable", sys.version_info[1], base)' 2>&1 | tail -n 1) # the last line: o
 digest() { # of the lock files that make up the environment
     (
         cd "$root/requirements"
-        cat build.txt "$1.txt" $([ -z "$2" ] || ls serving*.txt) | sha256sum | cut -c 1-16
+        cat build.txt "$1.txt" ${2:+serving*.txt} | sha256sum | cut -c 1-16
     )
 }
 

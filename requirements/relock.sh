@@ -21,3 +21,4 @@ lock gpu pyproject.toml --extra gpu --constraints cpu.txt
 lock serving --group serving --constraints cpu.txt
 lock serving-wheels --group serving-wheels --no-deps
 lock serving-wheels-gpu --group serving-wheels-gpu --no-deps
+lock lint --group lint

@@ -35,6 +35,35 @@ def commands(name):
     return found
 
 
+DOCUMENTS = ["README.md", "README_en.md", "general_distill/README.md", "deploy/serving/README.md"]
+
+
+def test_every_block_is_run_or_says_why_not():
+    """Each script in a block is run by the demo or by a test, by that path; a block that cannot be is tagged so."""
+    ran = open(os.path.join(ROOT, "demo/run.sh"), encoding="utf-8").read()
+    for name in os.listdir(os.path.join(ROOT, "tests")):
+        if name.endswith((".py", ".sh")) and name != "test_documents.py":
+            ran += open(os.path.join(ROOT, "tests", name), encoding="utf-8").read()
+    ran += "".join(
+        f"{directory}/{script}.py\n" for directory, script in re.findall(r'load_script\("(.+?)", "(.+?)"\)', ran)
+    )
+    not_run = []
+    for document in DOCUMENTS:
+        text = open(os.path.join(ROOT, document), encoding="utf-8").read()
+        for tag, kind, block in re.findall(r"(<!-- not run here: .+? -->\n)?^```(\w+)\n(.*?)^```", text, re.M | re.S):
+            if tag:
+                not_run.append((document, tag))
+                continue
+            assert kind == "sh", f"{document}: a block of {kind} is neither run nor tagged"
+            directory = "."
+            for line in block.splitlines():
+                directory = line.split()[1] if line.startswith("cd ") else directory
+                for script in re.findall(r"(?:sh|bash|python) (?:-\w \S+ )?([\w./]+\.(?:sh|py))", line):
+                    path = os.path.normpath(os.path.join(directory, script))
+                    assert path in ran or path.endswith("setup_env.sh"), f"{document}: {path} is neither run nor tagged"
+    assert len(not_run) == 10, not_run  # a new one is a decision
+
+
 def test_both_readmes_show_the_same():
     assert commands("README.md") == commands("README_en.md") and len(commands("README.md")) > 10
     for name in ("README.md", "README_en.md"):

@@ -1,0 +1,118 @@
+#!/usr/bin/env bash
+# The whole pipeline on data that it generates, offline, in minutes: a teacher, general distillation, a small grid of three
+# tasks, export, pruning, quantization in eight ways, INT8 inference, the service, tables and plot. It calls the launchers
+# of the stages as you would. Everything is written to demo/output/; run it again and it goes on where it stopped.
+#
+#   bash demo/run.sh [--task TASK] [--resume]
+#
+#   --task TASK  TNEWS, AFQMC or CLUEWSC2020 alone (default: all three; the first one is quantized and served)
+#   --resume     go on with a run that was interrupted, and refuse to start a new one
+set -e
+root=$(cd "$(dirname "$0")/.." && pwd)
+output=$root/demo/output
+
+fail() {
+    echo "demo/run.sh: error: $1" >&2
+    exit 2
+}
+
+tasks="TNEWS AFQMC CLUEWSC2020" resume=
+while [ $# -gt 0 ]; do
+    case $1 in
+        --task)
+            case $(echo "${2-}" | tr '[:lower:]' '[:upper:]') in
+                TNEWS | AFQMC | CLUEWSC2020) tasks=$(echo "$2" | tr '[:lower:]' '[:upper:]') ;;
+                *) fail "--task ${2-}: must be TNEWS, AFQMC or CLUEWSC2020" ;;
+            esac
+            shift
+            ;;
+        --resume) resume=yes ;;
+        -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        *) fail "unknown argument '$1'; there are --task TASK and --resume" ;;
+    esac
+    shift
+done
+[ -z "$resume" ] || [ -d "$output" ] || fail "--resume: there is no $output to go on with"
+first=${tasks%% *}
+steps=${DEMO_STEPS:-600} # of the teacher; the student takes two thirds of them
+student_steps=$((steps * 2 / 3))
+model=pretrain/model_$student_steps
+
+started=$SECONDS
+step() { printf '\n== %d:%02d  %s\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) "$*"; }
+
+[ -z "$PYTHON" ] && sh "$root/setup_env.sh" --serving
+export PYTHON=${PYTHON:-$root/.venv/bin/python} DEVICE=${DEVICE:-cpu} CLUE_DATA_DIR=$output/data
+mkdir -p "$output"
+cd "$output"
+
+step "generating data -> data/"
+[ -d data ] || "$PYTHON" "$root/demo/generate_data.py" --output_dir data
+
+step "pre-training a teacher by masked language modelling -> teacher/"
+"$PYTHON" "$root/demo/pretrain_mlm.py" --init_config "$root/demo/teacher-2l-192h.json" --vocab_file data/vocab.txt \
+    --input_dir data/corpus --output_dir teacher --max_steps "$steps" --batch_size 32 --learning_rate 2e-3 \
+    --warmup_proportion 0.04 --max_seq_length 64 --group_by_length
+
+step "general distillation into a student -> $model/"
+sh "$root/general_distill/run.sh" data/corpus 2L128H --init_config "$root/demo/student-2l-128h.json" \
+    --teacher_model_name_or_path "$output/teacher" --teacher_layer_index 1 --num_relation_heads 8 --max_seq_length 64 \
+    --batch_size 32 --learning_rate 3e-3 --max_steps $student_steps --save_steps 200 --group_by_length
+
+step "fine-tuning, a small grid -> $model/models/"
+for task in $tasks; do
+    rates=1e-3
+    [ "$task" != "$first" ] || rates="5e-4 1e-3"
+    BATCH_SIZES=32 LEARNING_RATES=$rates EPOCHS=4 MAX_SEQ_LENGTH=64 \
+        sh "$root/finetuning/run_one_search.sh" "$model" "$task" --group_by_length
+done
+
+step "exporting the best of the grid"
+sh "$root/pruning/export_all.sh" "$model/best.json"
+
+step "pruning to 3/4 width -> pruned_models/"
+sh "$root/pruning/prune.sh" "$model/best.json" 0.75 --num_train_epochs 2 --group_by_length
+sh "$root/pruning/export_all.sh" pruned_models
+
+step "quantizing $first in eight ways -> *_quant_models/"
+sh "$root/quantization/quant.sh" "$first" "pruned_models/$first/0.75/sub_static"
+
+step "scoring in INT8"
+QUANT_DIR=$output sh "$root/deploy/python/infer_all.sh"
+
+step "serving the INT8 model"
+quantized=$(echo "$first" | tr '[:upper:]' '[:lower:]')_quant_models/mse4
+"$PYTHON" "$root/deploy/serving/export_to_serving.py" --dirname "$quantized" --server_path serving_server \
+    --client_path serving_client
+ports=$("$PYTHON" -c 'import socket
+probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+print(*(probe.getsockname()[1] for probe in probes))')
+"$PYTHON" "$root/deploy/serving/web_service.py" --model serving_server --log_dir . --http_port "${ports% *}" \
+    --rpc_port "${ports#* }" &
+service=$!
+trap 'kill $service 2> /dev/null' EXIT
+"$PYTHON" "$root/deploy/serving/web_service.py" --http_port "${ports% *}" --wait-ready 60
+case $first in
+    TNEWS) question=(--text "记者说股价创下新高，散户也受影响") ;;
+    AFQMC) question=(--text "怎么查账单" --text_pair "账单在哪里看") ;;
+    CLUEWSC2020) question=(--text "今天，_小明_感谢了小刚，因为[他]心里很感动。") ;;
+esac
+"$PYTHON" "$root/deploy/serving/rpc_client.py" --address "127.0.0.1:${ports#* }" "${question[@]}" | tee answer.json
+kill $service
+wait $service
+trap - EXIT
+
+step "tables and plot -> tables.md, clue.png"
+"$PYTHON" "$root/summarize.py" "$model" pruned_models ./*_quant_models --plot clue.png > tables.md
+cat tables.md
+
+step "done"
+cat << END
+Everything is in demo/output/: data/, teacher/, $model/ (the student, with models/ fine-tuned from it), pruned_models/,
+*_quant_models/, serving_server/, tables.md, clue.png. The models are tiny and the data generated: the figures show that the
+stages fit, and nothing about CLUE. \`bash demo/clean.sh\` removes it all.
+
+With real data, from the root of the repository:
+  sh run_all.sh TNEWS 5e-5 32 3 128 0 ppminilm-6l-768h     # downloads model and data
+  sh run_all.sh NAME 5e-5 32 3 128 0 ppminilm-6l-768h --data_dir DIR     # your own train.json and dev.json in DIR
+END

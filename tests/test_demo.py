@@ -1,0 +1,129 @@
+"""The demo: from generated data through every stage to an answer, killed once on the way; and its data."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, load_script
+
+import data
+import records
+
+TASKS = {"tnews": 15, "afqmc": 2, "cluewsc2020": 2}
+
+
+def generate(directory, *more):
+    load_script("demo", "generate_data").main(["--output_dir", str(directory), "--corpus_lines", "500", *more])
+    return directory
+
+
+def test_generated_data_are_clues(tmp_path, monkeypatch):
+    """The same seed gives the same bytes; every task reads as CLUE's does; dev has all labels and little of train."""
+    first, again = generate(tmp_path / "a"), generate(tmp_path / "b")
+    other = generate(tmp_path / "c", "--seed", "1")
+    files = sorted(str(path.relative_to(first)) for path in first.rglob("*") if path.is_file())
+    assert len(files) == 11 and all((first / f).read_bytes() == (again / f).read_bytes() for f in files)
+    assert all((first / f).read_bytes() != (other / f).read_bytes() for f in files if f != "vocab.txt")
+    monkeypatch.setenv("CLUE_DATA_DIR", str(first))
+    characters = set((first / "vocab.txt").read_text().split("\n"))
+    for name, classes in TASKS.items():
+        task = data.get_task(name)
+        splits = {split: data.read_split(task, split).examples for split in ("train", "dev", "test")}
+        texts = {split: {example[:2] for example in examples} for split, examples in splits.items()}
+        assert {example.label for example in splits["dev"]} == set(range(classes))
+        assert {example.label for example in splits["test"]} == {None}
+        assert len(texts["dev"] & texts["train"]) < 0.1 * len(texts["dev"])
+        assert {c for text, pair in texts["dev"] for c in text + (pair or "")} <= characters | {" "}
+        counts = [sum(e.label == label for e in splits["train"]) for label in range(classes)]
+        assert max(counts) < 2 * min(counts)
+
+
+def test_single_words_do_not_give_the_label_away(tmp_path):
+    """The words that a question pair shares, and a sentence without its reason, say nothing."""
+    rows = [json.loads(line) for line in open(generate(tmp_path / "a") / "afqmc_public/train.json", encoding="utf-8")]
+    shared = {"0": [], "1": []}
+    for row in rows:
+        shared[row["label"]].append(bool(set(row["sentence1"]) & set(row["sentence2"])))
+    assert all(sum(values) > 0.9 * len(values) for values in shared.values())
+    generator = load_script("demo", "generate_data")
+    for label, (_, things, events) in generator.TOPICS.items():
+        assert len(set(things.split())) == 10 and len(set(events.split())) == 5, label
+    for verb, of_b, of_a in generator.CASES:
+        assert not set(of_a) & set(of_b) and "{b}" in verb
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the checkout, so that the user's own demo/output stays."""
+    root = tmp_path_factory.mktemp("checkout")
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in files:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(os.path.join(ROOT, name), root / name)
+    return root
+
+
+def test_demo_from_end_to_end(checkout, tmp_path):
+    """With fewer steps of pre-training: killed in the grid, resumed; everything that it says is there is there."""
+    pytest.importorskip("paddle_serving_server", reason="needs Paddle Serving: bash setup_env.sh --serving")
+    log = tmp_path / "log"
+    env = {**os.environ, "PYTHON": sys.executable, "DEMO_STEPS": "60"}
+    command = ["bash", str(checkout / "demo/run.sh"), "--task", "tnews"]
+    with open(log, "wb") as file:
+        process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
+        while "TNEWS 5e-4_32: finished" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    output = checkout / "demo/output"
+    trained = {path: path.stat().st_mtime_ns for path in output.rglob("stage.json")}
+    assert len(trained) >= 2 and not (output / "answer.json").exists()
+    done = subprocess.run([*command, "--resume"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert all(path.stat().st_mtime_ns == when for path, when in trained.items() if "teacher" in str(path))
+    assert len(list(output.glob("tnews_quant_models/*/int8.pdmodel"))) == 8
+    int8 = records.read_record(str(output / "tnews_quant_models/mse4"))
+    assert int8["metrics"]["accuracy"] > 0.3, int8["metrics"]  # of 15 classes
+    answer = json.loads((output / "answer.json").read_text())
+    assert answer["label"] in data.TASKS["tnews"].labels
+    tables = (output / "tables.md").read_text()
+    assert "pruned to 0.75, INT8 mse4" in tables and "random weights" in tables
+    assert (output / "clue.png").read_bytes()[:4] == b"\x89PNG"
+    for name in ("data", "teacher", "pruned_models", "serving_server"):
+        assert f"{name}/" in done.stdout and (output / name).is_dir()
+    subprocess.run(["bash", str(checkout / "demo/clean.sh")], check=True)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--task", "IFLYTEK"], "--task IFLYTEK: must be TNEWS, AFQMC or CLUEWSC2020"),
+        (["--task"], "--task : must be"),
+        (["--fast"], "unknown argument '--fast'"),
+        (["--resume"], "there is no"),
+    ],
+)
+def test_wrong_arguments(checkout, arguments, words):
+    shutil.rmtree(checkout / "demo/output", ignore_errors=True)
+    done = subprocess.run(["bash", str(checkout / "demo/run.sh"), *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+    assert not (checkout / "demo/output").exists()
+
+
+def test_the_picture_is_drawn_from_the_script(tmp_path):
+    """pp-minilm.png is what the script draws: the same size, hardly a different pixel."""
+    import matplotlib.image
+    import numpy as np
+
+    load_script("demo", "draw_pipeline").main(["--output", str(tmp_path / "drawn.png")])
+    kept, drawn = (
+        matplotlib.image.imread(str(path)) for path in (os.path.join(ROOT, "pp-minilm.png"), tmp_path / "drawn.png")
+    )
+    assert kept.shape == drawn.shape and kept.shape[1] == 1900 and np.abs(kept - drawn).mean() < 0.01
