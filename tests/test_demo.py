@@ -23,7 +23,7 @@ def generate(directory, *more):
 
 
 def test_generated_data_are_clues(tmp_path, monkeypatch):
-    """The same seed gives the same bytes; every task reads as CLUE's does; dev has all labels and little of train."""
+    """The same seed gives the same bytes; every task reads as CLUE's does; dev has all labels and nothing of train."""
     first, again = generate(tmp_path / "a"), generate(tmp_path / "b")
     other = generate(tmp_path / "c", "--seed", "1")
     files = sorted(str(path.relative_to(first)) for path in first.rglob("*") if path.is_file())
@@ -37,24 +37,24 @@ def test_generated_data_are_clues(tmp_path, monkeypatch):
         texts = {split: {example[:2] for example in examples} for split, examples in splits.items()}
         assert {example.label for example in splits["dev"]} == set(range(classes))
         assert {example.label for example in splits["test"]} == {None}
-        assert len(texts["dev"] & texts["train"]) < 0.1 * len(texts["dev"])
+        assert not texts["dev"] & texts["train"] and not texts["test"] & (texts["dev"] | texts["train"])
         assert {c for text, pair in texts["dev"] for c in text + (pair or "")} <= characters | {" "}
         counts = [sum(e.label == label for e in splits["train"]) for label in range(classes)]
         assert max(counts) < 2 * min(counts)
 
 
-def test_single_words_do_not_give_the_label_away(tmp_path):
-    """The words that a question pair shares, and a sentence without its reason, say nothing."""
+def test_common_words_do_not_give_the_label_away(tmp_path):
+    """The best that a rule can do which counts the characters of both questions that they share."""
     rows = [json.loads(line) for line in open(generate(tmp_path / "a") / "afqmc_public/train.json", encoding="utf-8")]
-    shared = {"0": [], "1": []}
+    shared = []
     for row in rows:
-        shared[row["label"]].append(bool(set(row["sentence1"]) & set(row["sentence2"])))
-    assert all(sum(values) > 0.9 * len(values) for values in shared.values())
-    generator = load_script("demo", "generate_data")
-    for label, (_, things, events) in generator.TOPICS.items():
-        assert len(set(things.split())) == 10 and len(set(events.split())) == 5, label
-    for verb, of_b, of_a in generator.CASES:
-        assert not set(of_a) & set(of_b) and "{b}" in verb
+        one, other = set(row["sentence1"]), set(row["sentence2"])
+        shared.append((len(one & other) / len(one | other), row["label"] == "1"))
+    best = max(
+        sum((share >= bound) == same for share, same in shared) / len(shared)
+        for bound in {share for share, _ in shared}
+    )
+    assert 0.5 < best < 0.75
 
 
 @pytest.fixture(scope="module")
