@@ -29,7 +29,7 @@ def default_precision(prefix):
     return "int8" if is_quantized(prefix) else "fp32"
 
 
-def find_prefix(path):
+def find_prefix(path, option="--model_path"):
     """The file prefix that a user means by a prefix, a .pdmodel file, or a directory with one graph in it.
 
     Raises: UserError if there is no graph with its parameters.
@@ -38,11 +38,11 @@ def find_prefix(path):
     if os.path.isdir(path):
         graphs = [name for name in sorted(os.listdir(path)) if name.endswith(".pdmodel")]
         if len(graphs) != 1:
-            raise UserError(f"--model_path {path}: a directory with {len(graphs)} graphs (*.pdmodel), one is needed")
+            raise UserError(f"{option} {path}: a directory with {len(graphs)} graphs (*.pdmodel), one is needed")
         prefix = os.path.join(path, graphs[0][: -len(".pdmodel")])
     for suffix in (".pdmodel", ".pdiparams"):
         if not os.path.isfile(prefix + suffix):
-            raise UserError(f"--model_path {path}: no {prefix}{suffix}")
+            raise UserError(f"{option} {path}: no {prefix}{suffix}")
     return prefix
 
 

@@ -126,7 +126,7 @@ def test_a_failed_load_is_one_line_and_kills_nobody(model, tmp_path):
     weights = broken / "float.pdiparams"
     weights.write_bytes(weights.read_bytes()[:-100])
     ports = ["--http_port", str(free_port()), "--rpc_port", str(free_port()), "--log_dir", str(tmp_path)]
-    for name, words in ((broken, "float.pdiparams"), (tmp_path / "none", "none")):
+    for name, words in ((broken, "float.pdiparams"), (tmp_path / "none", f"--model {tmp_path}/none: no ")):
         command = [sys.executable, SCRIPT, "--model", str(name), *ports]
         done = subprocess.run(
             ["sh", "-c", '"$@"; echo "status $?"', "sh", *command], capture_output=True, text=True, timeout=120

@@ -103,7 +103,7 @@ def main(argv=None):
     except ImportError as error:
         raise utils.UserError(f"{error}; `bash setup_env.sh --serving` installs Paddle Serving") from error
     model = os.path.join(args.dirname, args.model_filename) if args.model_filename else args.dirname
-    prefix = engine.find_prefix(model)
+    prefix = engine.find_prefix(model, "--dirname")
     name = os.path.basename(prefix)
     if args.params_filename not in (None, f"{name}.pdiparams"):
         raise utils.UserError(f"--params_filename {args.params_filename}: those of {name}.pdmodel are {name}.pdiparams")

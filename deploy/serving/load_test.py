@@ -141,7 +141,7 @@ def count_right(answers, logits, labels, tolerance):
 
 def main(argv=None):
     args = parse_args(argv)
-    prefix = engine.find_prefix(args.model)
+    prefix = engine.find_prefix(args.model, "--model")
     record = engine.open_exported(prefix)
     args.model = os.path.dirname(os.path.abspath(prefix))
     precision = args.precision or engine.default_precision(prefix)

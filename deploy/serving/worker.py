@@ -56,7 +56,7 @@ class Model:
     """The exported model, in the place where Paddle Serving's operator expects a local service handler."""
 
     def __init__(self, path, device, precision, threads, use_trt=False):
-        prefix = engine.find_prefix(path)
+        prefix = engine.find_prefix(path, "--model")
         self.record = engine.open_exported(prefix)
         self.precision = precision or engine.default_precision(prefix)
         self.labels, self.pairs = self.record["labels"], bool(self.record["data"]["dev"].get("pairs"))
