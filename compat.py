@@ -51,6 +51,10 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 
+# Paddle prints a C++ stack trace for every SIGTERM; an end that somebody asked for needs none.
+paddle.disable_signal_handler()
+
+
 def _paddleslim():
     """Imports PaddleSlim and puts back what the import of its ``nlp_utils`` replaces: the attention of every model in
     the process, by one that lost the 1/sqrt(head_dim) scale and takes its mask in another form. Nothing fails then;
@@ -128,7 +132,7 @@ def paddle_serving():
     from importlib.util import find_spec
     from types import ModuleType, SimpleNamespace
 
-    if find_spec("paddle_serving_client") is None:
+    if "paddle_serving_client" not in sys.modules and find_spec("paddle_serving_client") is None:
         sys.modules["paddle_serving_client"] = ModuleType("paddle_serving_client")
         sys.modules["paddle_serving_client"].Client = type("Client", (), {})
     from paddle_serving_server.pipeline import operator

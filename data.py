@@ -43,6 +43,10 @@ TASKS = {
 }
 
 
+# A file of this name beside the tasks' directories: the records are invented (demo/generate_data.py).
+GENERATED = "GENERATED"
+
+
 class Example(NamedTuple):
     text: str
     text_pair: Optional[str]
@@ -251,7 +255,9 @@ def read_split(task, split, data_dir=None, max_samples=None):
     if len({e.text_pair is None for e in examples}) > 1:
         raise UserError(f"{path}: some records are sentences, others sentence pairs")
     partial = None
-    if split == "train" and task.train_size and len(examples) < task.train_size:
+    if os.path.isfile(os.path.join(os.path.dirname(os.path.dirname(path)), GENERATED)):
+        partial = f"{len(examples)} generated {split} records, nothing of CLUE"
+    elif split == "train" and task.train_size and len(examples) < task.train_size:
         partial = f"{len(examples)} of {task.train_size} official train records"
     if max_samples and max_samples < len(examples):
         partial = f"{max_samples} of {len(examples)} {split} records ({limit})"
@@ -293,6 +299,11 @@ def convert(examples, tokenizer, max_seq_length):
     pairs = [e.text_pair for e in examples] if examples and examples[0].text_pair is not None else None
     encoded = tokenizer.encode([e.text for e in examples], pairs, max_seq_length)
     return [Feature(ids, types, example.label) for (ids, types), example in zip(encoded, examples)]
+
+
+def unknown_share(features, unk_id):
+    """The share of unknown tokens in features: a vocabulary that does not fit the data has many."""
+    return sum(f.input_ids.count(unk_id) for f in features) / max(1, sum(len(f.input_ids) for f in features))
 
 
 def by_length(features):

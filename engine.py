@@ -51,12 +51,12 @@ def check_precision(prefix, device, precision):
     quantized = is_quantized(prefix)
     if quantized and precision != "int8":
         raise UserError(
-            f"{prefix}: a quantized model; add --int8 (without it the engine would simulate INT8 in "
+            f"{prefix}: a quantized model, which runs in int8 (in {precision} the engine would simulate it in "
             "floating point, several times slower than FP32)"
         )
     if precision == "int8" and not quantized:
         raise UserError(
-            f"{prefix}: not a quantized model, so --int8 cannot be had; quantize it first (quantization/quant_post.py)"
+            f"{prefix}: not a quantized model, so int8 cannot be had; quantize it first (quantization/quant_post.py)"
         )
     if precision == "bf16" and device != "cpu":
         raise UserError("--precision bf16 is for --device cpu; on a GPU use fp16")

@@ -143,7 +143,8 @@ def load(args, num_labels, kind="ForSequenceClassification", option="--model_nam
         model = cls.from_pretrained(name, num_labels=num_labels, ignore_mismatched_sizes=True)
         source = records.relative(name)
         tokenizer = tokenization.load_tokenizer(name, fast)
-    elif name in cls.pretrained_init_configuration:
+    elif builtin_name(cls, name):
+        name = builtin_name(cls, name)
         try:
             with compat.away_from_directory(name):
                 model = cls.from_pretrained(name, num_labels=num_labels)
@@ -151,7 +152,7 @@ def load(args, num_labels, kind="ForSequenceClassification", option="--model_nam
         except Exception as error:  # PaddleNLP raises half a dozen kinds when there is no network
             raise UserError(
                 f"{name} could not be downloaded ({type(error).__name__}); without a network, name a model "
-                "directory, or start from random weights with --init_config"
+                "directory, or start from random weights with --init_config and --vocab_file (README, Data)"
             ) from error
         source = name
     else:
@@ -198,6 +199,11 @@ def check_model_type(directory, model_type):
 
 def parent_of(directory, record):
     return {"path": records.relative(directory), "weights": record["weights"]}
+
+
+def builtin_name(cls, name):
+    """PaddleNLP's name for a built-in model, or None. The RoBERTa models of HFL are published without their prefix."""
+    return next((n for n in (name, f"hfl/{name}") if n in cls.pretrained_init_configuration), None)
 
 
 def builtin_tokenizer(model_type, name, fast):

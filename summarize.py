@@ -34,7 +34,7 @@ from tables import (
     family_table,
 )
 
-DEFAULT_DIRECTORIES = ("finetuning", "pruning", "quantization")
+DEFAULT_DIRECTORIES = ("general_distill", "finetuning", "pruning", "quantization")
 BEST = "best.json"
 
 
@@ -107,7 +107,7 @@ def main(argv=None):
     if not roots:
         print(
             f"summarize.py: no finished fine-tuned model{' of ' + args.task_name if args.task_name else ''} under "
-            f"{', '.join(map(relative, directories))}",
+            f"{', '.join(map(relative, directories))}; name the directory it is in",
             file=sys.stderr,
         )
         sys.exit(1)

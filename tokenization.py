@@ -81,6 +81,7 @@ class _Tokenizer:
         if missing:
             raise UserError(f"the vocabulary lacks {', '.join(missing)}: it is not one of a Chinese BERT")
         self.pad_id, self.cls_id, self.sep_id = ids["[PAD]"], ids["[CLS]"], ids["[SEP]"]
+        self.unk_id = ids["[UNK]"]
 
     def save(self, directory):
         """Writes ``vocab.txt`` and ``tokenizer_config.json``, which PaddleNLP's tokenizers load as well."""

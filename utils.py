@@ -23,6 +23,9 @@ def run(main):
     except UserError as error:
         print(f"{script}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # as in `... | head`: whoever read the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:
         if error.errno is None:  # not the file system's, so not the user's to mend
             raise
@@ -47,13 +50,12 @@ def boolean(text):
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in the help, and one-line errors."""
 
+    class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):
+            return action.help if action.default is None else super()._get_help_string(action)
+
     def __init__(self, doc):
-        super().__init__(
-            description=doc,
-            formatter_class=type(
-                "Formatter", (argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter), {}
-            ),
-        )
+        super().__init__(description=doc, formatter_class=self.Formatter)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")

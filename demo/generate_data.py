@@ -7,14 +7,15 @@ its label is, and who a pronoun means depends on verb and reason together. They 
     python generate_data.py --output_dir data
 """
 
-import argparse
 import json
 import os
 import random
 import sys
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.join(HERE, ".."), HERE]
 import data
+import make_vocab
 import utils
 
 # TNEWS: label, its name in CLUE, things and events of the topic.
@@ -198,16 +199,36 @@ def without_label(row, number):
     return {"id": number, **{key: row[key] for key in row if not key.startswith("label") and key != "idx"}}
 
 
-def main(argv=None):
+def corpus(rng, count):
+    """Sentences of all three kinds without their labels."""
+    for _ in range(count):
+        kind = rng.random()
+        if kind < 0.6:
+            yield headline(rng, rng.choice(list(TOPICS)))
+        elif kind < 0.85:
+            # The same question in two ways: whoever predicts its masked characters learns to compare.
+            meaning = rng.choice(THINGS), rng.choice(list(WISHES))
+            yield f"{question(rng, *meaning)}，{question(rng, *meaning)}"
+        else:
+            yield cluewsc2020(rng, 0)["text"]
+
+
+def parse_args(argv=None):
     parser = utils.Parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--output_dir", required=True, help="gets <task>_public/, corpus/ and vocab.txt")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="another one gives other records")
     parser.add_argument("--corpus_lines", type=int, default=24000, help="sentences without labels")
     args = parser.parse_args(argv)
     utils.check_positive(args, "corpus_lines")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
     with utils.whole_directory(args.output_dir) as directory:
-        written = []
+        texts = list(corpus(random.Random(f"{args.seed} corpus"), args.corpus_lines))
+        os.mkdir(os.path.join(directory, "corpus"))
+        utils.write_whole(os.path.join(directory, "corpus", "part-00.txt"), "".join(f"{text}\n" for text in texts))
         for make, sizes in ((tnews, (3000, 600, 200)), (afqmc, (3000, 400, 200)), (cluewsc2020, (1500, 304, 100))):
             folder = os.path.join(directory, f"{make.__name__}_public")
             os.mkdir(folder)
@@ -221,36 +242,13 @@ def main(argv=None):
                     if told not in before:
                         rows.append(row)
                         seen.add(told)
-                written += [text for row in rows for text in data.texts_of(make.__name__, row) if text]
+                texts += [text for row in rows for text in data.texts_of(make.__name__, row) if text]
                 if split == "test":
                     rows = [without_label(row, number) for number, row in enumerate(rows)]
                 utils.write_json_lines(os.path.join(folder, f"{split}.json"), rows)
-        rng = random.Random(f"{args.seed} corpus")
-        os.mkdir(os.path.join(directory, "corpus"))
-        lines = []
-        for _ in range(args.corpus_lines):
-            kind = rng.random()
-            if kind < 0.6:
-                lines.append(headline(rng, rng.choice(list(TOPICS))))
-            elif kind < 0.85:
-                # The same question in two ways: whoever predicts its masked characters learns to compare.
-                meaning = rng.choice(THINGS), rng.choice(list(WISHES))
-                lines.append(f"{question(rng, *meaning)}，{question(rng, *meaning)}")
-            else:
-                lines.append(cluewsc2020(rng, 0)["text"])
-        utils.write_whole(os.path.join(directory, "corpus", "part-00.txt"), "".join(f"{line}\n" for line in lines))
-        characters = sorted(set("".join(written + lines)) - set(" \n"))
-        tokens = [
-            "[PAD]",
-            "[UNK]",
-            "[CLS]",
-            "[SEP]",
-            "[MASK]",
-            *characters,
-            *(f"##{c}" for c in characters if c.isascii()),
-        ]
-        utils.write_whole(os.path.join(directory, "vocab.txt"), "".join(f"{token}\n" for token in tokens))
-    print(f"{args.output_dir}: TNEWS, AFQMC, CLUEWSC2020, {len(lines)} lines of corpus, {len(tokens)} tokens")
+        tokens = make_vocab.write(os.path.join(directory, "vocab.txt"), texts)
+        utils.write_whole(os.path.join(directory, data.GENERATED), "Made by demo/generate_data.py; nothing of CLUE.\n")
+    print(f"{args.output_dir}: TNEWS, AFQMC, CLUEWSC2020, {args.corpus_lines} lines of corpus, {tokens} tokens")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ while [ $# -gt 0 ]; do
         --task)
             case $(echo "${2-}" | tr '[:lower:]' '[:upper:]') in
                 TNEWS | AFQMC | CLUEWSC2020) tasks=$(echo "$2" | tr '[:lower:]' '[:upper:]') ;;
-                *) fail "--task ${2-}: must be TNEWS, AFQMC or CLUEWSC2020" ;;
+                *) fail "--task ${2-(nothing)}: must be TNEWS, AFQMC or CLUEWSC2020" ;;
             esac
             shift
             ;;
@@ -40,6 +40,17 @@ model=pretrain/model_$student_steps
 
 started=$SECONDS
 step() { printf '\n== %d:%02d  %s\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) "$*"; }
+
+for_each_task() { # COMMAND ...: runs it for each task, with TASK, LR and CELL replaced by those of the grid's best cell
+    local task lr cell
+    for task in $tasks; do
+        IFS=$'\t' read -r _ lr _ _ _ cell < <("$PYTHON" "$root/summarize.py" --cells "$model/best.json" | grep "^$task	")
+        local words=("$@")
+        words=("${words[@]/#TASK/$task}")
+        words=("${words[@]/#LR/$lr}")
+        "${words[@]/#CELL/$cell}"
+    done
+}
 
 [ -z "$PYTHON" ] && sh "$root/setup_env.sh" --serving
 export PYTHON=${PYTHON:-$root/.venv/bin/python} DEVICE=${DEVICE:-cpu} CLUE_DATA_DIR=$output/data
@@ -69,11 +80,11 @@ for task in $tasks; do
 done
 
 step "exporting the best of the grid"
-sh "$root/pruning/export_all.sh" "$model/best.json"
+for_each_task "$PYTHON" "$root/finetuning/export_model.py" --task_name TASK --model_path CELL
 
 step "pruning to 3/4 width -> pruned_models/"
-sh "$root/pruning/prune.sh" "$model/best.json" 0.75 --num_train_epochs 2 --group_by_length
-sh "$root/pruning/export_all.sh" pruned_models
+for_each_task sh "$root/pruning/prune.sh" TASK LR 32 2 64 0 CELL 0.75 --group_by_length
+for_each_task sh "$root/pruning/export.sh" pruned_models TASK
 
 step "quantizing $first in eight ways -> *_quant_models/"
 sh "$root/quantization/quant.sh" "$first" "pruned_models/$first/0.75/sub_static"
@@ -111,9 +122,10 @@ step "done"
 cat << END
 Everything is in demo/output/: data/, teacher/, $model/ (the student, with models/ fine-tuned from it), pruned_models/,
 *_quant_models/, serving_server/, tables.md, clue.png. The models are tiny and the data generated: the figures show that the
-stages fit, and nothing about CLUE. \`bash demo/clean.sh\` removes it all.
+stages fit, and nothing about CLUE. \`bash demo/clean.sh\` removes it all, so copy what you want to keep.
 
 With real data, from the root of the repository:
   sh run_all.sh TNEWS 5e-5 32 3 128 0 ppminilm-6l-768h     # downloads model and data
   sh run_all.sh NAME 5e-5 32 3 128 0 ppminilm-6l-768h --data_dir DIR     # your own train.json and dev.json in DIR
+Without a network: README, Data.
 END

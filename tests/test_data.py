@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import write_rows
+from conftest import load_script, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -180,3 +180,34 @@ def test_padding_is_per_batch():
 
 def test_accuracy():
     assert data.accuracy(np.array([[0.1, 0.9], [0.8, 0.2], [0.4, 0.6]]), [1, 1, 1]) == pytest.approx(2 / 3)
+
+
+def test_a_vocabulary_of_ones_own_texts(workspace, tmp_path):
+    """It knows every character of train, in lower case, words of letters in pieces; another one is found unfit."""
+    vocab = str(tmp_path / "vocab.txt")
+    arguments = ["--task_name", "topics", "--data_dir", str(workspace / "data")]
+    load_script("demo", "make_vocab").main([*arguments, "--output", vocab])
+    task = data.get_task("topics", str(workspace / "data"))
+    examples = data.read_split(task, "train", str(workspace / "data")).examples
+    own = tokenization.load_tokenizer(None, True, vocab)
+    assert data.unknown_share(data.convert(examples, own, 64), own.unk_id) == 0
+    (ids, _), (mixed, _) = own.encode(["iPhone 16", "IPHONE 16"])
+    assert own.unk_id not in ids and ids == mixed
+    (tmp_path / "other.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n一\n")
+    other = tokenization.load_tokenizer(None, True, str(tmp_path / "other.txt"))
+    features = data.convert(examples, other, 64)
+    counted = sum(token == other.unk_id for f in features for token in f.input_ids) / sum(
+        len(f.input_ids) for f in features
+    )
+    assert data.unknown_share(features, other.unk_id) == counted > 0.5
+
+
+def test_hfls_models_go_without_their_prefix():
+    """The names that launchers and READMEs give are PaddleNLP's, or become so."""
+    import modeling
+
+    names = {"roberta": ["roberta-wwm-ext-large"], "ppminilm": ["ppminilm-6l-768h"], "bert": ["bert-base-chinese"]}
+    for model_type, asked in names.items():
+        cls = modeling.model_class(model_type)
+        assert all(modeling.builtin_name(cls, name) in cls.pretrained_init_configuration for name in asked)
+    assert modeling.builtin_name(modeling.model_class("roberta"), "no-such") is None

@@ -135,8 +135,8 @@ def test_output_directory_follows_the_input(stage, width, expected):
 def test_precisions_are_checked(tuned, quantized):
     int8, fp32 = str(quantized / "mse4/int8"), str(tuned / "inference")
     for prefix, device, precision, message in (
-        (int8, "cpu", "fp32", "a quantized model; add --int8"),
-        (int8, "cpu", "bf16", "add --int8"),
+        (int8, "cpu", "fp32", "a quantized model, which runs in int8"),
+        (int8, "cpu", "bf16", "which runs in int8"),
         (fp32, "cpu", "int8", "not a quantized model"),
         (fp32, "cpu", "fp16", "is for a GPU"),
         (fp32, "gpu", "bf16", "on a GPU use fp16"),

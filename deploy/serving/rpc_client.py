@@ -139,7 +139,10 @@ def wait_ready(host, port, seconds):
         except requests.RequestException:
             pass
         if time.monotonic() > until:
-            print(f"{url}: not ready after {seconds:g} s", file=sys.stderr)
+            print(
+                f"{url}: not ready after {seconds:g} s; is it running? see its output and PipelineServingLogs/",
+                file=sys.stderr,
+            )
             return False
         time.sleep(min(0.2, max(0.0, until - time.monotonic())))
 

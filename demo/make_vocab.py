@@ -1,0 +1,51 @@
+"""Makes a vocabulary from the characters of your own train data, where none comes with a downloaded model.
+
+Reads the train split of a task; writes vocab.txt: the special tokens, every character, and the continuations of letters
+and digits that WordPiece needs. For random weights (--init_config) only: a pre-trained model brings its own.
+
+    python make_vocab.py --task_name NAME --data_dir DIR --output vocab.txt
+"""
+
+import os
+import string
+import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import data
+import utils
+
+
+def parse_args(argv=None):
+    parser = utils.Parser(__doc__)
+    parser.add_argument("--task_name", required=True, help="one of CLUE's, or the name of your own")
+    utils.add_data_arguments(parser)
+    parser.add_argument("--output", required=True, help="where vocab.txt goes")
+    return parser.parse_args(argv)
+
+
+def vocabulary(texts):
+    """The tokens for texts, as a list: special ones first, then characters in order of their code points."""
+    characters = {c for text in texts for c in text.lower() if not c.isspace()}
+    characters |= set(string.ascii_lowercase + string.digits)
+    continued = (f"##{c}" for c in sorted(characters) if c.isascii() and c.isalnum())
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(characters), *continued]
+
+
+def write(path, texts):
+    """Writes vocab.txt. Returns: the number of tokens."""
+    tokens = vocabulary(texts)
+    utils.write_whole(path, "".join(f"{token}\n" for token in tokens))
+    return len(tokens)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    train = data.read_split(
+        data.get_task(args.task_name, args.data_dir), "train", args.data_dir, args.max_train_samples
+    )
+    count = write(args.output, [text for example in train.examples for text in example[:2] if text])
+    print(f"{args.output}: {count} tokens")
+
+
+if __name__ == "__main__":
+    utils.run(main)
