@@ -247,3 +247,18 @@ class Service:
 
 def settings_of(batch_size=32, **others):
     return {"op": {"ppminilm": {"batch_size": batch_size}}, **others}
+
+
+@pytest.fixture(scope="session")
+def models(pruned, quantized):
+    """{precision: (directory, file prefix)} of ``topics``."""
+    single = pruned / "0.75/sub_static"
+    return {"fp32": (single, "float"), "bf16": (single, "float"), "int8": (quantized / "mse4", "int8")}
+
+
+@pytest.fixture(scope="session")
+def service(models, tmp_path_factory):
+    """One INT8 service with small limits."""
+    settings = settings_of(max_body_bytes=20_000, max_texts=50)
+    with Service(tmp_path_factory.mktemp("service"), models["int8"][0], settings=settings) as service:
+        yield service

@@ -7,7 +7,7 @@ SIGINT or SIGTERM, keeps the model in a process group of its own, and starts tha
     python web_service.py --wait-ready 60
     curl -d '{"text": "今年的高考作文题"}' http://127.0.0.1:18083/ppminilm/prediction
     python rpc_client.py --text 今年的高考作文题
-    kill %1
+    kill $!
 """
 
 import contextlib
@@ -119,7 +119,7 @@ def read_config(args):
         check(name, value, f"--config {args.config}: {name}")
         flat[name] = value
     for name in (OPTIONS["model"], "log_dir"):
-        flat[name] = os.path.join(os.path.dirname(os.path.abspath(args.config)), flat[name])
+        flat[name] = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(args.config)), flat[name]))
     for option, name in OPTIONS.items():
         value = getattr(args, option)
         if value is not None:
