@@ -125,9 +125,9 @@ def test_large_requests_are_not_computed_all_together(service, models, workspace
     assert float(min(sizes, key=float)) < 0.7 * float(max(sizes, key=float)), sizes
 
 
-def test_every_shape_is_prepared(models, monkeypatch):
+def test_every_shape_is_prepared(models, monkeypatch, tmp_path):
     """What the engine runs before the ports open, and all that it runs afterwards: the same shapes."""
-    monkeypatch.setenv("SERVING_LOG_PATH", str(models["int8"][0].parent))
+    monkeypatch.setenv("SERVING_LOG_PATH", str(tmp_path))
     import worker
 
     model, shapes = worker.Model(str(models["int8"][0]), "cpu", None, None), []
