@@ -143,8 +143,8 @@ def load(args, num_labels, kind="ForSequenceClassification", option="--model_nam
         model = cls.from_pretrained(name, num_labels=num_labels, ignore_mismatched_sizes=True)
         source = records.relative(name)
         tokenizer = tokenization.load_tokenizer(name, fast)
-    elif builtin_name(cls, name):
-        name = builtin_name(cls, name)
+    elif published := builtin_name(cls, name):
+        name = published
         try:
             with compat.away_from_directory(name):
                 model = cls.from_pretrained(name, num_labels=num_labels)

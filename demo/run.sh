@@ -8,8 +8,9 @@
 #   --task TASK  TNEWS, AFQMC or CLUEWSC2020 alone (default: all three; the first one is quantized and served)
 #   --resume     go on with a run that was interrupted, and refuse to start a new one
 set -e
-root=$(cd "$(dirname "$0")/.." && pwd)
-output=$root/demo/output
+asked=$PYTHON
+. "$(dirname "$0")/../launcher.sh"
+output=$here/output
 
 fail() {
     echo "demo/run.sh: error: $1" >&2
@@ -20,10 +21,8 @@ tasks="TNEWS AFQMC CLUEWSC2020" resume=
 while [ $# -gt 0 ]; do
     case $1 in
         --task)
-            case $(echo "${2-}" | tr '[:lower:]' '[:upper:]') in
-                TNEWS | AFQMC | CLUEWSC2020) tasks=$(echo "$2" | tr '[:lower:]' '[:upper:]') ;;
-                *) fail "--task ${2-(nothing)}: must be TNEWS, AFQMC or CLUEWSC2020" ;;
-            esac
+            tasks=$(task_name "${2-(nothing)}")
+            case $tasks in TNEWS | AFQMC | CLUEWSC2020) ;; *) fail "--task $tasks: must be TNEWS, AFQMC or CLUEWSC2020" ;; esac
             shift
             ;;
         --resume) resume=yes ;;
@@ -36,24 +35,22 @@ done
 first=${tasks%% *}
 steps=${DEMO_STEPS:-600} # of the teacher; the student takes two thirds of them
 student_steps=$((steps * 2 / 3))
-model=pretrain/model_$student_steps
+student=pretrain/model_$student_steps
 
 started=$SECONDS
 step() { printf '\n== %d:%02d  %s\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) "$*"; }
 
-for_each_task() { # COMMAND ...: runs it for each task, with TASK, LR and CELL replaced by those of the grid's best cell
-    local task lr cell
-    for task in $tasks; do
-        IFS=$'\t' read -r _ lr _ _ _ cell < <("$PYTHON" "$root/summarize.py" --cells "$model/best.json" | grep "^$task	")
-        local words=("$@")
-        words=("${words[@]/#TASK/$task}")
-        words=("${words[@]/#LR/$lr}")
-        "${words[@]/#CELL/$cell}"
-    done
-}
+# What for_each_best of launcher.sh calls, with task, lr and model set, for the tasks that were asked for.
+asked_for() { case " $tasks " in *" $task "*) "$@" ;; esac; }
+export_one() { "$PYTHON" "$root/finetuning/export_model.py" --task_name "$task" --model_path "$model"; }
+prune_one() { sh "$root/pruning/prune.sh" "$task" "$lr" 32 2 64 0 "$model" 0.75 --group_by_length; }
+export_pruned_one() { sh "$root/pruning/export.sh" pruned_models "$task"; }
 
-[ -z "$PYTHON" ] && sh "$root/setup_env.sh" --serving
-export PYTHON=${PYTHON:-$root/.venv/bin/python} DEVICE=${DEVICE:-cpu} CLUE_DATA_DIR=$output/data
+if [ -z "$asked" ]; then
+    sh "$root/setup_env.sh" --serving
+    PYTHON=$root/.venv/bin/python
+fi
+export DEVICE=${DEVICE:-cpu} CLUE_DATA_DIR=$output/data
 mkdir -p "$output"
 cd "$output"
 
@@ -65,26 +62,26 @@ step "pre-training a teacher by masked language modelling -> teacher/"
     --input_dir data/corpus --output_dir teacher --max_steps "$steps" --batch_size 32 --learning_rate 2e-3 \
     --warmup_proportion 0.04 --max_seq_length 64 --group_by_length
 
-step "general distillation into a student -> $model/"
+step "general distillation into a student -> $student/"
 sh "$root/general_distill/run.sh" data/corpus 2L128H --init_config "$root/demo/student-2l-128h.json" \
     --teacher_model_name_or_path "$output/teacher" --teacher_layer_index 1 --num_relation_heads 8 --max_seq_length 64 \
     --batch_size 32 --learning_rate 3e-3 --max_steps $student_steps --save_steps 200 --group_by_length
 
-step "fine-tuning, a small grid -> $model/models/"
+step "fine-tuning, a small grid -> $student/models/"
 for task in $tasks; do
     rates=1e-3 epochs=4
     [ "$task" != AFQMC ] || { rates=5e-4 epochs=6; } # to compare two sentences takes longer to learn
     [ "$task" != "$first" ] || rates="5e-4 1e-3"
     BATCH_SIZES=32 LEARNING_RATES=$rates EPOCHS=$epochs MAX_SEQ_LENGTH=64 \
-        sh "$root/finetuning/run_one_search.sh" "$model" "$task" --group_by_length
+        sh "$root/finetuning/run_one_search.sh" "$student" "$task" --group_by_length
 done
 
 step "exporting the best of the grid"
-for_each_task "$PYTHON" "$root/finetuning/export_model.py" --task_name TASK --model_path CELL
+for_each_best "$student/best.json" asked_for export_one
 
 step "pruning to 3/4 width -> pruned_models/"
-for_each_task sh "$root/pruning/prune.sh" TASK LR 32 2 64 0 CELL 0.75 --group_by_length
-for_each_task sh "$root/pruning/export.sh" pruned_models TASK
+for_each_best "$student/best.json" asked_for prune_one
+for_each_best "$student/best.json" asked_for export_pruned_one
 
 step "quantizing $first in eight ways -> *_quant_models/"
 sh "$root/quantization/quant.sh" "$first" "pruned_models/$first/0.75/sub_static"
@@ -93,7 +90,7 @@ step "scoring in INT8"
 QUANT_DIR=$output sh "$root/deploy/python/infer_all.sh"
 
 step "serving the INT8 model"
-quantized=$(echo "$first" | tr '[:upper:]' '[:lower:]')_quant_models/mse4
+quantized=$(lower "$first")_quant_models/mse4
 "$PYTHON" "$root/deploy/serving/export_to_serving.py" --dirname "$quantized" --server_path serving_server \
     --client_path serving_client
 ports=$("$PYTHON" -c 'import socket
@@ -115,12 +112,12 @@ wait $service
 trap - EXIT
 
 step "tables and plot -> tables.md, clue.png"
-"$PYTHON" "$root/summarize.py" "$model" pruned_models ./*_quant_models --plot clue.png > tables.md
+"$PYTHON" "$root/summarize.py" "$student" pruned_models ./*_quant_models --plot clue.png > tables.md
 cat tables.md
 
 step "done"
 cat << END
-Everything is in demo/output/: data/, teacher/, $model/ (the student, with models/ fine-tuned from it), pruned_models/,
+Everything is in demo/output/: data/, teacher/, $student/ (the student, with models/ fine-tuned from it), pruned_models/,
 *_quant_models/, serving_server/, tables.md, clue.png. The models are tiny and the data generated: the figures show that the
 stages fit, and nothing about CLUE. \`bash demo/clean.sh\` removes it all, so copy what you want to keep.
 

@@ -161,8 +161,9 @@ def main(argv=None):
         return predict_test(args, args.output_dir) if args.do_predict and rank == 0 else None
     features = {name: data.convert(split.examples, tokenizer, args.max_seq_length) for name, split in read.items()}
     unknown = data.unknown_share(features["train"], tokenizer.unk_id)
-    if unknown > 0.05 and rank == 0:
-        print(f"warning: {unknown:.0%} of train's tokens are unknown to this vocabulary: does it fit?", file=sys.stderr)
+    unfit = [f"{unknown:.0%} of train's tokens are unknown to the vocabulary"] if unknown > 0.05 else []
+    if unfit and rank == 0:
+        print(f"warning: {unfit[0]}: does it fit?", file=sys.stderr)
     unfinished = training.Unfinished(args.output_dir, now, args.overwrite, shared=rank > 0)
     state = train(args, model, features["train"], features["dev"], unfinished, tokenizer.pad_id)
     training.wait_for_all()
@@ -173,8 +174,7 @@ def main(argv=None):
     provenance["notes"] += [
         f"partial {name} data: {split['partial']}" for name, split in splits.items() if split["partial"]
     ]
-    if unknown > 0.05:
-        provenance["notes"].append(f"{unknown:.0%} of train's tokens are unknown to the vocabulary")
+    provenance["notes"] += unfit
     best = state["best"]
     if best["accuracy"] <= splits["dev"]["majority_class"]:
         provenance["notes"].append("fine-tuning: dev accuracy not above the majority class")

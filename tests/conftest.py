@@ -5,6 +5,8 @@ import os
 import random
 import subprocess
 import sys
+import threading
+import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [
@@ -243,6 +245,24 @@ class Service:
         """The process id of the one that holds the model."""
         path = f"/proc/{self.process.pid}/task/{self.process.pid}/children"
         return int(open(path).read().split()[0])
+
+
+def at_once(count, ask):
+    """What ``count`` calls of ask(), started together, return, each with its seconds."""
+    outcomes, together = [], threading.Barrier(count)
+
+    def call():
+        together.wait()
+        started = time.monotonic()
+        result = ask()
+        outcomes.append((result, time.monotonic() - started))
+
+    threads = [threading.Thread(target=call) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcomes
 
 
 def settings_of(batch_size=32, **others):

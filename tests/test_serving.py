@@ -7,11 +7,10 @@ import re
 import subprocess
 import sys
 import threading
-import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, Service, load_script, sh
+from conftest import ROOT, Service, at_once, load_script, sh
 
 import data
 import engine
@@ -108,18 +107,7 @@ def test_large_requests_are_not_computed_all_together(service, models, workspace
     """Eight requests of 50 texts at once: each is answered in turn, so that the first does not wait for the last."""
     examples = dev_texts(workspace, 50)
     logits = offline(*models["int8"], "int8", examples)
-    finished = []
-
-    def ask():
-        _, answer = service.post({"texts": [example.text for example in examples]})
-        finished.append((time.monotonic(), answer))
-
-    threads = [threading.Thread(target=ask) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for _, answer in finished:
+    for (_, answer), _ in at_once(8, lambda: service.post({"texts": [example.text for example in examples]})):
         assert np.abs(np.array(answer["logits"]) - logits).max() <= load_test.TOLERANCE["int8"]
     sizes = re.findall(r"http logid \d+: 50 texts, ([\d.]+) ms", (service.logs / "pipeline.log").read_text())[-8:]
     assert float(min(sizes, key=float)) < 0.7 * float(max(sizes, key=float)), sizes

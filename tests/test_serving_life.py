@@ -13,7 +13,7 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT, Service, settings_of
+from conftest import ROOT, Service, at_once, settings_of
 
 pytest.importorskip("paddle_serving_server", reason="needs Paddle Serving: bash setup_env.sh --serving")
 import load_test  # noqa: E402
@@ -225,24 +225,6 @@ def test_is_ready_only_with_the_model(model, tmp_path):
         assert status == 200 and answer["labels"]
     finally:
         service.__exit__()
-
-
-def at_once(count, ask):
-    """What ``count`` calls of ask(), started together, return, each with its seconds."""
-    outcomes, together = [], threading.Barrier(count)
-
-    def call():
-        together.wait()
-        started = time.monotonic()
-        result = ask()
-        outcomes.append((result, time.monotonic() - started))
-
-    threads = [threading.Thread(target=call) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return outcomes
 
 
 def test_limits(model, tmp_path):

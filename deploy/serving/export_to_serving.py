@@ -17,6 +17,7 @@ import compat  # noqa: F401  before Paddle
 
 import engine
 import modeling
+import protocol
 import records
 import utils
 
@@ -98,10 +99,8 @@ def write_description(directory, side, config):
 
 def main(argv=None):
     args = parse_args(argv)
-    try:
+    with protocol.needs_paddle_serving():
         import paddle_serving_app  # noqa: F401
-    except ImportError as error:
-        raise utils.UserError(f"{error}; `bash setup_env.sh --serving` installs Paddle Serving") from error
     model = os.path.join(args.dirname, args.model_filename) if args.model_filename else args.dirname
     prefix = engine.find_prefix(model, "--dirname")
     name = os.path.basename(prefix)

@@ -46,8 +46,7 @@ def rpc_server(service, config):
         handlers=[grpc.method_handlers_generic_handler(name, {method: handler})],
         options=[("grpc.max_receive_message_length", config["max_body_bytes"]), ("grpc.so_reuseport", 0)],
     )
-    host = f"[{config['host']}]" if ":" in config["host"] else config["host"]
-    server.add_insecure_port(f"{host}:{config['rpc_port']}")
+    server.add_insecure_port(protocol.authority(config["host"], config["rpc_port"]))
     return server
 
 

@@ -9,11 +9,15 @@ Over RPC it is Paddle Serving's pipeline message, whose values are strings, so t
 it is that message as JSON, {"key": ["text"], "value": ["..."]}, or the plain object {"text": "..."}.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
 import sys
 from typing import List, NamedTuple, Optional
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+from utils import UserError
 
 SERVICE = "ppminilm"
 METHOD = "/baidu.paddle_serving.pipeline_serving.PipelineService/inference"
@@ -37,6 +41,20 @@ class Query(NamedTuple):
     pairs: Optional[List[str]]
     logid: int
     expires: float  # time.monotonic() after which nobody waits for the answer any more
+
+
+@contextlib.contextmanager
+def needs_paddle_serving():
+    """Says how to get what is missing. Raises: UserError instead of an ImportError."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"{error}; `bash setup_env.sh --serving` installs Paddle Serving") from error
+
+
+def authority(host, port):
+    """host:port, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
 def messages():
@@ -63,10 +81,15 @@ def parse_json(text, what):
         raise ServiceError(BAD_INPUT, f"{what} is not JSON") from error
 
 
+def check_name(name):
+    """Raises: ServiceError for the name of another service; none is as good as this one's."""
+    if name not in ("", SERVICE):
+        raise ServiceError(NO_SERVICE, f"there is no service of that name; this one is {SERVICE}")
+
+
 def fields_of_message(message):
     """{key: value} of a Request. Raises: ServiceError for a wrong service name, tensors, or keys without values."""
-    if message.name not in ("", SERVICE):
-        raise ServiceError(NO_SERVICE, f"there is no service of that name; this one is {SERVICE}")
+    check_name(message.name)
     if message.tensors:
         raise ServiceError(BAD_INPUT, "tensors are not taken; send texts as key and value")
     if len(message.key) != len(message.value) or len(set(message.key)) != len(message.key):
@@ -89,8 +112,7 @@ def fields_of_body(body):
     if not isinstance(logid, int) or isinstance(logid, bool) or abs(logid) >= 2**63:
         raise ServiceError(BAD_INPUT, "logid must be a whole number of 64 bits")
     if "key" not in request and "value" not in request:
-        if name not in ("", SERVICE):
-            raise ServiceError(NO_SERVICE, f"there is no service of that name; this one is {SERVICE}")
+        check_name(name)
         return request, logid, False
     if request.pop("tensors", []) or set(request) != {"key", "value"}:
         raise ServiceError(BAD_INPUT, "beside key and value there may be logid and name, and no tensors")

@@ -16,7 +16,6 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import protocol
 import texts
 import utils
-from utils import UserError
 
 PORTS = {"rpc": 8091, "http": 18083}
 
@@ -82,12 +81,19 @@ def rpc(host, port):
     return ask
 
 
-def http(host, port):
-    """As rpc, over HTTP."""
+def http_session():
     import requests
 
     session = requests.Session()
     session.trust_env = False  # a proxy of the environment is for other machines
+    return session
+
+
+def http(host, port):
+    """As rpc, over HTTP."""
+    import requests
+
+    session = http_session()
 
     def ask(fields, seconds):
         try:
@@ -127,15 +133,13 @@ def wait_ready(host, port, seconds):
     import requests
 
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/{protocol.SERVICE}/health"
-    until = time.monotonic() + seconds
+    url = f"http://{protocol.authority(host, port)}/{protocol.SERVICE}/health"
+    until, session = time.monotonic() + seconds, http_session()
     while True:
         left = max(0.1, until - time.monotonic())
         try:
-            with requests.Session() as session:
-                session.trust_env = False
-                if session.get(url, timeout=left).status_code == 200:
-                    return True
+            if session.get(url, timeout=left).status_code == 200:
+                return True
         except requests.RequestException:
             pass
         if time.monotonic() > until:
@@ -150,10 +154,8 @@ def wait_ready(host, port, seconds):
 def main(argv=None):
     args = parse_args(argv)
     examples = texts.read_texts(args, args.task_name, None)
-    try:
+    with protocol.needs_paddle_serving():
         ask = (http if args.http else rpc)(args.host, args.port)
-    except ImportError as error:
-        raise UserError(f"{error}; `bash setup_env.sh --serving` installs Paddle Serving") from error
     for start in range(0, len(examples), args.batch_size):
         chosen = examples[start : start + args.batch_size]
         fields = {"texts": [example.text for example in chosen]}

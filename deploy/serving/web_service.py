@@ -21,6 +21,7 @@ import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, "..", ".."))
+import protocol
 import utils
 from utils import UserError
 
@@ -202,7 +203,7 @@ class Supervisor:
             ready = self.start()
             since = time.monotonic()
             if ready:
-                where = f"http://{config['host']}:{config['http_port']}/ppminilm/prediction"
+                where = f"http://{protocol.authority(config['host'], config['http_port'])}/ppminilm/prediction"
                 print(f"web_service.py: ready, {where} and RPC on port {config['rpc_port']}", flush=True)
             status = self.worker.wait()
             self.end()  # whatever else is in its group
@@ -244,10 +245,8 @@ def main(argv=None):
 
         sys.exit(0 if rpc_client.wait_ready(config["host"], config["http_port"], args.wait_ready) else 1)
     check_ports(config)
-    try:
-        import paddle_serving_server  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"{error}; `bash setup_env.sh --serving` installs Paddle Serving") from error
+    with protocol.needs_paddle_serving():
+        protocol.messages()
     sys.exit(Supervisor(config).run())
 
 

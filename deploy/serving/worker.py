@@ -235,16 +235,16 @@ class Service:
             query = protocol.read_query(fields, logid, came + self.timeout, self.model.pairs, self.config["max_texts"])
             count = len(query.texts)
             response = self.pipeline.call(query)
-            if response.err_no == UNKNOWN:  # its own words name methods and data
-                response.err_msg = "the service failed to answer this request"
         except ServiceError as error:
             response.err_no, response.err_msg = error.err_no, str(error)
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]  # and not its message, which may quote the request
             log.error("logid %d: %s, %s:%d", logid, type(error).__name__, place.filename, place.lineno)
-            response.err_no, response.err_msg = UNKNOWN, "the service failed to answer this request"
+            response.err_no = UNKNOWN
         finally:
             self.running.pop(key, None)
+        if response.err_no == UNKNOWN:  # Paddle Serving's own words name methods and data
+            response.err_msg = "the service failed to answer this request"
         milliseconds = 1000 * (time.monotonic() - came)
         log.info("%s logid %d: %d texts, %.1f ms, err_no %d", front, logid, count, milliseconds, response.err_no)
         return response
