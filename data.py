@@ -15,7 +15,7 @@ from typing import List, NamedTuple, Optional
 import numpy as np
 
 from records import relative
-from utils import UserError, write_json_lines
+from utils import UserError
 
 
 @dataclass(frozen=True)
@@ -270,22 +270,6 @@ def md5_of(path):
         return hashlib.md5(file.read()).hexdigest()
 
 
-def submission_path(task_name, directory):
-    return os.path.join(directory, f"{task_name.lower()}_predict.json")
-
-
-def write_submission(task, test, logits, directory):
-    """Writes the predictions for a test split as CLUE takes them: one {"id", "label"} a line, in the file's order.
-
-    Args: test: Split of every test record. logits: [records, classes]. Returns: its path in ``directory``.
-    """
-    ids = [row.get("id", number) for number, (_, row) in enumerate(read_rows(test.path))]
-    labels = [task.labels[i] for i in np.asarray(logits).argmax(-1)]
-    path = submission_path(task.name, directory)
-    write_json_lines(path, [{"id": i, "label": label} for i, label in zip(ids, labels)])
-    return path
-
-
 def read_train_and_dev(task, args):
     """{"train": Split, "dev": Split} as --data_dir and the sample limits say."""
     return {
@@ -324,22 +308,31 @@ def collate(features, index, pad_id=0, length=None):
     return Batch(input_ids, token_type_ids, labels, np.asarray(index))
 
 
-def batches(features, batch_size, pad_id=0, order=None):
-    """Yields Batch by Batch in ``order`` (default: as they come); the last one may be smaller."""
-    order = np.arange(len(features)) if order is None else order
-    for start in range(0, len(order), batch_size):
-        yield collate(features, order[start : start + batch_size], pad_id)
+def round_up(length, longest):
+    """The next multiple of 4, above 64 of 16, but not above ``longest``: oneDNN prepares its operators anew, and copies
+    their weights, for every shape, and of the 48 lengths of TNEWS this leaves 12 at the price of 6 % more padding."""
+    step = 4 if length <= 64 else 16
+    return min(-(-length // step) * step, longest)
 
 
-def logits_by_length(run, features, batch_size, pad_id=0):
-    """Calls ``run(Batch)`` on batches in order of length, which saves padding.
+def batches(features, batch_size, pad_id=0, order=None, few_lengths=False):
+    """Yields Batch by Batch in ``order`` (default: as they come); the last one may be smaller.
 
-    Returns: what it gives, float32 [len(features), classes], in the features' order.
+    Args: few_lengths: pad each to a length that round_up gives, and not just to its longest sequence.
     """
+    order = np.arange(len(features)) if order is None else order
+    lengths = [len(feature.input_ids) for feature in features]
+    for start in range(0, len(order), batch_size):
+        index = order[start : start + batch_size]
+        length = max(lengths[i] for i in index)
+        yield collate(features, index, pad_id, round_up(length, max(lengths)) if few_lengths else length)
+
+
+def gather(computed, count):
+    """float32 [count, classes] of the (Batch, logits) pairs that ``computed`` yields, each row where its index says."""
     logits = None
-    for batch in batches(features, batch_size, pad_id, by_length(features)):
-        rows = run(batch)
-        logits = np.empty((len(features), rows.shape[1]), "float32") if logits is None else logits
+    for batch, rows in computed:
+        logits = np.empty((count, rows.shape[1]), "float32") if logits is None else logits
         logits[batch.index] = rows
     return logits
 

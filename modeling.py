@@ -1,10 +1,9 @@
-"""Encoders with a classification head: building, loading, counting, scoring, exporting."""
+"""Encoders with a classification head: building, loading, counting, scoring."""
 
 import json
 import math
 import os
 import re
-import shutil
 import tempfile
 
 import compat  # before Paddle
@@ -15,7 +14,6 @@ import paddle
 import data
 import records
 import tokenization
-import utils
 from utils import UserError
 
 MODEL_TYPES = {"ppminilm": "PPMiniLM", "bert": "Bert", "ernie": "Ernie", "roberta": "Roberta"}
@@ -72,14 +70,6 @@ def add_model_arguments(group):
         "can be downloaded (recorded in stage.json)",
     )
     group.add_argument("--vocab_file", help="vocabulary for --init_config, one token a line")
-
-
-def add_export_arguments(group):
-    group.add_argument("--model_type", choices=sorted(MODEL_TYPES), help="checked against stage.json if given")
-    group.add_argument("--parity_tolerance", type=float, default=1e-4, help="largest difference of a logit allowed")
-    group.add_argument("--device", help="gpu or cpu (default: gpu if Paddle has one)")
-    utils.add_data_arguments(group)
-    utils.add_tokenizer_arguments(group)
 
 
 def is_model_directory(path):
@@ -250,7 +240,8 @@ def predict(model, features, pad_id=0, batch_size=128):
     def run(batch):
         return model(paddle.to_tensor(batch.input_ids), paddle.to_tensor(batch.token_type_ids)).numpy()
 
-    logits = data.logits_by_length(run, features, batch_size, pad_id)
+    in_order_of_length = data.batches(features, batch_size, pad_id, data.by_length(features))
+    logits = data.gather(((batch, run(batch)) for batch in in_order_of_length), len(features))
     if training:
         model.train()
     return logits
@@ -263,77 +254,3 @@ def score(model, features, pad_id=0):
     shifted = logits - logits.max(-1, keepdims=True)
     log_likelihood = (shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))[np.arange(len(labels)), labels]
     return {"accuracy": round(data.accuracy(logits, labels), 6), "loss": round(float(-log_likelihood.mean()), 6)}
-
-
-# Export
-
-
-def export_static(model, prefix):
-    """Writes the inference graph ``prefix``.{pdmodel,pdiparams,pdiparams.info}: input_ids, token_type_ids -> logits."""
-    model.eval()
-    tokens = [paddle.static.InputSpec([None, None], "int64", name) for name in ("input_ids", "token_type_ids")]
-    paddle.jit.save(paddle.jit.to_static(model, input_spec=tokens, full_graph=True), prefix)
-    forget_call_stacks(f"{prefix}.pdmodel")
-
-
-def read_program(path):
-    """The ProgramDesc message of a .pdmodel."""
-    from paddle.base.proto import framework_pb2
-
-    with open(path, "rb") as file:
-        return framework_pb2.ProgramDesc.FromString(file.read())
-
-
-def forget_call_stacks(path):
-    """Removes from a .pdmodel where each operator was made in the source: these are paths of this machine."""
-    program = read_program(path)
-    for block in program.blocks:
-        for operator in block.ops:
-            kept = [attribute for attribute in operator.attrs if attribute.name != "op_callstack"]
-            del operator.attrs[:]
-            operator.attrs.extend(kept)
-    with open(path, "wb") as file:
-        file.write(program.SerializeToString())
-
-
-def parity_features(args, record, tokenizer, max_seq_length):
-    """Inputs to compare a model before and after a hand-off: (features, what they are).
-
-    32 dev records if they lie on this machine, else 32 sequences of random tokens: an export starts no download.
-    """
-    try:
-        local = data.is_local(record["task"], "dev", args.data_dir)
-    except UserError:
-        if args.data_dir:
-            raise
-        local = False
-    if local:
-        task = data.Task(record["task"], tuple(record["labels"]))
-        dev = data.read_split(task, "dev", args.data_dir, min(args.max_eval_samples or 32, 32))
-        return data.convert(dev.examples, tokenizer, max_seq_length), f"{len(dev.examples)} dev records"
-    random = np.random.default_rng(0)
-    lengths = random.integers(4, max_seq_length + 1, 32)
-    ids = [random.integers(0, len(tokenizer.vocab), n).tolist() for n in lengths]
-    ids = [[tokenizer.cls_id] + [i if i != tokenizer.pad_id else tokenizer.sep_id for i in row[1:]] for row in ids]
-    return [data.Feature(row, [0] * len(row), None) for row in ids], "32 sequences of random tokens"
-
-
-def parity(expected, found, inputs, tolerance):
-    """Compares two arrays of logits for the stage record. Raises: UserError past ``tolerance`` (largest difference)."""
-    difference = float(np.abs(expected - found).max())
-    if not difference <= tolerance:
-        raise UserError(
-            f"the exported model differs from the original by {difference:.2e} on {inputs}; at most "
-            f"{tolerance:.0e} is allowed (--parity_tolerance)"
-        )
-    return {"inputs": inputs, "largest_difference": difference, "tolerance": tolerance}
-
-
-def move_files(source, target):
-    """Moves the files of directory ``source`` into ``target``, each whole. Returns: {name: sha256}."""
-    hashes = {}
-    for name in sorted(os.listdir(source)):
-        hashes[name] = records.file_hash(os.path.join(source, name))
-        shutil.move(os.path.join(source, name), os.path.join(target, f"{name}.writing"))
-        os.replace(os.path.join(target, f"{name}.writing"), os.path.join(target, name))
-    return hashes

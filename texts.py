@@ -1,10 +1,13 @@
-"""Texts of the user's own: read from arguments, a file or standard input, and answered by one JSON line each."""
+"""Texts of the user's own: read from arguments, a file or standard input, and answered by one JSON line each. And the
+answers for a test split, as CLUE takes them."""
 
+import os
 import sys
 
 import numpy as np
 
 import data
+import utils
 from utils import UserError
 
 
@@ -72,3 +75,19 @@ def answer(example, labels, row):
         "probabilities": {label: round(float(p), 6) for label, p in zip(labels, row)},
     }
     return said if example.text_pair is None else {**said, "text_pair": example.text_pair}
+
+
+def submission_path(task_name, directory):
+    return os.path.join(directory, f"{task_name.lower()}_predict.json")
+
+
+def write_submission(task, test, logits, directory):
+    """Writes the predictions for a test split as CLUE takes them: one {"id", "label"} a line, in the file's order.
+
+    Args: test: Split of every test record. logits: [records, classes]. Returns: its path in ``directory``.
+    """
+    ids = [row.get("id", number) for number, (_, row) in enumerate(data.read_rows(test.path))]
+    labels = [task.labels[i] for i in np.asarray(logits).argmax(-1)]
+    path = submission_path(task.name, directory)
+    utils.write_json_lines(path, [{"id": i, "label": label} for i, label in zip(ids, labels)])
+    return path

@@ -15,6 +15,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import compat  # noqa: F401  before Paddle
 
 import engine
+import exporting
 import modeling
 import records
 import utils
@@ -25,30 +26,32 @@ def parse_args(argv=None):
     main = parser.add_argument_group("what to export")
     main.add_argument("--task_name", required=True, help="the task it was fine-tuned on")
     main.add_argument("--model_path", required=True, help="directory that run_clue.py wrote")
-    modeling.add_export_arguments(parser.add_argument_group("other"))
+    exporting.add_export_arguments(parser.add_argument_group("other"))
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    utils.set_device(args.device)
+    device = utils.set_device(args.device)
+    args.cls_only = device == "cpu" if args.cls_only is None else args.cls_only
     started = time.time()
     model, tokenizer, record = modeling.load_finished(args.model_path, args.use_faster_tokenizer)
     records.check_task(record, args.task_name, args.model_path, args.model_type)
     length = records.sequence_length(args, record)
-    features, inputs = modeling.parity_features(args, record, tokenizer, length)
+    features, inputs = exporting.parity_features(args, record, tokenizer, length)
     with tempfile.TemporaryDirectory(dir=args.model_path, prefix=".export-") as directory:
         prefix = os.path.join(directory, "inference")
         expected = modeling.predict(model, features, tokenizer.pad_id)
-        modeling.export_static(model, prefix)
+        exporting.export_static(model, prefix, args.cls_only)
         found = engine.Engine(prefix).predict(features, pad_id=tokenizer.pad_id)
-        parity = modeling.parity(expected, found, inputs, args.parity_tolerance)
+        parity = exporting.parity(expected, found, inputs, args.parity_tolerance)
         record.pop("export", None)
         records.write_record(args.model_path, record)  # from here until the end the directory counts as not exported
-        files = modeling.move_files(directory, args.model_path)
+        files = exporting.move_files(directory, args.model_path)
     record["export"] = {
         "weights": files,
         "parity": parity,
+        "cls_only": args.cls_only,
         "seconds": round(time.time() - started, 1),
         "bytes": os.path.getsize(os.path.join(args.model_path, "inference.pdiparams")),
     }

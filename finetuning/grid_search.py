@@ -27,6 +27,7 @@ from tqdm import tqdm
 import data
 import modeling
 import records
+import texts
 import run_clue
 import summarize
 import utils
@@ -159,7 +160,7 @@ def state_of(cell, asked, record, identities):
         now = identities.of(cell.task, asked)
         before = records.identity(record["arguments"], record["parent"], record["data"])
         same = all(before.get(name) == value for name, value in now.items() if name != "device")
-        predicted = not asked.do_predict or os.path.isfile(data.submission_path(cell.task, cell.directory))
+        predicted = not asked.do_predict or os.path.isfile(texts.submission_path(cell.task, cell.directory))
         return "finished" if same and predicted and not asked.overwrite else "new"
     return "begun" if os.path.isdir(f"{cell.directory}.unfinished") else "new"
 

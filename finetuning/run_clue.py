@@ -24,6 +24,7 @@ from tqdm import tqdm
 import data
 import modeling
 import records
+import texts
 import training
 import utils
 
@@ -81,7 +82,7 @@ def predict_test(args, directory):
     task = data.Task(record["task"], tuple(record["labels"]))
     test = data.read_split(task, "test", args.data_dir)
     features = data.convert(test.examples, tokenizer, records.sequence_length(args, record))
-    path = data.write_submission(task, test, modeling.predict(model, features, tokenizer.pad_id), directory)
+    path = texts.write_submission(task, test, modeling.predict(model, features, tokenizer.pad_id), directory)
     print(f"{len(features)} test records -> {path}")
 
 

@@ -17,6 +17,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import compat  # noqa: F401  before Paddle
 
 import engine
+import exporting
 import modeling
 import supernet as dynabert
 import records
@@ -36,13 +37,14 @@ def parse_args(argv=None):
     other = parser.add_argument_group("other")
     other.add_argument("--depth_mult", type=float, default=1.0, help="only 1.0: depth is not pruned here")
     other.add_argument("--n_gpu", type=int, help="accepted; exporting uses one device")
-    modeling.add_export_arguments(other)
+    exporting.add_export_arguments(other)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    utils.set_device(args.device)
+    device = utils.set_device(args.device)
+    args.cls_only = device == "cpu" if args.cls_only is None else args.cls_only
     started = time.time()
     if args.depth_mult != 1.0:
         raise utils.UserError(f"--depth_mult {args.depth_mult:g}: only 1.0 is supported, depth is not pruned here")
@@ -56,7 +58,7 @@ def main(argv=None):
     records.check_replaceable(sub_target, "prune_export", [args.model_name_or_path])
     records.check_replaceable(static_target, "prune_export", [args.model_name_or_path, sub_target])
     args.max_seq_length = records.sequence_length(args, record)
-    features, inputs = modeling.parity_features(args, record, tokenizer, args.max_seq_length)
+    features, inputs = exporting.parity_features(args, record, tokenizer, args.max_seq_length)
 
     architecture, model_type = record["model"]["architecture"], record["model"]["model_type"]
     weights = {name: value.numpy() for name, value in model.state_dict().items()}
@@ -66,7 +68,7 @@ def main(argv=None):
     supernet = dynabert.make_supernet(model, [width])
     dynabert.set_width(supernet, width)
     expected = modeling.predict(supernet, features, tokenizer.pad_id)
-    dynamic = modeling.parity(
+    dynamic = exporting.parity(
         expected, modeling.predict(sub_model, features, tokenizer.pad_id), inputs, args.parity_tolerance
     )
 
@@ -88,9 +90,9 @@ def main(argv=None):
         )
     with utils.whole_directory(static_target) as directory:
         prefix = os.path.join(directory, name)
-        modeling.export_static(sub_model, prefix)
+        exporting.export_static(sub_model, prefix, args.cls_only)
         found = engine.Engine(prefix).predict(features, pad_id=tokenizer.pad_id)
-        static = modeling.parity(expected, found, inputs, args.parity_tolerance)
+        static = exporting.parity(expected, found, inputs, args.parity_tolerance)
         hashes = records.hash_files(directory, sorted(os.listdir(directory)))
         tokenizer.save(directory)
         records.write_record(
@@ -101,7 +103,12 @@ def main(argv=None):
                 started,
                 **common,
                 weights=hashes,
-                export={"weights": hashes, "parity": static, "bytes": os.path.getsize(f"{prefix}.pdiparams")},
+                export={
+                    "weights": hashes,
+                    "parity": static,
+                    "cls_only": args.cls_only,
+                    "bytes": os.path.getsize(f"{prefix}.pdiparams"),
+                },
             ),
         )
     print(

@@ -21,7 +21,9 @@ import numpy as np
 import paddle
 
 import data
+import embeddings
 import engine
+import exporting
 import modeling
 import tokenization
 import records
@@ -64,6 +66,14 @@ def parse_args(argv=None):
         default=0.9,
         help="share of dev predictions that must equal FP32's; a variant below it is reported and not written",
     )
+    other.add_argument(
+        "--int8_embeddings",
+        nargs="?",
+        const=True,
+        type=utils.boolean,
+        help="store the word embeddings in INT8 as well, with a scale a row: about half the file "
+        "(default: on for a CPU; TensorRT takes no such table)",
+    )
     other.add_argument("--seed", type=int, default=42, help="chooses the calibration samples")
     other.add_argument("--device", help="gpu or cpu (default: gpu if Paddle has one)")
     other.add_argument("--overwrite", action="store_true", help="replace variants made with other arguments")
@@ -96,44 +106,53 @@ class CalibrationBatch(paddle.io.IterableDataset):
         yield self.batch.input_ids, self.batch.token_type_ids
 
 
-def quantize(prefix, features, pad_id, algorithm, directory, model_filename, params_filename):
-    """Writes the quantized graph of ``prefix`` into ``directory``, calibrated on all ``features`` in one batch."""
-    paddle.enable_static()
-    try:
-        program = paddle.static.Program()
-        with utils.quiet(), paddle.static.scope_guard(paddle.static.Scope()), paddle.static.program_guard(program):
-            feeds = [paddle.static.data(name, [None, None], "int64") for name in ("input_ids", "token_type_ids")]
-            loader = paddle.io.DataLoader(
-                CalibrationBatch(features, pad_id),
-                feed_list=feeds,
-                places=paddle.CPUPlace(),
-                return_list=False,
-                batch_size=None,
-            )
-            compat.quant_post_static(
-                executor=paddle.static.Executor(paddle.CPUPlace()),
-                model_dir=os.path.dirname(prefix),
-                model_filename=f"{os.path.basename(prefix)}.pdmodel",
-                params_filename=f"{os.path.basename(prefix)}.pdiparams",
-                quantize_model_path=directory,
-                save_model_filename=model_filename,
-                save_params_filename=params_filename,
-                data_loader=loader,
-                batch_size=len(features),
-                batch_nums=1,
-                algo=algorithm,
-                hist_percent=0.9999,
-                quantizable_op_type=["matmul", "matmul_v2"],
-                weight_quantize_type="channel_wise_abs_max",
-                onnx_format=True,  # weights are stored as int8
-            )
-    finally:
-        paddle.disable_static()
+def quantize(prefix, features, pad_id, algorithm, directory, int8_embeddings, name="int8"):
+    """Writes the quantized graph of ``prefix`` into ``directory``, calibrated on all ``features`` in one batch.
+
+    Args: name: the files' name, or (model_filename, params_filename).
+    """
+    model_filename, params_filename = (f"{name}.pdmodel", f"{name}.pdiparams") if isinstance(name, str) else name
+    with tempfile.TemporaryDirectory() as scratch:
+        if int8_embeddings:
+            embeddings.store_in_int8(prefix, os.path.join(scratch, "float"))
+            prefix = os.path.join(scratch, "float")
+        paddle.enable_static()
+        try:
+            program = paddle.static.Program()
+            with utils.quiet(), paddle.static.scope_guard(paddle.static.Scope()), paddle.static.program_guard(program):
+                feeds = [paddle.static.data(name, [None, None], "int64") for name in ("input_ids", "token_type_ids")]
+                loader = paddle.io.DataLoader(
+                    CalibrationBatch(features, pad_id),
+                    feed_list=feeds,
+                    places=paddle.CPUPlace(),
+                    return_list=False,
+                    batch_size=None,
+                )
+                compat.quant_post_static(
+                    executor=paddle.static.Executor(paddle.CPUPlace()),
+                    model_dir=os.path.dirname(prefix),
+                    model_filename=f"{os.path.basename(prefix)}.pdmodel",
+                    params_filename=f"{os.path.basename(prefix)}.pdiparams",
+                    quantize_model_path=directory,
+                    save_model_filename=model_filename,
+                    save_params_filename=params_filename,
+                    data_loader=loader,
+                    batch_size=len(features),
+                    batch_nums=1,
+                    algo=algorithm,
+                    hist_percent=0.9999,
+                    quantizable_op_type=["matmul", "matmul_v2"],
+                    weight_quantize_type="channel_wise_abs_max",
+                    onnx_format=True,  # weights are stored as int8
+                )
+        finally:
+            paddle.disable_static()
 
 
 def main(argv=None):
     args = parse_args(argv)
     device = args.device = utils.set_device(args.device)
+    args.int8_embeddings = device == "cpu" if args.int8_embeddings is None else args.int8_embeddings
     if min(args.calib_samples) < 1:
         raise utils.UserError(f"--calib_samples {min(args.calib_samples)}: must be above 0")
     record = records.read_record(args.input_dir, "an exported model")
@@ -187,10 +206,10 @@ def main(argv=None):
                         tokenizer.pad_id,
                         algorithm,
                         scratch,
-                        args.save_model_filename,
-                        args.save_params_filename,
+                        args.int8_embeddings,
+                        (args.save_model_filename, args.save_params_filename),
                     )
-                    modeling.forget_call_stacks(os.path.join(scratch, args.save_model_filename))
+                    exporting.forget_call_stacks(os.path.join(scratch, args.save_model_filename))
                     quantized = os.path.join(scratch, os.path.splitext(args.save_model_filename)[0])
                     logits = engine.open_engine(quantized, features, device, "int8").predict(
                         features, pad_id=tokenizer.pad_id
@@ -212,7 +231,8 @@ def main(argv=None):
                         hashes = records.hash_files(directory, files)
                         tokenizer.save(directory)
                         variant = {"algorithm": algorithm, "calib_samples": samples, "calib_split": args.calib_split,
-                                   "device": device, "int8_operators": sorted(engine.INT8_OPERATORS)}  # fmt: skip
+                                   "device": device, "int8_operators": sorted(engine.INT8_OPERATORS),
+                                   "int8_embeddings": args.int8_embeddings}  # fmt: skip
                         common = {key: record[key] for key in ("task", "labels", "params", "flops", "model")}
                         records.write_record(
                             directory,

@@ -9,7 +9,7 @@ linux="platform_machine == 'x86_64' and platform_python_implementation == 'CPyth
 lock() { # NAME ARGUMENTS...: the locks are for Linux x86-64 CPython anyway, so the marker that says so goes
     name=$1
     shift
-    "${UV:-uv}" pip compile "$@" --universal --python-version 3.9 --fork-strategy fewest --generate-hashes \
+    "${UV:-uv}" pip compile "$@" --universal --python-version "${oldest:-3.9}" --fork-strategy fewest --generate-hashes \
         --no-emit-package cffi --no-emit-package pycparser --no-header --no-annotate --quiet --output-file "$name.new" > /dev/null
     sed -e "s/ and $linux//" -e "s/ ; $linux//" "$name.new" > "$name.txt"
     rm "$name.new"
@@ -22,3 +22,4 @@ lock serving --group serving --constraints cpu.txt
 lock serving-wheels --group serving-wheels --no-deps
 lock serving-wheels-gpu --group serving-wheels-gpu --no-deps
 lock lint --group lint
+oldest=3.11 lock peers --group peers --constraints cpu.txt

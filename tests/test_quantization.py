@@ -10,6 +10,8 @@ from conftest import load_script, record
 
 import data
 import engine
+import exporting
+import modeling
 import tokenization
 import records
 import utils
@@ -22,11 +24,18 @@ def dev(workspace, tuned):
     return data.convert(data.read_split(task, "dev", str(workspace / "data")).examples, tokenizer, 64)
 
 
-def test_default_operators_of_onednn_ruin_the_accuracy(pruned, quantized, dev):
-    """The reason for INT8_OPERATORS: the same file, with oneDNN's own list and with ours."""
+def test_default_operators_of_onednn_ruin_the_accuracy(workspace, tuned, tmp_path, dev):
+    """The reason for INT8_OPERATORS: the same file, with oneDNN's own list and with ours, where all layers are whole."""
     labels = [f.label for f in dev]
-    fp32 = data.accuracy(engine.Engine(str(pruned / "0.75/sub_static/float")).predict(dev), labels)
-    prefix = str(quantized / "abs_max8/int8")
+    exporting.export_static(modeling.load_finished(str(tuned))[0], str(tmp_path / "float"), cls_only=False)
+    task = data.get_task("topics", str(workspace / "data"))
+    train = data.read_split(task, "train", str(workspace / "data")).examples[:8]
+    calibration = data.convert(train, tokenization.load_tokenizer(str(tuned)), 64)
+    load_script("quantization", "quant_post").quantize(
+        str(tmp_path / "float"), calibration, 0, "abs_max", str(tmp_path), int8_embeddings=False
+    )
+    fp32 = data.accuracy(engine.Engine(str(tmp_path / "float")).predict(dev), labels)
+    prefix = str(tmp_path / "int8")
     ours = data.accuracy(engine.Engine(prefix, precision="int8").predict(dev), labels)
     default = data.accuracy(engine.Engine(prefix, precision="int8", int8_operators=set()).predict(dev), labels)
     assert ours > fp32 - 0.02
@@ -200,3 +209,39 @@ def test_graphs_name_no_source_files(tuned, pruned, quantized):
 ])  # fmt: skip
 def test_tensorrt_is_used_where_only_it_can(device, precision, asked, expected):
     assert engine.needs_trt(device, precision, asked) == expected
+
+
+def test_rows_in_int8_against_numpy():
+    """Each row within half a step of its own scale, whatever the others are; a row of zeros stays one."""
+    weight = np.random.default_rng(0).normal(size=(50, 8)).astype("float32") * np.logspace(-3, 2, 50)[:, None]
+    weight[7] = 0
+    rows, scales = load_script("quantization", "embeddings").quantize_rows(weight)
+    assert rows.dtype == np.int8 and scales.shape == (50, 1) and np.isfinite(scales).all()
+    assert (np.abs(rows * scales - weight) <= np.abs(weight).max(1, keepdims=True) / 127 * 0.5001).all()
+    assert (np.abs(rows).max(1)[np.arange(50) != 7] == 127).all()
+
+
+def test_embeddings_in_int8(workspace, tuned, tmp_path, dev):
+    """The graph differs from the whole one only by the rounding of the table; the file loses three of its four bytes."""
+    embeddings = load_script("quantization", "embeddings")
+    embeddings.store_in_int8(str(tuned / "inference"), str(tmp_path / "rows"))
+    before, after = (
+        engine.Engine(str(tuned / "inference")).predict(dev),
+        engine.Engine(str(tmp_path / "rows")).predict(dev),
+    )
+    assert 1e-5 < np.abs(after - before).max() < 0.1 and (after.argmax(1) == before.argmax(1)).mean() > 0.98
+    model, _, _ = modeling.load_finished(str(tuned))
+    table = modeling.encoder_of(model).embeddings.word_embeddings.weight
+    with paddle.no_grad():
+        rows, scales = embeddings.quantize_rows(table.numpy())
+        table.set_value(rows * scales)
+    assert np.abs(modeling.predict(model, dev, 0) - after).max() < 1e-4
+    sizes = [os.path.getsize(f"{prefix}.pdiparams") for prefix in (tuned / "inference", tmp_path / "rows")]
+    assert sizes[0] - sizes[1] == pytest.approx(table.size * 3 - 4 * table.shape[0], rel=0.05)
+
+
+def test_embeddings_may_stay_in_fp32(workspace, pruned, tmp_path, capsys):
+    for kind in ("True", "False"):
+        quantize(workspace, pruned / "0.75/sub_static", tmp_path / kind, "--int8_embeddings", kind)
+    sizes = [record(tmp_path / kind / "abs_max4")["metrics"]["bytes"] for kind in ("True", "False")]
+    assert sizes[0] < sizes[1] and record(tmp_path / "True/abs_max4")["variant"]["int8_embeddings"] is True

@@ -20,6 +20,7 @@ import numpy as np
 
 import data
 import engine
+import measure
 import tokenization
 import records
 import texts
@@ -68,7 +69,13 @@ def parse_args(argv=None):
         type=utils.boolean,
         help="collect TensorRT's shape ranges anew and stop",
     )
-    engine_group.add_argument("--threads", type=int, help="of the CPU (default: all cores)")
+    engine_group.add_argument("--threads", type=int, help="of the CPU, in all (default: all cores)")
+    engine_group.add_argument(
+        "--streams",
+        type=int,
+        help="batches that a CPU computes side by side, each on its share of the threads; each needs memory of its own "
+        "(default: one for each thread, at most 4)",
+    )
     engine_group.add_argument("--batch_size", type=int, default=32, help="sequences per batch")
     timing = parser.add_argument_group("timing")
     timing.add_argument(
@@ -79,7 +86,7 @@ def parse_args(argv=None):
         type=utils.boolean,
         help="time dev end to end, tokenizing included, in five runs",
     )
-    timing.add_argument("--perf_warmup_steps", type=int, default=20, help="batches before the clock starts")
+    timing.add_argument("--perf_warmup_steps", type=int, default=20, help="batches, at least, before the clock starts")
     inputs = parser.add_argument_group("data")
     utils.add_data_arguments(inputs)
     utils.add_tokenizer_arguments(inputs)
@@ -91,13 +98,14 @@ def parse_args(argv=None):
     if args.predict_test and len(args.model_path) > 1:
         parser.error("--predict_test takes one --model_path")
     args.precision = "int8" if args.int8 else args.precision or "fp32"
-    utils.check_positive(args, "threads", "batch_size", "max_eval_samples")
+    utils.check_positive(args, "threads", "streams", "batch_size", "max_eval_samples")
     return args
 
 
 def open_engine(args, prefix, device, tokenizer, features):
+    streams = args.streams or engine.default_streams(device, args.threads)
     return engine.open_engine(
-        prefix, features, device, args.precision, args.threads, args.use_trt, args.batch_size, tokenizer.pad_id
+        prefix, features, device, args.precision, args.threads, args.use_trt, args.batch_size, tokenizer.pad_id, streams
     )
 
 
@@ -119,23 +127,25 @@ def predict_test(args, prefix, device, tokenizer, record, length):
     predictor = open_engine(args, prefix, device, tokenizer, features)
     logits = predictor.predict(features, args.batch_size, tokenizer.pad_id)
     os.makedirs(args.predict_test, exist_ok=True)
-    print(f"{len(features)} test records -> {data.write_submission(task, test, logits, args.predict_test)}")
+    print(f"{len(features)} test records -> {texts.write_submission(task, test, logits, args.predict_test)}")
 
 
 def time_runs(args, predictor, tokenizer, examples, length, runs=5):
-    """Prints the time of dev end to end, tokenizing included: every run, and their mean."""
-    warmup = data.convert(examples[: args.perf_warmup_steps * args.batch_size], tokenizer, length)
-    predictor.predict(warmup, args.batch_size, tokenizer.pad_id)
+    """Prints the time of dev end to end, tokenizing included, in every run and on average, and of single texts."""
+    measure.warm_up(predictor, tokenizer, examples, length, args.batch_size, args.perf_warmup_steps)
     seconds = []
     for number in range(1, runs + 1):
         started = time.perf_counter()
-        predictor.predict(data.convert(examples, tokenizer, length), args.batch_size, tokenizer.pad_id)
+        predictor.classify(examples, tokenizer, length, args.batch_size)
         seconds.append(time.perf_counter() - started)
         print(f"run {number}: {seconds[-1]:.3f} s, {len(examples) / seconds[-1]:.1f} sentences/s", flush=True)
+    middle, spread = np.median(seconds), max(seconds) - min(seconds)
     print(
-        f"mean of {runs} runs: {np.mean(seconds):.3f} s, {len(examples) / np.mean(seconds):.1f} sentences/s, "
-        f"batch size {args.batch_size}, maximum length {length}"
+        f"mean of {runs} runs: {np.mean(seconds):.3f} s, {len(examples) / np.mean(seconds):.1f} sentences/s (median "
+        f"{middle:.3f} s, slowest less fastest {spread:.3f} s), batch size {args.batch_size}, maximum length {length}"
     )
+    p50, p99 = measure.latency(predictor, tokenizer, examples[:200], length)
+    print(f"one at a time: p50 {p50:.2f} ms, p99 {p99:.2f} ms; peak memory {measure.peak_memory() / 1e6:.0f} MB")
 
 
 def main(argv=None):

@@ -16,7 +16,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import compat  # noqa: F401  before Paddle
 
 import engine
-import modeling
+import exporting
 import protocol
 import records
 import utils
@@ -53,7 +53,7 @@ def read_variables(path):
     """(inputs, outputs) of a .pdmodel in its order: lists of (name, type, shape without batch and length)."""
     from paddle.base.proto import framework_pb2
 
-    block = modeling.read_program(path).blocks[0]
+    block = exporting.read_program(path).blocks[0]
     variables = {variable.name: variable.type.lod_tensor for variable in block.vars}
 
     def described(kind, side):

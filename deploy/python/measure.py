@@ -1,0 +1,123 @@
+"""Measures one exported model in this process: load, end-to-end passes over dev, latency, memory. perf.py starts it.
+
+python measure.py SPECIFICATION.json        # prints one JSON object; perf.py writes the specification
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+import compat  # noqa: F401  before Paddle
+
+import numpy as np
+
+import data
+import engine
+import tokenization
+import utils
+
+
+def file_order(examples, tokenizer, max_seq_length, batch_size):
+    """Yields the data.Batch of examples as a plain loop makes them: in the file's order, padded to the longest."""
+    for start in range(0, len(examples), batch_size):
+        features = data.convert(examples[start : start + batch_size], tokenizer, max_seq_length)
+        batch = data.collate(features, range(len(features)), tokenizer.pad_id)
+        yield batch._replace(index=batch.index + start)
+
+
+def plain(runner, examples, tokenizer, max_seq_length, batch_size):
+    """Logits of examples, computed by a plain loop: tokenize a batch, run it, take the next."""
+    batches = file_order(examples, tokenizer, max_seq_length, batch_size)
+    return data.gather(((batch, runner.run(batch)) for batch in batches), len(examples))
+
+
+def warm_up(runner, tokenizer, examples, max_seq_length, batch_size, steps, batches=engine.window_batches):
+    """Runs a batch of every shape of a pass, and ``steps`` batches at least. Returns: the number of shapes."""
+    coming = list(batches(examples, tokenizer, max_seq_length, batch_size))
+    shapes = {batch.input_ids.shape: batch for batch in coming}
+    if batches is file_order:
+        runs = [runner.run(batch) for batch in shapes.values()]
+    else:
+        runner.prepare(shapes.values())
+        runs = shapes
+    for batch in coming[: max(0, steps - len(runs))]:
+        runner.run(batch)
+    return len(shapes)
+
+
+def latency(runner, tokenizer, examples, max_seq_length):
+    """(p50, p99) in milliseconds of one text at a time, tokenizing included, each length prepared before."""
+    rows = [data.convert([example], tokenizer, max_seq_length) for example in examples]
+    longest = max(len(row[0].input_ids) for row in rows)
+
+    def alone(row):
+        return data.collate(row, [0], tokenizer.pad_id, data.round_up(len(row[0].input_ids), longest))
+
+    for batch in {alone(row).input_ids.shape: alone(row) for row in rows}.values():
+        runner.run(batch)
+    milliseconds = []
+    for example in examples:
+        started = time.perf_counter()
+        runner.run(alone(data.convert([example], tokenizer, max_seq_length)))
+        milliseconds.append(1000 * (time.perf_counter() - started))
+    return [round(float(p), 3) for p in np.percentile(milliseconds, (50, 99))]
+
+
+def peak_memory():
+    """Bytes that this process held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def open_runner(spec, features, pad_id):
+    """What computes: Paddle Inference, or a peer that peers.py knows."""
+    if spec["engine"] == "paddle":
+        return engine.open_engine(
+            spec["prefix"], features, spec["device"], spec["precision"], spec["threads"], spec["device"] != "cpu",
+            spec["batch_size"], pad_id, spec["streams"],
+        )  # fmt: skip
+    import peers
+
+    return peers.ENGINES[spec["engine"]](spec["prefix"], spec["precision"], spec["threads"], spec["streams"])
+
+
+def main(argv=None):
+    (path,) = sys.argv[1:] if argv is None else argv
+    with open(path, encoding="utf-8") as file:
+        spec = json.load(file)
+    task = data.Task(spec["task"], tuple(spec["labels"]))
+    examples = data.read_split(task, "dev", spec["data_dir"], spec["max_eval_samples"]).examples
+    examples = examples[spec["start"] : spec["stop"]]
+    size, length = spec["batch_size"], spec["max_seq_length"]
+    tokenizers = {fast: tokenization.load_tokenizer(spec["tokenizer"], fast) for fast in spec["fast_tokenizer"]}
+    tokenizer = tokenizers[spec["fast_tokenizer"][0]]
+    features = data.convert(examples, tokenizer, length)
+    started = time.perf_counter()
+    runner = open_runner(spec, features, tokenizer.pad_id)
+    result = {"load_seconds": time.perf_counter() - started, "passes": []}
+    result.update(sentences=len(examples), tokens=sum(len(feature.input_ids) for feature in features))
+    started = time.perf_counter()
+    batches = file_order if spec["plain"] else engine.window_batches
+    result["shapes"] = warm_up(runner, tokenizer, examples, length, size, spec["warmup_steps"], batches)
+    result["prepare_seconds"] = time.perf_counter() - started
+    for fast, tokenizer in tokenizers.items():
+        started = time.perf_counter()
+        if spec["plain"]:
+            logits = plain(runner, examples, tokenizer, length, size)
+        else:
+            logits = runner.classify(examples, tokenizer, length, size)
+        seconds = time.perf_counter() - started
+        result["passes"].append({"fast_tokenizer": fast, "seconds": seconds})
+    result["peak_memory"] = peak_memory()
+    if spec["latency"]:
+        result["latency"] = latency(runner, tokenizers[spec["fast_tokenizer"][0]], examples[: spec["latency"]], length)
+    if spec["check"]:  # the same model, the plain way, after everything was measured
+        result["plain_logits"] = plain(runner, examples, tokenizer, length, size).tolist()
+    result["logits"], result["labels"] = logits.tolist(), [example.label for example in examples]
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    utils.run(main)

@@ -1,0 +1,185 @@
+"""The pruned network in INT8 against ONNX Runtime and OpenVINO: same sentences, order, batches and tokenizer.
+
+Makes, from the same exported graph, ONNX Runtime's dynamically quantized model and OpenVINO's (NNCF, calibrated), then
+times all as perf.py does. Each peer gets our graph, whose last layer is computed for [CLS] alone, and the graph as it
+is usually exported. Needs packages of its own, which the pipeline does not:
+
+    .venv/bin/python -m pip install --require-hashes -r requirements/peers.txt
+    python peers.py
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+import compat  # noqa: F401  before Paddle
+
+import data
+import engine
+import perf
+import perf_models
+import records
+import tokenization
+import utils
+
+CALIBRATION = 300  # NNCF's own default
+
+
+class _Session:
+    """A compiled model of a peer behind the interface of a runner."""
+
+    def __init__(self, infer):
+        self.infer = infer
+
+    def run(self, batch):
+        return self.infer({"input_ids": batch.input_ids, "token_type_ids": batch.token_type_ids})
+
+
+class OnnxRuntime(engine.Streams):
+    def __init__(self, path, precision, threads, streams):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = max(1, (threads or len(os.sched_getaffinity(0))) // streams)
+        sessions = [
+            onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]) for _ in range(streams)
+        ]
+        super().__init__([_Session(lambda feed, own=session: own.run(None, feed)[0]) for session in sessions])
+
+
+class OpenVINO(engine.Streams):
+    def __init__(self, path, precision, threads, streams):
+        import openvino
+
+        settings = {
+            "NUM_STREAMS": str(streams),
+            "INFERENCE_NUM_THREADS": str(threads or len(os.sched_getaffinity(0))),
+            "INFERENCE_PRECISION_HINT": precision,  # of what is not in INT8
+        }
+        compiled = openvino.Core().compile_model(path, "CPU", settings)
+        requests = [compiled.create_infer_request() for _ in range(streams)]
+        starting = threading.Lock()  # two threads that hand over inputs at once wait for each other for ever (2026.4)
+
+        def infer(feed, request):
+            with starting:
+                request.start_async(feed)
+            request.wait()
+            return request.get_output_tensor().data.copy()
+
+        super().__init__([_Session(lambda feed, own=request: infer(feed, own)) for request in requests])
+
+
+ENGINES = {"onnxruntime": OnnxRuntime, "openvino": OpenVINO}
+
+
+def convert(prefix, target, features):
+    """Writes {target}.int8.onnx and {target}.int8.xml from the FP32 graph ``prefix``, unless they are there."""
+    import nncf
+    import onnx
+    import onnxruntime
+    import openvino
+    import paddle2onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    if os.path.isfile(f"{target}.int8.xml"):
+        return
+    paddle2onnx.export(f"{prefix}.pdmodel", f"{prefix}.pdiparams", f"{target}.onnx", 13, False, False)
+    # ONNX Runtime's quantizer finds the weights only after the basic optimizations.
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = f"{target}.basic.onnx"
+    onnxruntime.InferenceSession(f"{target}.onnx", options)
+    graph = onnx.load(f"{target}.basic.onnx").graph
+    # Weights per head, of the [CLS]-only layer, have no scales per channel there.
+    per_head = {constant.name for constant in graph.initializer if len(constant.dims) == 3}
+    quantize_dynamic(
+        f"{target}.basic.onnx", f"{target}.int8.onnx", per_channel=True, op_types_to_quantize=["MatMul"],
+        nodes_to_exclude=[n.name for n in graph.node if n.op_type == "MatMul" and n.input[1] in per_head],
+        weight_type=QuantType.QInt8,
+    )  # fmt: skip
+    batches = [data.collate([feature], [0]) for feature in features]
+    samples = nncf.Dataset([{"input_ids": b.input_ids, "token_type_ids": b.token_type_ids} for b in batches])
+    model = openvino.Core().read_model(f"{target}.onnx")
+    model = nncf.quantize(model, samples, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(features))
+    openvino.save_model(model, f"{target}.int8.xml", compress_to_fp16=False)
+
+
+def parse_args(argv=None):
+    parser = utils.Parser(__doc__)
+    parser.add_argument("--pruned", help="FP32 export of the pruned model (default: as perf.py finds or makes it)")
+    parser.add_argument("--both", help="the same, quantized")
+    parser.add_argument("--full_graph", help="the FP32 export of the same model made with --cls_only False")
+    parser.add_argument("--rounds", type=int, default=5, help="each on its own part of TNEWS dev")
+    parser.add_argument("--sentences", type=int, default=2000, help="of a round; 2000 x 5 are all of TNEWS dev")
+    parser.add_argument("--vocab_file", help="of a random model; default: a generated one")
+    parser.add_argument("--data_dir", help="with TNEWS; default: $CLUE_DATA_DIR, else downloaded, else generated")
+    parser.add_argument("--output_dir", default=os.path.join(perf.HERE, "perf"), help="results, and models made here")
+    args = parser.parse_args(argv)
+    utils.check_positive(args, "rounds", "sentences")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        import nncf  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import openvino  # noqa: F401
+    except ImportError as error:
+        raise utils.UserError(f"{error}; requirements/peers.txt lists what this comparison needs") from error
+    given = ["--output_dir", args.output_dir, "--rounds", args.rounds, "--sentences", args.sentences]
+    for name in ("pruned", "both", "vocab_file", "data_dir"):
+        given += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
+    timing = perf.parse_args([str(word) for word in [*given, "--device", "cpu"]])
+    data_dir, dev, _ = perf_models.find_sentences(timing)
+    models = perf_models.find_models(timing)
+    if args.full_graph:
+        models["pruned_full"] = engine.find_prefix(args.full_graph, "--full_graph")
+    random_models = perf_models.complete(timing, models, dev.examples, None if args.full_graph else "pruned_full")
+    prefixes = {"cls": models["pruned"], "full": models["pruned_full"]}
+    tokenizer = tokenization.load_tokenizer(os.path.dirname(models["pruned"]))
+    calibration = data.convert(dev.examples[-CALIBRATION:], tokenizer, timing.max_seq_length)
+    os.makedirs(os.path.join(timing.output_dir, "peers"), exist_ok=True)
+
+    def specification(kind, path, streams, precision):
+        return perf.specification(timing, path, precision, "cpu", data_dir, engine=kind, streams=streams, latency=0,
+                                  tokenizer=os.path.dirname(models["pruned"]), fast_tokenizer=[True])  # fmt: skip
+
+    streams = engine.default_streams("cpu")
+    specs = {"PP-MiniLM + pruning + quantization": specification("paddle", models["both"], streams, "int8")}
+    for graph, prefix in prefixes.items():
+        target = os.path.join(timing.output_dir, "peers", graph)
+        convert(prefix, target, calibration)
+        shape = {"cls": "same graph", "full": "usual export"}[graph]
+        for number in (1, streams):
+            for kind, suffix, title, precision in (
+                ("onnxruntime", "onnx", "ONNX Runtime, dynamic INT8", "int8"),
+                ("openvino", "xml", "OpenVINO, NNCF INT8", "f32"),
+                ("openvino", "xml", "OpenVINO, NNCF INT8, BF16 for the rest", "bf16"),
+            ):
+                name = f"{title}, {shape}, {number} streams"
+                specs[name] = specification(kind, f"{target}.int8.{suffix}", number, precision)
+    rounds = perf.run_rounds(specs, timing.rounds, timing.sentences)
+    rows = []
+    print("engine | sentences/s | ours is faster by | median, range of the rounds\n--- | --- | --- | ---")
+    for name in specs:
+        found = perf.summary(name, rounds, name, baseline_fast=True)
+        ours = perf.summary("PP-MiniLM + pruning + quantization", rounds, name, baseline_fast=True)
+        rows.append({"row": name, "sentences_per_second": found["sentences_per_second"], **{
+            key: ours[key] for key in ("speedup", "median", "range")}})  # fmt: skip
+        print(f"{name} | {found['sentences_per_second']:.0f} | {ours['speedup']:.2f}x | "
+              f"{ours['median']:.2f}, {ours['range'][0]:.2f}-{ours['range'][1]:.2f}")  # fmt: skip
+    machine = records.describe_machine()
+    note = f"{'random weights; ' if random_models else ''}{machine['cpu']}, {machine['cores']} cores"
+    print(f"\n- {timing.rounds} rounds of {timing.sentences} TNEWS dev sentences, batch {timing.batch_size}; {note}")
+    versions = {name: sys.modules[name].__version__ for name in ("onnxruntime", "openvino", "nncf")}
+    result = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine, "note": note, "rows": rows,
+              "versions": {**records.describe_versions(), **versions}}  # fmt: skip
+    utils.write_whole(os.path.join(timing.output_dir, "peers.json"), json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    utils.run(main)

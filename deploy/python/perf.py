@@ -1,0 +1,272 @@
+"""The speed table: BERT-base, PP-MiniLM, pruned, quantized, pruned and quantized, on TNEWS dev end to end.
+
+Every measurement is a process of its own (measure.py) that loads, prepares and runs one model; a round runs all of
+them over the same sentences, the next round takes other sentences. The baseline is BERT-base in FP32 as a plain loop
+runs it: batches in the file's order, Python tokenizer. Models that are not at hand are built with random weights,
+which changes no speed. Writes perf.json (for summarize.py --perf) and perf.png to --output_dir.
+
+    bash infer_perf.sh               # about twenty minutes; SHORT=1 takes about two
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple, Optional
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, "..", ".."))
+import compat  # noqa: F401  before Paddle
+
+import numpy as np
+from tqdm import tqdm
+
+import data
+import engine
+import perf_models
+import records
+import utils
+
+
+class Row(NamedTuple):
+    title: str
+    model: str
+    precision: str
+    name: str  # in perf.json; that of the row of summarize.py's CLUE table where there is one
+    published: str = ""  # speed-up on a T4 with TensorRT, with the fast tokenizer (without)
+    plain: bool = False
+    streams: Optional[int] = None
+
+
+CPU_ROWS = (  # the first one is the baseline
+    Row("BERT-base, plain loop", "bert", "fp32", "BERT-base", "1.00x", plain=True),
+    Row("BERT-base, sorted by length", "bert", "fp32", "BERT-base, sorted by length"),
+    Row("PP-MiniLM", "finetuned", "fp32", "fine-tuned", "2.15x (1.90x)"),
+    Row("PP-MiniLM, BF16", "finetuned", "bf16", "fine-tuned, BF16"),
+    Row("PP-MiniLM + pruning", "pruned", "fp32", "pruned to 0.75", "2.74x (2.48x)"),
+    Row("PP-MiniLM + pruning, BF16", "pruned", "bf16", "pruned to 0.75, BF16"),
+    Row("PP-MiniLM + quantization", "quantized", "int8", "quantized", "7.34x (4.63x)"),
+    Row("PP-MiniLM + pruning + quantization", "both", "int8", "pruned to 0.75 + quantized", "8.88x (5.36x)"),
+)
+GPU_ROWS = tuple(
+    row._replace(precision=row.precision.replace("bf16", "fp16"), title=row.title.replace("BF16", "FP16"))
+    for row in CPU_ROWS
+)
+# The fast path of the last row, one step after another; the step from Python's tokenizer is within each row.
+EFFECT_ROWS = (
+    Row("plain loop, usual export", "both_full", "int8", "plain loop", plain=True),
+    Row("+ sorted by length in windows", "both_full", "int8", "sorted", streams=1),
+    Row("+ last layer for [CLS] alone", "both", "int8", "[CLS] alone", streams=1),
+    Row("+ streams", "both", "int8", "streams"),
+)
+
+
+def parse_args(argv=None):
+    parser = utils.Parser(__doc__)
+    models = parser.add_argument_group("models: file prefixes or directories of exports; default: found, else random")
+    models.add_argument("--bert", help="BERT-base, fine-tuned and exported with --cls_only False")
+    models.add_argument("--finetuned", help="default: the best TNEWS cell of finetuning/ppminilm-6l-768h")
+    models.add_argument("--pruned", help="default: pruning/pruned_models/TNEWS/0.75/sub_static")
+    models.add_argument("--quantized", help="default: the best of quantization/tnews_finetuned_quant_models")
+    models.add_argument("--both", help="pruned and quantized; default: the best of quantization/tnews_quant_models")
+    models.add_argument("--random", action="store_true", help="random weights for all that is not named here")
+    models.add_argument(
+        "--vocab_file", help="of random models; default: that of the models found, else a generated one"
+    )
+    timing = parser.add_argument_group("timing")
+    timing.add_argument("--short", action="store_true", help="one round of 512 sentences, without the rows of BF16")
+    timing.add_argument("--rounds", type=int, default=5, help="each on its own part of dev")
+    timing.add_argument("--sentences", type=int, default=512, help="of a round; 2000 x 5 rounds are all of TNEWS dev")
+    timing.add_argument("--perf_warmup_steps", type=int, default=20, help="batches, at least, before the clock starts")
+    timing.add_argument("--batch_size", type=int, default=32, help="sentences per batch")
+    timing.add_argument("--max_seq_length", type=int, default=128, help="longer texts are cut")
+    timing.add_argument("--threads", type=int, help="of the CPU, in all (default: all cores)")
+    timing.add_argument("--streams", type=int, help="as in infer.py; the plain loop has one")
+    timing.add_argument(
+        "--effects", action="store_true", help="the steps from a plain loop to the last row, one by one"
+    )
+    timing.add_argument("--check", action="store_true", help="also compare predictions with a plain loop's, row by row")
+    other = parser.add_argument_group("other")
+    other.add_argument("--device", help="gpu or cpu (default: gpu if Paddle has one)")
+    other.add_argument("--data_dir", help="with TNEWS; default: $CLUE_DATA_DIR, else downloaded, else generated")
+    other.add_argument("--output_dir", default=os.path.join(HERE, "perf"), help="results, and models built here")
+    args = parser.parse_args(argv)
+    utils.check_positive(args, "rounds", "sentences", "batch_size", "threads", "streams", "max_seq_length")
+    if args.short:
+        args.rounds, args.sentences, args.perf_warmup_steps = 1, 512, 3
+    return args
+
+
+def run_round(specs, number, sentences, bar):
+    """{name: what measure.py prints} of a round, in turn forwards and backwards, so that a drift favours nobody."""
+    results = {}
+    for name in list(specs)[:: -1 if number % 2 else 1]:
+        spec = {**specs[name], "start": number * sentences, "stop": (number + 1) * sentences}
+        spec["latency"] = spec["latency"] if number == 0 else 0
+        with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
+            json.dump(spec, file)
+            file.flush()
+            bar.set_description(f"round {number + 1}, {name}")
+            done = subprocess.run([sys.executable, os.path.join(HERE, "measure.py"), file.name], stdout=subprocess.PIPE)
+        if done.returncode:
+            raise utils.UserError(f"measuring {name} failed with status {done.returncode}; its message is above")
+        results[name] = json.loads(done.stdout.splitlines()[-1])
+        bar.update()
+    return results
+
+
+def run_rounds(specs, rounds, sentences):
+    """[what run_round returns] of all rounds, with a bar."""
+    with tqdm(total=rounds * len(specs), file=sys.stderr) as bar:
+        return [run_round(specs, number, sentences, bar) for number in range(rounds)]
+
+
+def specification(args, prefix, precision, device, data_dir, plain=False, streams=None, **others):
+    """What measure.py needs to know about a row."""
+    streams = 1 if plain else streams or args.streams or engine.default_streams(device, args.threads)
+    return {
+        "engine": "paddle", "prefix": prefix, "precision": precision, "device": device, "threads": args.threads,
+        "streams": streams, "plain": plain, "task": "TNEWS", "labels": data.get_task("TNEWS").labels,
+        "data_dir": data_dir, "max_eval_samples": None, "batch_size": args.batch_size, "check": args.check,
+        "max_seq_length": args.max_seq_length, "warmup_steps": args.perf_warmup_steps, "fast_tokenizer": [True, False],
+        "tokenizer": os.path.dirname(prefix), "latency": 20 if args.short else 200, **others,
+    }  # fmt: skip
+
+
+def seconds_of(result, fast):
+    return next(one["seconds"] for one in result["passes"] if one["fast_tokenizer"] is fast)
+
+
+def summary(name, rounds, baseline, fast=True, baseline_fast=False):
+    """Of one row: speed-up over another by the mean of the rounds, their median and range, and rates."""
+    own = np.array([seconds_of(r[name], fast) for r in rounds])
+    other = np.array([seconds_of(r[baseline], baseline_fast) for r in rounds])
+    ratios = other / own
+    total = own.sum()
+    return {
+        "speedup": round(float(other.mean() / own.mean()), 3),
+        "median": round(float(np.median(ratios)), 3),
+        "range": [round(float(ratios.min()), 3), round(float(ratios.max()), 3)],
+        "sentences_per_second": round(sum(r[name]["sentences"] for r in rounds) / total, 1),
+        "tokens_per_second": round(sum(r[name]["tokens"] for r in rounds) / total, 1),
+    }
+
+
+def agreement(name, rounds):
+    """Accuracy of a row, and with --check how its predictions differ from the plain loop's."""
+    logits = np.concatenate([r[name]["logits"] for r in rounds])
+    labels = np.concatenate([r[name]["labels"] for r in rounds])
+    found = {"accuracy": round(data.accuracy(logits, labels), 6)}
+    if "plain_logits" in rounds[0][name]:
+        plain = np.concatenate([r[name]["plain_logits"] for r in rounds])
+        flipped = logits.argmax(-1) != plain.argmax(-1)
+        best = np.sort(plain, -1)
+        margins = (best[:, -1] - best[:, -2])[flipped]
+        found.update(
+            flips=int(flipped.sum()), largest_margin=round(float(margins.max(initial=0)), 6),
+            plain_accuracy=round(data.accuracy(plain, labels), 6),
+        )  # fmt: skip
+    return found
+
+
+def report(rows, rounds):
+    """[a row of perf.json]"""
+    found = []
+    for row in rows:
+        first, every = rounds[0][row.name], [r[row.name] for r in rounds]
+        fast, slow = (summary(row.name, rounds, rows[0].name, kind) for kind in (True, False))
+        found.append({
+            "row": row.name, "title": row.title, "precision": row.precision, "published": row.published, **fast,
+            "python_tokenizer": slow, "latency_ms": first["latency"], "shapes": first["shapes"],
+            "peak_memory": max(r["peak_memory"] for r in every),
+            "load_seconds": round(float(np.median([r["load_seconds"] for r in every])), 2),
+            "prepare_seconds": round(float(np.median([r["prepare_seconds"] for r in every])), 2),
+            **agreement(row.name, rounds),
+        })  # fmt: skip
+    return found
+
+
+def table(found, trained):
+    """The published table's form as lines, Markdown but for leading bars."""
+    lines = ["model | speed-up, fast tokenizer (Python's) | median, range | published | sentences/s | tokens/s | "
+             "p50, p99 at batch 1, ms | peak memory, MB | load + prepare, s | accuracy",
+             " | ".join(["---"] * 10)]  # fmt: skip
+    for row in found:
+        slow = row["python_tokenizer"]
+        accuracy = f"{100 * row['accuracy']:.2f}" if trained[row["row"]] else "random weights"
+        if "flips" in row:
+            accuracy += f", {row['flips']} flips (margin {row['largest_margin']:.4f})"
+        lines.append(" | ".join([
+            row["title"], f"{row['speedup']:.2f}x ({slow['speedup']:.2f}x)",
+            f"{row['median']:.2f}, {row['range'][0]:.2f}-{row['range'][1]:.2f}", row["published"],
+            f"{row['sentences_per_second']:.0f}", f"{row['tokens_per_second']:.0f}",
+            "{:.1f}, {:.1f}".format(*row["latency_ms"]), f"{row['peak_memory'] / 1e6:.0f}",
+            f"{row['load_seconds']:.1f} + {row['prepare_seconds']:.1f}", accuracy,
+        ]))  # fmt: skip
+    return lines
+
+
+def draw(path, found, machine):
+    """The speed-ups as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 0.45 * len(found) + 1.4))
+    titles = [row["title"] for row in found][::-1]
+    for shift, label, values in (
+        (0.2, "fast tokenizer", [row["speedup"] for row in found][::-1]),
+        (-0.2, "Python's tokenizer", [row["python_tokenizer"]["speedup"] for row in found][::-1]),
+    ):
+        bars = axes.barh(np.arange(len(titles)) + shift, values, height=0.38, label=label)
+        axes.bar_label(bars, fmt="%.2fx", padding=3, fontsize=8)
+    axes.set_yticks(np.arange(len(titles)), titles)
+    axes.set_xlabel(f"speed-up over BERT-base in FP32, plain loop; {machine['cpu']}, {machine['cores']} cores")
+    axes.margins(x=0.12)
+    axes.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = utils.set_device(args.device)
+    data_dir, dev, note = perf_models.find_sentences(args)
+    notes = [note] if note else []
+    if len(dev.examples) < args.rounds * args.sentences:
+        args.sentences = len(dev.examples) // args.rounds
+        notes.append(f"only {len(dev.examples)} dev records")
+    models = perf_models.find_models(args)
+    missing = perf_models.complete(args, models, dev.examples, "both_full" if args.effects else None)
+    if missing:
+        notes.append(f"random weights: {', '.join(missing)} (speed does not depend on them, accuracy means nothing)")
+    rows = EFFECT_ROWS if args.effects else CPU_ROWS if device == "cpu" else GPU_ROWS
+    rows = [row for row in rows if not args.short or "16" not in row.precision]
+    specs = {
+        row.name: specification(args, models[row.model], row.precision, device, data_dir, row.plain, row.streams)
+        for row in rows
+    }
+    started = time.time()
+    rounds = run_rounds(specs, args.rounds, args.sentences)
+    machine, found = records.describe_machine(), report(rows, rounds)
+    lines = table(found, {row.name: row.model not in missing for row in rows})
+    notes.append(
+        f"{args.rounds} rounds of {args.sentences} TNEWS dev sentences, batch {args.batch_size}, maximum length "
+        f"{args.max_seq_length}, on {device}: {machine['cpu']}, {machine['cores']} cores"
+    )
+    print("\n".join([*lines, "", *(f"- {note}" for note in notes)]))
+    utils.write_whole(
+        os.path.join(args.output_dir, "perf.json"),
+        json.dumps({"date": time.strftime("%Y-%m-%d", time.gmtime(started)), "machine": machine, "notes": notes,
+                    "versions": records.describe_versions(), "arguments": records.describe_arguments(args),
+                    "data": dev.describe(), "rows": found}, indent=1, ensure_ascii=False) + "\n",
+    )  # fmt: skip
+    draw(os.path.join(args.output_dir, "perf.png"), found, machine)
+    return found
+
+
+if __name__ == "__main__":
+    utils.run(main)

@@ -1,0 +1,120 @@
+"""The models and sentences that perf.py and peers.py time: found where the stages put them, or made."""
+
+import json
+import os
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.join(HERE, "..", "..")
+sys.path[:0] = [ROOT, *(os.path.join(ROOT, name) for name in ("demo", "pruning", "quantization"))]
+import compat  # noqa: F401  before Paddle
+
+import data
+import engine
+import exporting
+import generate_data
+import make_vocab
+import modeling
+import quant_post
+import records
+import summarize
+import supernet
+import tokenization
+import utils
+
+MODELS = ("bert", "finetuned", "pruned", "quantized", "both")
+RANDOM = {"bert": ("bert", "bert-base.json"), "finetuned": ("ppminilm", "6l-768h.json")}  # type, architecture
+
+
+def find_sentences(args):
+    """(data_dir, Split, note or None) of TNEWS dev, generated where it can neither be found nor downloaded."""
+    task = data.get_task("TNEWS")
+    try:
+        return args.data_dir, data.read_split(task, "dev", args.data_dir), None
+    except utils.UserError:
+        if args.data_dir or os.environ.get("CLUE_DATA_DIR"):
+            raise
+    directory = os.path.join(args.output_dir, "data")
+    if not os.path.isdir(directory):
+        generate_data.main(["--output_dir", directory])
+    return directory, data.read_split(task, "dev", directory), "generated sentences, shorter than CLUE's"
+
+
+def best_of(directory):
+    """The quantized variant in ``directory`` that is best on dev, or None."""
+    found = records.find_records([directory]) if os.path.isdir(directory) else []
+    return max(found, key=lambda record: record["metrics"]["accuracy"])["path"] if found else None
+
+
+def find_models(args):
+    """{model: file prefix} of what was named or lies where the stages put it."""
+    named = {name: getattr(args, name) for name in MODELS}
+    if not args.random:
+        best = os.path.join(ROOT, "finetuning", "ppminilm-6l-768h", "best.json")
+        if os.path.isfile(best):
+            cells = {task: directory for task, *_, directory in summarize.read_best(best)}
+            named["finetuned"] = named["finetuned"] or cells.get("TNEWS")
+        pruned = os.path.join(ROOT, "pruning", "pruned_models", "TNEWS", "0.75", "sub_static")
+        named["pruned"] = named["pruned"] or (pruned if os.path.isdir(pruned) else None)
+        for name, kind in (("quantized", "tnews_finetuned_quant_models"), ("both", "tnews_quant_models")):
+            named[name] = named[name] or best_of(os.path.join(ROOT, "quantization", kind))
+    return {name: engine.find_prefix(path, f"--{name}") for name, path in named.items() if path}
+
+
+def read_json(path):
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def build_random(directory, vocab_file, calibration):
+    """Writes five graphs with random weights to ``directory``/<model>/, unless they are there for this vocabulary."""
+    tokenizer = tokenization.load_tokenizer(None, True, vocab_file)
+    made = {"vocabulary": records.file_hash(vocab_file), **records.describe_versions()}
+    marker = os.path.join(directory, "made.json")
+    if os.path.isfile(marker) and read_json(marker) == made:
+        return
+    print("building BERT-base and PP-MiniLM with random weights", file=sys.stderr)
+    utils.set_seed(0)
+    with utils.whole_directory(directory) as scratch:
+        prefix = {name: os.path.join(scratch, name, "float") for name in ("bert", "finetuned", "pruned", "pruned_full")}
+        for name in (*prefix, "quantized", "both", "both_full"):
+            os.makedirs(os.path.join(scratch, name))
+            tokenizer.save(os.path.join(scratch, name))
+        for name, (kind, config) in RANDOM.items():
+            config = modeling.random_config(kind, os.path.join(ROOT, "demo", config), len(tokenizer.vocab), 15)
+            model = modeling.model_class(kind)(config)
+            exporting.export_static(model, prefix[name], cls_only=name != "bert")
+        architecture = modeling.architecture_of(model)
+        weights = {name: value.numpy() for name, value in model.state_dict().items()}
+        model = supernet.build_sub_model("ppminilm", architecture, 0.75, 15)
+        model.set_state_dict(supernet.slice_state(weights, 0.75, architecture["num_attention_heads"]))
+        exporting.export_static(model, prefix["pruned"], cls_only=True)
+        exporting.export_static(model, prefix["pruned_full"])
+        features = data.convert(calibration, tokenizer, 128)
+        for name, source in (("quantized", "finetuned"), ("both", "pruned"), ("both_full", "pruned_full")):
+            target = os.path.join(scratch, name)
+            quant_post.quantize(prefix[source], features, tokenizer.pad_id, "abs_max", target, int8_embeddings=True)
+        utils.write_whole(os.path.join(scratch, "made.json"), json.dumps(made))
+
+
+def complete(args, models, sentences, comparison=None):
+    """Adds random models for those that ``models`` lacks. Returns: the names of these.
+
+    Args: comparison: name of a graph of the usual export, ``pruned_full`` or ``both_full``; then the graphs that it is
+        compared with are random as well, for they have to be of one model.
+    """
+    if comparison:
+        models.clear()
+    missing = [*(name for name in MODELS if name not in models), *([comparison] if comparison else [])]
+    if missing:
+        vocab_file = args.vocab_file
+        if not vocab_file and models:
+            vocab_file = os.path.join(os.path.dirname(next(iter(models.values()))), "vocab.txt")
+        if not vocab_file:
+            vocab_file = os.path.join(args.output_dir, "vocab.txt")
+            os.makedirs(args.output_dir, exist_ok=True)
+            make_vocab.write(vocab_file, [example.text for example in sentences])
+        directory = os.path.join(args.output_dir, "models")
+        build_random(directory, vocab_file, sentences[:4])
+        models.update({name: engine.find_prefix(os.path.join(directory, name)) for name in missing})
+    return missing

@@ -1,0 +1,120 @@
+"""Where the time of a CPU batch goes: the operators of the optimized graph with their precision, and oneDNN's times.
+
+python profile_engine.py --model_path ../../quantization/tnews_quant_models/mse4 --precision int8
+"""
+
+import collections
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+import compat  # noqa: F401  before Paddle
+
+import numpy as np
+
+import data
+import engine
+import exporting
+import utils
+
+# Operators that compute; the others move, cast or reshape.
+COMPUTING = {"fc", "matmul", "matmul_v2", "fused_matmul", "bmm", "softmax", "layer_norm", "elementwise_add",
+             "elementwise_mul", "fused_elementwise_add", "lookup_table_v2", "gelu", "relu", "tanh"}  # fmt: skip
+
+
+def parse_args(argv=None):
+    parser = utils.Parser(__doc__)
+    parser.add_argument("--model_path", required=True, help="file prefix of a graph, or the directory with it")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "int8"), help="default: int8 if quantized, else fp32")
+    parser.add_argument("--batch_size", type=int, default=32, help="sequences of the batch")
+    parser.add_argument("--length", type=int, default=24, help="tokens of each; TNEWS has 23 on average")
+    parser.add_argument("--threads", type=int, help="default: all cores")
+    parser.add_argument("--batches", type=int, default=30, help="of which the times are averaged")
+    parser.add_argument("--timed", action="store_true", help="only run the batches, as the child process does")
+    args = parser.parse_args(argv)
+    utils.check_positive(args, "batch_size", "length", "threads", "batches")
+    return args
+
+
+def operators(path):
+    """{(operator, precision): count} of a graph that the engine has optimized."""
+    counts = collections.Counter()
+    for op in exporting.read_program(path).blocks[0].ops:
+        if op.type in COMPUTING:
+            of = {attribute.name: attribute for attribute in op.attrs}
+            kind = of["mkldnn_data_type"].s if "mkldnn_data_type" in of else ""
+            counts[op.type.replace("fused_", ""), {"int8": "INT8", "bfloat16": "BF16"}.get(kind, "FP32")] += 1
+    return counts
+
+
+def primitives(log):
+    """{(primitive, types, shape): [count, milliseconds]} of oneDNN's verbose log, as version 3 writes it."""
+    found = {}
+    for line in log.splitlines():
+        if not line.startswith("onednn_verbose,exec,"):
+            continue
+        fields = line.split(",")
+        types = {}
+        for memory in fields[6].split():  # such as src_s8:a:blocked:ab::f0
+            role, data_type = memory.split(":")[0].split("_", 1)
+            types.setdefault(role, data_type)
+        row = found.setdefault((fields[3], f"{types.get('src')} -> {types.get('dst')}", fields[-2]), [0, 0.0])
+        row[0] += 1
+        row[1] += float(fields[-1])
+    return found
+
+
+def run_batches(args, runner):
+    """Milliseconds of each batch, after three to prepare; prints a line where the measured ones begin."""
+    ids = np.random.default_rng(0).integers(1, 100, (args.batch_size, args.length))
+    batch = data.Batch(ids, np.zeros_like(ids), None, None)
+    for _ in range(3):
+        runner.run(batch)
+    print("measuring", flush=True)
+    milliseconds = []
+    for _ in range(args.batches):
+        started = time.perf_counter()
+        runner.run(batch)
+        milliseconds.append(1000 * (time.perf_counter() - started))
+    print(f"median {np.median(milliseconds)}", flush=True)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    prefix = engine.find_prefix(args.model_path)
+    precision = args.precision or engine.default_precision(prefix)
+    if args.timed:
+        return run_batches(args, engine.Engine(prefix, "cpu", precision, args.threads))
+    with tempfile.TemporaryDirectory() as directory:
+        engine.Engine(prefix, "cpu", precision, args.threads, optimized_dir=directory)
+        counts = operators(os.path.join(directory, "_optimized.pdmodel"))
+    print(f"Operators of the optimized graph, {precision}:\n\noperator | INT8 | BF16 | FP32\n--- | --- | --- | ---")
+    for name in sorted({name for name, _ in counts}):
+        print(" | ".join([name, *(str(counts[name, kind] or "") for kind in ("INT8", "BF16", "FP32"))]))
+    options = [f"--{name}={getattr(args, name)}" for name in ("batch_size", "length", "threads", "batches")
+               if getattr(args, name)]  # fmt: skip
+    command = [sys.executable, os.path.abspath(__file__), "--model_path", prefix, "--precision", precision, "--timed"]
+    done = subprocess.run(
+        [*command, *options], env={**os.environ, "ONEDNN_VERBOSE": "1"}, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise utils.UserError(f"{prefix}: the timed run failed: {done.stderr.strip().splitlines()[-1]}")
+    log, _, tail = done.stdout.partition("measuring\n")[2].rpartition("median ")
+    found, whole = primitives(log), float(tail)
+    print(f"\nA batch of {args.batch_size} x {args.length} tokens, median {whole:.1f} ms with oneDNN's log on:\n\n"
+          "primitive | types | shape | a batch | ms | share\n--- | --- | --- | --- | --- | ---")  # fmt: skip
+    rest = whole
+    for (kind, types, shape), (count, milliseconds) in sorted(found.items(), key=lambda row: -row[1][1]):
+        milliseconds /= args.batches
+        rest -= milliseconds
+        if milliseconds >= 0.003 * whole:
+            count = round(count / args.batches)
+            print(f"{kind} | {types} | {shape} | {count} | {milliseconds:.2f} | {milliseconds / whole:.1%}")
+    print(f"outside oneDNN | | | | {rest:.2f} | {rest / whole:.1%}")
+
+
+if __name__ == "__main__":
+    utils.run(main)
