@@ -111,8 +111,9 @@ def main(argv=None):
         seconds = time.perf_counter() - started
         result["passes"].append({"fast_tokenizer": fast, "seconds": seconds})
     result["peak_memory"] = peak_memory()
-    if spec["latency"]:
-        result["latency"] = latency(runner, tokenizers[spec["fast_tokenizer"][0]], examples[: spec["latency"]], length)
+    if spec["latency"]:  # all threads for each text
+        single = runner if spec["streams"] == 1 else open_runner({**spec, "streams": 1}, features, tokenizer.pad_id)
+        result["latency"] = latency(single, tokenizers[spec["fast_tokenizer"][0]], examples[: spec["latency"]], length)
     if spec["check"]:  # the same model, the plain way, after everything was measured
         result["plain_logits"] = plain(runner, examples, tokenizer, length, size).tolist()
     result["logits"], result["labels"] = logits.tolist(), [example.label for example in examples]
