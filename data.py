@@ -315,17 +315,17 @@ def round_up(length, longest):
     return min(-(-length // step) * step, longest)
 
 
-def batches(features, batch_size, pad_id=0, order=None, few_lengths=False):
+def batches(features, batch_size, pad_id=0, order=None, longest=None):
     """Yields Batch by Batch in ``order`` (default: as they come); the last one may be smaller.
 
-    Args: few_lengths: pad each to a length that round_up gives, and not just to its longest sequence.
+    Args: longest: pad each to a length that round_up(.., longest) gives, and not just to its longest sequence.
     """
     order = np.arange(len(features)) if order is None else order
     lengths = [len(feature.input_ids) for feature in features]
     for start in range(0, len(order), batch_size):
         index = order[start : start + batch_size]
         length = max(lengths[i] for i in index)
-        yield collate(features, index, pad_id, round_up(length, max(lengths)) if few_lengths else length)
+        yield collate(features, index, pad_id, round_up(length, longest) if longest else length)
 
 
 def gather(computed, count):

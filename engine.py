@@ -112,15 +112,18 @@ class Streams:
     def run_all(self, batches):
         """Yields (batch, logits) for each data.Batch, in order; up to a window of them is prepared ahead."""
         ahead = collections.deque()
-        for batch in batches:
-            ahead.append((batch, self.pool.submit(self.run, batch)))
-            while ahead[0][1].done() or len(ahead) > WINDOW:
+        try:
+            for batch in batches:
+                ahead.append((batch, self.pool.submit(self.run, batch)))
+                while ahead and (ahead[0][1].done() or len(ahead) > WINDOW):
+                    done, future = ahead.popleft()
+                    yield done, future.result()
+            while ahead:
                 done, future = ahead.popleft()
                 yield done, future.result()
-                if not ahead:
-                    break
-        for done, future in ahead:
-            yield done, future.result()
+        finally:  # after an error, or when the caller stops: nobody waits for these
+            for _, future in ahead:
+                future.cancel()
 
     def prepare(self, batches):
         """Runs each batch once in every stream, so that its shape is known to all of them."""
@@ -130,14 +133,18 @@ class Streams:
             together.wait()  # so that no stream takes two
             self.run(batch)
 
-        for batch in batches:
-            for future in [self.pool.submit(once, batch) for _ in range(self.streams)]:
-                future.result()
+        try:
+            for batch in batches:
+                for future in [self.pool.submit(once, batch) for _ in range(self.streams)]:
+                    future.result()
+        finally:
+            together.abort()  # an interrupt may have left a stream waiting for the others
 
     def predict(self, features, batch_size=32, pad_id=0):
         """Logits of features, float32 [n, classes], in their order; computed in order of length to save padding."""
-        order = data.by_length(features)
-        return data.gather(self.run_all(data.batches(features, batch_size, pad_id, order, True)), len(features))
+        longest = max(len(feature.input_ids) for feature in features)
+        batches = data.batches(features, batch_size, pad_id, data.by_length(features), longest)
+        return data.gather(self.run_all(batches), len(features))
 
     def classify(self, examples, tokenizer, max_seq_length, batch_size=32):
         """As predict, for data.Example: tokenizes window by window, while the one before is computed."""
@@ -234,18 +241,26 @@ class Handles:
         return self.output.copy_to_cpu()
 
 
-def window_batches(examples, tokenizer, max_seq_length, batch_size, by_length=True):
+def window_batches(examples, tokenizer, max_seq_length, batch_size):
     """Yields the data.Batch of examples, tokenized and sorted by length window by window; ``index`` counts examples."""
     for start in range(0, len(examples), WINDOW * batch_size):
         features = data.convert(examples[start : start + WINDOW * batch_size], tokenizer, max_seq_length)
-        order = data.by_length(features) if by_length else None
-        for batch in data.batches(features, batch_size, tokenizer.pad_id, order, by_length):
+        order = data.by_length(features)
+        for batch in data.batches(features, batch_size, tokenizer.pad_id, order, max_seq_length):
             yield batch._replace(index=batch.index + start)
 
 
 def default_streams(device, threads=None):
-    """One for each thread of a CPU, up to four: a stream needs a copy of what oneDNN prepared."""
-    return min(threads or len(os.sched_getaffinity(0)), 4) if device == "cpu" else 1
+    """One for each thread of a CPU, up to four that share them evenly; each needs a copy of what oneDNN prepared."""
+    threads = threads or len(os.sched_getaffinity(0))
+    return max(n for n in (1, 2, 3, 4) if threads % n == 0) if device == "cpu" else 1
+
+
+def check_streams(streams, threads=None):
+    """Raises: UserError for more streams than threads."""
+    threads = threads or len(os.sched_getaffinity(0))
+    if streams and streams > threads:
+        raise UserError(f"--streams {streams}: at most {threads}, one for each thread")
 
 
 def needs_trt(device, precision, use_trt):

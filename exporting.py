@@ -59,7 +59,7 @@ class FirstPositionLayer(paddle.nn.Layer):
     def constant(self, array):
         return self.create_parameter(array.shape, default_initializer=paddle.nn.initializer.Assign(array))
 
-    def forward(self, src, src_mask=None, cache=None, output_attentions=False):
+    def forward(self, src, src_mask, cache=None, output_attentions=False):
         """[batch_size, 1, hidden] of src [batch_size, seq_len, hidden] and an additive mask."""
         first = src[:, :1]
         query = self.q_proj(first).reshape([-1, self.heads, self.dim]).transpose([1, 0, 2])

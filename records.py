@@ -44,7 +44,8 @@ def relative(path):
 
 
 PATHS = {"data_dir", "input_dir", "output_dir", "model_path", "init_config", "vocab_file", "sub_model_output_dir",
-         "static_sub_model", "visualdl_dir"}  # fmt: skip
+         "static_sub_model", "visualdl_dir",
+         "bert", "finetuned", "pruned", "quantized", "both"}  # fmt: skip
 
 
 def describe_arguments(args):

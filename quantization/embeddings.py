@@ -22,7 +22,7 @@ def quantize_rows(weight):
 
 
 def store_in_int8(prefix, target):
-    """Writes the graph ``prefix`` to the file prefix ``target`` with its largest embedding table in INT8."""
+    """Writes the graph ``prefix`` to the file prefix ``target`` with the table of word embeddings in INT8."""
     place, scope = paddle.CPUPlace(), paddle.static.Scope()
     paddle.enable_static()
     try:
@@ -30,13 +30,11 @@ def store_in_int8(prefix, target):
             executor = paddle.static.Executor(place)
             program, _, _ = paddle.static.load_inference_model(prefix, executor)
             block = program.global_block()
-            tables = [
-                (block.var(op.input("W")[0]).shape[0], i)
+            position, lookup = next(
+                (i, op)
                 for i, op in enumerate(block.ops)
-                if op.type == "lookup_table_v2"
-            ]
-            position = max(tables)[1]
-            lookup = block.ops[position]
+                if op.type == "lookup_table_v2" and op.input("Ids") == ["input_ids"]
+            )
             (name,), (ids,), (output,) = lookup.input("W"), lookup.input("Ids"), lookup.output("Out")
             shape = block.var(output).shape
 

@@ -75,8 +75,23 @@ class OpenVINO(engine.Streams):
 ENGINES = {"onnxruntime": OnnxRuntime, "openvino": OpenVINO}
 
 
-def convert(prefix, target, features):
-    """Writes {target}.int8.onnx and {target}.int8.xml from the FP32 graph ``prefix``, unless they are there."""
+def convert(prefix, directory, features):
+    """Writes model.int8.onnx and model.int8.xml from the FP32 graph ``prefix``, unless made from it before."""
+    made = {"weights": records.file_hash(f"{prefix}.pdiparams"), "graph": records.file_hash(f"{prefix}.pdmodel"),
+            **package_versions()}  # fmt: skip
+    marker = os.path.join(directory, "made.json")
+    if os.path.isfile(marker) and perf_models.read_json(marker) == made:
+        return
+    with utils.whole_directory(directory) as scratch:
+        convert_all(prefix, os.path.join(scratch, "model"), features)
+        utils.write_whole(os.path.join(scratch, "made.json"), json.dumps(made))
+
+
+def package_versions():
+    return {name: __import__(name).__version__ for name in ("onnxruntime", "openvino", "nncf")}
+
+
+def convert_all(prefix, target, features):
     import nncf
     import onnx
     import onnxruntime
@@ -84,8 +99,6 @@ def convert(prefix, target, features):
     import paddle2onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    if os.path.isfile(f"{target}.int8.xml"):
-        return
     paddle2onnx.export(f"{prefix}.pdmodel", f"{prefix}.pdiparams", f"{target}.onnx", 13, False, False)
     # ONNX Runtime's quantizer finds the weights only after the basic optimizations.
     options = onnxruntime.SessionOptions()
@@ -109,7 +122,7 @@ def convert(prefix, target, features):
 
 def parse_args(argv=None):
     parser = utils.Parser(__doc__)
-    parser.add_argument("--pruned", help="FP32 export of the pruned model (default: as perf.py finds or makes it)")
+    parser.add_argument("--pruned", help="FP32 export of the pruned model (default: all three with random weights)")
     parser.add_argument("--both", help="the same, quantized")
     parser.add_argument("--full_graph", help="the FP32 export of the same model made with --cls_only False")
     parser.add_argument("--rounds", type=int, default=5, help="each on its own part of TNEWS dev")
@@ -130,19 +143,22 @@ def main(argv=None):
         import openvino  # noqa: F401
     except ImportError as error:
         raise utils.UserError(f"{error}; requirements/peers.txt lists what this comparison needs") from error
-    given = ["--output_dir", args.output_dir, "--rounds", args.rounds, "--sentences", args.sentences]
-    for name in ("pruned", "both", "vocab_file", "data_dir"):
-        given += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
-    timing = perf.parse_args([str(word) for word in [*given, "--device", "cpu"]])
-    data_dir, dev, _ = perf_models.find_sentences(timing)
-    models = perf_models.find_models(timing)
-    if args.full_graph:
-        models["pruned_full"] = engine.find_prefix(args.full_graph, "--full_graph")
-    random_models = perf_models.complete(timing, models, dev.examples, None if args.full_graph else "pruned_full")
+    given = {name: getattr(args, name) for name in ("pruned", "both", "full_graph")}
+    if any(given.values()) and not all(given.values()):
+        raise utils.UserError("--pruned, --both and --full_graph are of one model: name all three, or none")
+    options = ["--output_dir", args.output_dir, "--rounds", str(args.rounds), "--sentences", str(args.sentences)]
+    for name in ("vocab_file", "data_dir"):
+        options += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
+    timing = perf.parse_args(options)
+    os.makedirs(args.output_dir, exist_ok=True)
+    data_dir, dev, notes = perf.find_sentences(timing)
+    models = {name: engine.find_prefix(path, f"--{name}") for name, path in given.items() if path}
+    models.update({"pruned_full": models.pop("full_graph")} if models else {})
+    for name in perf_models.complete(timing, models, ("pruned", "both", "pruned_full"), dev.examples):
+        notes.append(f"random weights: {name}")
     prefixes = {"cls": models["pruned"], "full": models["pruned_full"]}
     tokenizer = tokenization.load_tokenizer(os.path.dirname(models["pruned"]))
     calibration = data.convert(dev.examples[-CALIBRATION:], tokenizer, timing.max_seq_length)
-    os.makedirs(os.path.join(timing.output_dir, "peers"), exist_ok=True)
 
     def specification(kind, path, streams, precision):
         return perf.specification(timing, path, precision, "cpu", data_dir, engine=kind, streams=streams, latency=0,
@@ -151,8 +167,8 @@ def main(argv=None):
     streams = engine.default_streams("cpu")
     specs = {"PP-MiniLM + pruning + quantization": specification("paddle", models["both"], streams, "int8")}
     for graph, prefix in prefixes.items():
-        target = os.path.join(timing.output_dir, "peers", graph)
-        convert(prefix, target, calibration)
+        directory = os.path.join(timing.output_dir, "peers", graph)
+        convert(prefix, directory, calibration)
         shape = {"cls": "same graph", "full": "usual export"}[graph]
         for number in (1, streams):
             for kind, suffix, title, precision in (
@@ -161,7 +177,7 @@ def main(argv=None):
                 ("openvino", "xml", "OpenVINO, NNCF INT8, BF16 for the rest", "bf16"),
             ):
                 name = f"{title}, {shape}, {number} streams"
-                specs[name] = specification(kind, f"{target}.int8.{suffix}", number, precision)
+                specs[name] = specification(kind, os.path.join(directory, f"model.int8.{suffix}"), number, precision)
     rounds = perf.run_rounds(specs, timing.rounds, timing.sentences)
     rows = []
     print("engine | sentences/s | ours is faster by | median, range of the rounds\n--- | --- | --- | ---")
@@ -173,11 +189,11 @@ def main(argv=None):
         print(f"{name} | {found['sentences_per_second']:.0f} | {ours['speedup']:.2f}x | "
               f"{ours['median']:.2f}, {ours['range'][0]:.2f}-{ours['range'][1]:.2f}")  # fmt: skip
     machine = records.describe_machine()
-    note = f"{'random weights; ' if random_models else ''}{machine['cpu']}, {machine['cores']} cores"
-    print(f"\n- {timing.rounds} rounds of {timing.sentences} TNEWS dev sentences, batch {timing.batch_size}; {note}")
-    versions = {name: sys.modules[name].__version__ for name in ("onnxruntime", "openvino", "nncf")}
-    result = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine, "note": note, "rows": rows,
-              "versions": {**records.describe_versions(), **versions}}  # fmt: skip
+    notes.append(f"{timing.rounds} rounds of {timing.sentences} TNEWS dev sentences, batch {timing.batch_size}; "
+                 f"{machine['cpu']}, {machine['cores']} cores")  # fmt: skip
+    print("\n".join(["", *(f"- {note}" for note in notes)]))
+    result = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine, "notes": notes, "rows": rows,
+              "data": dev.describe(), "versions": {**records.describe_versions(), **package_versions()}}  # fmt: skip
     utils.write_whole(os.path.join(timing.output_dir, "peers.json"), json.dumps(result, indent=1) + "\n")
 
 

@@ -5,7 +5,7 @@ them over the same sentences, the next round takes other sentences. The baseline
 runs it: batches in the file's order, Python tokenizer. Models that are not at hand are built with random weights,
 which changes no speed. Writes perf.json (for summarize.py --perf) and perf.png to --output_dir.
 
-    bash infer_perf.sh               # about twenty minutes; SHORT=1 takes about two
+    bash infer_perf.sh               # about half an hour; SHORT=1 takes about two minutes
 """
 
 import json
@@ -76,9 +76,13 @@ def parse_args(argv=None):
         "--vocab_file", help="of random models; default: that of the models found, else a generated one"
     )
     timing = parser.add_argument_group("timing")
-    timing.add_argument("--short", action="store_true", help="one round of 512 sentences, without the rows of BF16")
-    timing.add_argument("--rounds", type=int, default=5, help="each on its own part of dev")
-    timing.add_argument("--sentences", type=int, default=512, help="of a round; 2000 x 5 rounds are all of TNEWS dev")
+    timing.add_argument(
+        "--short", action="store_true", help="one round of 768 sentences, without BF16 and the sorted BERT-base"
+    )
+    timing.add_argument("--rounds", type=int, help="each on its own part of dev (default: 5)")
+    timing.add_argument(
+        "--sentences", type=int, help="of a round (default: 1000; 2000 x 5 rounds are all of TNEWS dev)"
+    )
     timing.add_argument("--perf_warmup_steps", type=int, default=20, help="batches, at least, before the clock starts")
     timing.add_argument("--batch_size", type=int, default=32, help="sentences per batch")
     timing.add_argument("--max_seq_length", type=int, default=128, help="longer texts are cut")
@@ -94,8 +98,11 @@ def parse_args(argv=None):
     other.add_argument("--output_dir", default=os.path.join(HERE, "perf"), help="results, and models built here")
     args = parser.parse_args(argv)
     utils.check_positive(args, "rounds", "sentences", "batch_size", "threads", "streams", "max_seq_length")
-    if args.short:
-        args.rounds, args.sentences, args.perf_warmup_steps = 1, 512, 3
+    engine.check_streams(args.streams, args.threads)
+    if args.effects and any(getattr(args, name) for name in perf_models.MODELS):
+        parser.error("--effects compares graphs of one model, which it makes itself; name none")
+    args.rounds = args.rounds or (1 if args.short else 5)
+    args.sentences = args.sentences or (768 if args.short else 1000)
     return args
 
 
@@ -111,7 +118,9 @@ def run_round(specs, number, sentences, bar):
             bar.set_description(f"round {number + 1}, {name}")
             done = subprocess.run([sys.executable, os.path.join(HERE, "measure.py"), file.name], stdout=subprocess.PIPE)
         if done.returncode:
-            raise utils.UserError(f"measuring {name} failed with status {done.returncode}; its message is above")
+            raise utils.UserError(
+                f"measuring {name} failed with status {done.returncode} (-9: killed, as where memory is short)"
+            )
         results[name] = json.loads(done.stdout.splitlines()[-1])
         bar.update()
     return results
@@ -133,6 +142,20 @@ def specification(args, prefix, precision, device, data_dir, plain=False, stream
         "max_seq_length": args.max_seq_length, "warmup_steps": args.perf_warmup_steps, "fast_tokenizer": [True, False],
         "tokenizer": os.path.dirname(prefix), "latency": 20 if args.short else 200, **others,
     }  # fmt: skip
+
+
+def find_sentences(args):
+    """(data_dir, Split of TNEWS dev, [note]); fits args.sentences to what is there. Raises: UserError for none."""
+    data_dir, dev, note = perf_models.find_sentences(args)
+    notes = [note] if note else []
+    if len(dev.examples) < args.rounds * args.sentences:
+        args.sentences = len(dev.examples) // args.rounds
+        notes.append(f"only {len(dev.examples)} dev records")
+    if not args.sentences:
+        raise utils.UserError(
+            f"--rounds {args.rounds}: TNEWS dev has {len(dev.examples)} records, one a round is needed"
+        )
+    return data_dir, dev, notes
 
 
 def seconds_of(result, fast):
@@ -208,7 +231,7 @@ def table(found, trained):
     return lines
 
 
-def draw(path, found, machine):
+def draw(path, found, baseline, machine):
     """The speed-ups as bars."""
     import matplotlib
 
@@ -224,7 +247,7 @@ def draw(path, found, machine):
         bars = axes.barh(np.arange(len(titles)) + shift, values, height=0.38, label=label)
         axes.bar_label(bars, fmt="%.2fx", padding=3, fontsize=8)
     axes.set_yticks(np.arange(len(titles)), titles)
-    axes.set_xlabel(f"speed-up over BERT-base in FP32, plain loop; {machine['cpu']}, {machine['cores']} cores")
+    axes.set_xlabel(f"speed-up over {baseline}; {machine['cpu']}, {machine['cores']} cores")
     axes.margins(x=0.12)
     axes.legend(loc="lower right")
     figure.tight_layout()
@@ -234,22 +257,27 @@ def draw(path, found, machine):
 def main(argv=None):
     args = parse_args(argv)
     device = utils.set_device(args.device)
-    data_dir, dev, note = perf_models.find_sentences(args)
-    notes = [note] if note else []
-    if len(dev.examples) < args.rounds * args.sentences:
-        args.sentences = len(dev.examples) // args.rounds
-        notes.append(f"only {len(dev.examples)} dev records")
-    models = perf_models.find_models(args)
-    missing = perf_models.complete(args, models, dev.examples, "both_full" if args.effects else None)
+    rows = EFFECT_ROWS if args.effects else CPU_ROWS if device == "cpu" else GPU_ROWS
+    no_bf16 = (
+        device == "cpu" and "avx512f" not in records.describe_machine()["flags"]
+    )  # the engine would stay with FP32
+    rows = [row for row in rows if not (args.short or no_bf16) or "16" not in row.precision]
+    rows = [row for row in rows if not args.short or row.plain or row.model != "bert"]
+    models = {} if args.effects else perf_models.find_models(args)
+    for row in rows:
+        if row.model in models:
+            perf_models.check_model(row.model, models[row.model], row.precision, device, args.max_seq_length)
+    os.makedirs(args.output_dir, exist_ok=True)
+    data_dir, dev, notes = find_sentences(args)
+    notes += [line for line in map(engine.preflight, ("int8", "bf16")) if line and device == "cpu"]
+    missing = perf_models.complete(args, models, dict.fromkeys(row.model for row in rows), dev.examples, device)
     if missing:
         notes.append(f"random weights: {', '.join(missing)} (speed does not depend on them, accuracy means nothing)")
-    rows = EFFECT_ROWS if args.effects else CPU_ROWS if device == "cpu" else GPU_ROWS
-    rows = [row for row in rows if not args.short or "16" not in row.precision]
     specs = {
         row.name: specification(args, models[row.model], row.precision, device, data_dir, row.plain, row.streams)
         for row in rows
     }
-    started = time.time()
+    started, name = time.time(), "effects" if args.effects else "perf"
     rounds = run_rounds(specs, args.rounds, args.sentences)
     machine, found = records.describe_machine(), report(rows, rounds)
     lines = table(found, {row.name: row.model not in missing for row in rows})
@@ -259,12 +287,12 @@ def main(argv=None):
     )
     print("\n".join([*lines, "", *(f"- {note}" for note in notes)]))
     utils.write_whole(
-        os.path.join(args.output_dir, "perf.json"),
+        os.path.join(args.output_dir, f"{name}.json"),
         json.dumps({"date": time.strftime("%Y-%m-%d", time.gmtime(started)), "machine": machine, "notes": notes,
                     "versions": records.describe_versions(), "arguments": records.describe_arguments(args),
                     "data": dev.describe(), "rows": found}, indent=1, ensure_ascii=False) + "\n",
     )  # fmt: skip
-    draw(os.path.join(args.output_dir, "perf.png"), found, machine)
+    draw(os.path.join(args.output_dir, f"{name}.png"), found, rows[0].title, machine)
     return found
 
 

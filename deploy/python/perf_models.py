@@ -47,13 +47,14 @@ def best_of(directory):
 
 
 def find_models(args):
-    """{model: file prefix} of what was named or lies where the stages put it."""
+    """{model: file prefix} of what was named or lies where the stages put it. Raises: UserError for no export."""
     named = {name: getattr(args, name) for name in MODELS}
     if not args.random:
         best = os.path.join(ROOT, "finetuning", "ppminilm-6l-768h", "best.json")
         if os.path.isfile(best):
-            cells = {task: directory for task, *_, directory in summarize.read_best(best)}
-            named["finetuned"] = named["finetuned"] or cells.get("TNEWS")
+            cell = {task: directory for task, *_, directory in summarize.read_best(best)}.get("TNEWS", "")
+            exported = os.path.isfile(os.path.join(cell, "inference.pdmodel"))
+            named["finetuned"] = named["finetuned"] or (cell if exported else None)
         pruned = os.path.join(ROOT, "pruning", "pruned_models", "TNEWS", "0.75", "sub_static")
         named["pruned"] = named["pruned"] or (pruned if os.path.isdir(pruned) else None)
         for name, kind in (("quantized", "tnews_finetuned_quant_models"), ("both", "tnews_quant_models")):
@@ -61,15 +62,28 @@ def find_models(args):
     return {name: engine.find_prefix(path, f"--{name}") for name, path in named.items() if path}
 
 
+def check_model(name, prefix, precision, device, max_seq_length):
+    """Raises: UserError for a model that the table cannot have in that place."""
+    record = engine.open_exported(prefix)
+    records.check_task(record, "TNEWS", prefix)
+    engine.check_precision(prefix, device, precision)
+    records.check_sequence_length(max_seq_length, record["model"]["architecture"]["max_position_embeddings"])
+    if tuple(record["labels"]) != data.get_task("TNEWS").labels:
+        raise utils.UserError(f"--{name} {prefix}: its labels are not CLUE's TNEWS labels in their order")
+    if name == "bert" and record["export"].get("cls_only"):
+        raise utils.UserError(f"--bert {prefix}: the baseline is the usual graph; export it with --cls_only False")
+
+
 def read_json(path):
     with open(path, encoding="utf-8") as file:
         return json.load(file)
 
 
-def build_random(directory, vocab_file, calibration):
-    """Writes five graphs with random weights to ``directory``/<model>/, unless they are there for this vocabulary."""
+def build_random(directory, vocab_file, calibration, device="cpu"):
+    """Writes the graphs with random weights to ``directory``/<model>/, unless they are there for this vocabulary."""
     tokenizer = tokenization.load_tokenizer(None, True, vocab_file)
-    made = {"vocabulary": records.file_hash(vocab_file), **records.describe_versions()}
+    on_cpu = device == "cpu"  # TensorRT wants whole layers and tables in floating point
+    made = {"vocabulary": records.file_hash(vocab_file), "on_cpu": on_cpu, **records.describe_versions()}
     marker = os.path.join(directory, "made.json")
     if os.path.isfile(marker) and read_json(marker) == made:
         return
@@ -83,38 +97,31 @@ def build_random(directory, vocab_file, calibration):
         for name, (kind, config) in RANDOM.items():
             config = modeling.random_config(kind, os.path.join(ROOT, "demo", config), len(tokenizer.vocab), 15)
             model = modeling.model_class(kind)(config)
-            exporting.export_static(model, prefix[name], cls_only=name != "bert")
+            exporting.export_static(model, prefix[name], on_cpu and name != "bert")
         architecture = modeling.architecture_of(model)
         weights = {name: value.numpy() for name, value in model.state_dict().items()}
         model = supernet.build_sub_model("ppminilm", architecture, 0.75, 15)
         model.set_state_dict(supernet.slice_state(weights, 0.75, architecture["num_attention_heads"]))
-        exporting.export_static(model, prefix["pruned"], cls_only=True)
+        exporting.export_static(model, prefix["pruned"], on_cpu)
         exporting.export_static(model, prefix["pruned_full"])
         features = data.convert(calibration, tokenizer, 128)
         for name, source in (("quantized", "finetuned"), ("both", "pruned"), ("both_full", "pruned_full")):
             target = os.path.join(scratch, name)
-            quant_post.quantize(prefix[source], features, tokenizer.pad_id, "abs_max", target, int8_embeddings=True)
+            quant_post.quantize(prefix[source], features, tokenizer.pad_id, "abs_max", target, int8_embeddings=on_cpu)
         utils.write_whole(os.path.join(scratch, "made.json"), json.dumps(made))
 
 
-def complete(args, models, sentences, comparison=None):
-    """Adds random models for those that ``models`` lacks. Returns: the names of these.
-
-    Args: comparison: name of a graph of the usual export, ``pruned_full`` or ``both_full``; then the graphs that it is
-        compared with are random as well, for they have to be of one model.
-    """
-    if comparison:
-        models.clear()
-    missing = [*(name for name in MODELS if name not in models), *([comparison] if comparison else [])]
+def complete(args, models, needed, sentences, device="cpu"):
+    """Adds random models for those of ``needed`` that ``models`` lacks. Returns: the names of these."""
+    missing = [name for name in needed if name not in models]
     if missing:
         vocab_file = args.vocab_file
         if not vocab_file and models:
             vocab_file = os.path.join(os.path.dirname(next(iter(models.values()))), "vocab.txt")
         if not vocab_file:
             vocab_file = os.path.join(args.output_dir, "vocab.txt")
-            os.makedirs(args.output_dir, exist_ok=True)
             make_vocab.write(vocab_file, [example.text for example in sentences])
         directory = os.path.join(args.output_dir, "models")
-        build_random(directory, vocab_file, sentences[:4])
+        build_random(directory, vocab_file, sentences[:4], device)
         models.update({name: engine.find_prefix(os.path.join(directory, name)) for name in missing})
     return missing
