@@ -18,6 +18,8 @@ import engine
 import tokenization
 import utils
 
+LEAST_SECONDS = 4  # of a measurement: a pass that takes less is repeated, and the mean counts
+
 
 def file_order(examples, tokenizer, max_seq_length, batch_size):
     """Yields the data.Batch of examples as a plain loop makes them: in the file's order, padded to the longest."""
@@ -104,13 +106,15 @@ def main(argv=None):
     result["shapes"] = warm_up(runner, tokenizer, examples, length, size, spec["warmup_steps"], batches)
     result["prepare_seconds"] = time.perf_counter() - started
     for fast, tokenizer in tokenizers.items():
-        started = time.perf_counter()
-        if spec["plain"]:
-            logits = plain(runner, examples, tokenizer, length, size)
-        else:
-            logits = runner.classify(examples, tokenizer, length, size)
-        seconds = time.perf_counter() - started
-        result["passes"].append({"fast_tokenizer": fast, "seconds": seconds})
+        seconds = []
+        while sum(seconds) < LEAST_SECONDS:
+            started = time.perf_counter()
+            if spec["plain"]:
+                logits = plain(runner, examples, tokenizer, length, size)
+            else:
+                logits = runner.classify(examples, tokenizer, length, size)
+            seconds.append(time.perf_counter() - started)
+        result["passes"].append({"fast_tokenizer": fast, "seconds": float(np.mean(seconds)), "runs": len(seconds)})
     result["peak_memory"] = peak_memory()
     if spec["latency"]:  # all threads for each text
         single = runner if spec["streams"] == 1 else open_runner({**spec, "streams": 1}, features, tokenizer.pad_id)

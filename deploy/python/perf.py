@@ -271,7 +271,8 @@ def main(argv=None):
             perf_models.check_model(row.model, models[row.model], row.precision, device, args.max_seq_length)
     os.makedirs(args.output_dir, exist_ok=True)
     data_dir, dev, notes = find_sentences(args)
-    notes += [line for line in map(engine.preflight, ("int8", "bf16")) if line and device == "cpu"]
+    precisions = dict.fromkeys(row.precision for row in rows) if device == "cpu" else {}
+    notes += [line for line in map(engine.preflight, precisions) if line]
     missing = perf_models.complete(args, models, dict.fromkeys(row.model for row in rows), dev.examples, device)
     if missing:
         notes.append(f"random weights: {', '.join(missing)} (speed does not depend on them, accuracy means nothing)")
