@@ -143,7 +143,7 @@ class Streams:
     def predict(self, features, batch_size=32, pad_id=0):
         """Logits of features, float32 [n, classes], in their order; computed in order of length to save padding."""
         longest = max(len(feature.input_ids) for feature in features)
-        batches = data.batches(features, batch_size, pad_id, data.by_length(features), longest)
+        batches = data.batches(features, batch_size, pad_id, longest_first(features), longest)
         return data.gather(self.run_all(batches), len(features))
 
     def classify(self, examples, tokenizer, max_seq_length, batch_size=32):
@@ -241,11 +241,16 @@ class Handles:
         return self.output.copy_to_cpu()
 
 
+def longest_first(features):
+    """An order by length that leaves the shortest batches for the end, when a stream may wait for the other."""
+    return data.by_length(features)[::-1]
+
+
 def window_batches(examples, tokenizer, max_seq_length, batch_size):
     """Yields the data.Batch of examples, tokenized and sorted by length window by window; ``index`` counts examples."""
     for start in range(0, len(examples), WINDOW * batch_size):
         features = data.convert(examples[start : start + WINDOW * batch_size], tokenizer, max_seq_length)
-        order = data.by_length(features)
+        order = longest_first(features)
         for batch in data.batches(features, batch_size, tokenizer.pad_id, order, max_seq_length):
             yield batch._replace(index=batch.index + start)
 
