@@ -194,7 +194,7 @@ class Engine(Streams):
             config.enable_mkldnn()
             # oneDNN prepares its operators, and a copy of their weights, for every shape: keep those that come again.
             config.set_mkldnn_cache_capacity(64)
-            config.set_cpu_math_library_num_threads(max(1, (threads or len(os.sched_getaffinity(0))) // streams))
+            config.set_cpu_math_library_num_threads(max(1, thread_count(threads) // streams))
             if precision == "bf16":
                 config.enable_mkldnn_bfloat16()
             elif precision == "int8":
@@ -255,17 +255,20 @@ def window_batches(examples, tokenizer, max_seq_length, batch_size):
             yield batch._replace(index=batch.index + start)
 
 
+def thread_count(threads=None):
+    """``threads``, or the cores that this process may use."""
+    return threads or len(os.sched_getaffinity(0))
+
+
 def default_streams(device, threads=None):
     """One for each thread of a CPU, up to four that share them evenly; each needs a copy of what oneDNN prepared."""
-    threads = threads or len(os.sched_getaffinity(0))
-    return max(n for n in (1, 2, 3, 4) if threads % n == 0) if device == "cpu" else 1
+    return max(n for n in (1, 2, 3, 4) if thread_count(threads) % n == 0) if device == "cpu" else 1
 
 
 def check_streams(streams, threads=None):
     """Raises: UserError for more streams than threads."""
-    threads = threads or len(os.sched_getaffinity(0))
-    if streams and streams > threads:
-        raise UserError(f"--streams {streams}: at most {threads}, one for each thread")
+    if streams and streams > thread_count(threads):
+        raise UserError(f"--streams {streams}: at most {thread_count(threads)}, one for each thread")
 
 
 def needs_trt(device, precision, use_trt):

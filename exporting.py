@@ -32,6 +32,12 @@ def add_export_arguments(group):
     utils.add_tokenizer_arguments(group)
 
 
+def set_device(args):
+    """Selects --device, and what --cls_only is where it was not given."""
+    device = utils.set_device(args.device)
+    args.cls_only = device == "cpu" if args.cls_only is None else args.cls_only
+
+
 class FirstPositionLayer(paddle.nn.Layer):
     """The last encoder layer, computed for position 0 alone, which is all that the pooler reads.
 

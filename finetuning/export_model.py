@@ -32,8 +32,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    device = utils.set_device(args.device)
-    args.cls_only = device == "cpu" if args.cls_only is None else args.cls_only
+    exporting.set_device(args)
     started = time.time()
     model, tokenizer, record = modeling.load_finished(args.model_path, args.use_faster_tokenizer)
     records.check_task(record, args.task_name, args.model_path, args.model_type)

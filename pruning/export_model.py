@@ -43,8 +43,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    device = utils.set_device(args.device)
-    args.cls_only = device == "cpu" if args.cls_only is None else args.cls_only
+    exporting.set_device(args)
     started = time.time()
     if args.depth_mult != 1.0:
         raise utils.UserError(f"--depth_mult {args.depth_mult:g}: only 1.0 is supported, depth is not pruned here")

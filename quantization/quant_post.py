@@ -106,12 +106,17 @@ class CalibrationBatch(paddle.io.IterableDataset):
         yield self.batch.input_ids, self.batch.token_type_ids
 
 
-def quantize(prefix, features, pad_id, algorithm, directory, int8_embeddings, name="int8"):
-    """Writes the quantized graph of ``prefix`` into ``directory``, calibrated on all ``features`` in one batch.
-
-    Args: name: the files' name, or (model_filename, params_filename).
-    """
-    model_filename, params_filename = (f"{name}.pdmodel", f"{name}.pdiparams") if isinstance(name, str) else name
+def quantize(
+    prefix,
+    features,
+    pad_id,
+    algorithm,
+    directory,
+    int8_embeddings,
+    model_filename="int8.pdmodel",
+    params_filename="int8.pdiparams",
+):
+    """Writes the quantized graph of ``prefix`` into ``directory``, calibrated on all ``features`` in one batch."""
     with tempfile.TemporaryDirectory() as scratch:
         if int8_embeddings:
             embeddings.store_in_int8(prefix, os.path.join(scratch, "float"))
@@ -207,7 +212,8 @@ def main(argv=None):
                         algorithm,
                         scratch,
                         args.int8_embeddings,
-                        (args.save_model_filename, args.save_params_filename),
+                        args.save_model_filename,
+                        args.save_params_filename,
                     )
                     exporting.forget_call_stacks(os.path.join(scratch, args.save_model_filename))
                     quantized = os.path.join(scratch, os.path.splitext(args.save_model_filename)[0])

@@ -43,7 +43,7 @@ class OnnxRuntime(engine.Streams):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = max(1, (threads or len(os.sched_getaffinity(0))) // streams)
+        options.intra_op_num_threads = max(1, engine.thread_count(threads) // streams)
         sessions = [
             onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]) for _ in range(streams)
         ]
@@ -56,7 +56,7 @@ class OpenVINO(engine.Streams):
 
         settings = {
             "NUM_STREAMS": str(streams),
-            "INFERENCE_NUM_THREADS": str(threads or len(os.sched_getaffinity(0))),
+            "INFERENCE_NUM_THREADS": str(engine.thread_count(threads)),
             "INFERENCE_PRECISION_HINT": precision,  # of what is not in INT8
         }
         compiled = openvino.Core().compile_model(path, "CPU", settings)
@@ -79,12 +79,9 @@ def convert(prefix, directory, features):
     """Writes model.int8.onnx and model.int8.xml from the FP32 graph ``prefix``, unless made from it before."""
     made = {"weights": records.file_hash(f"{prefix}.pdiparams"), "graph": records.file_hash(f"{prefix}.pdmodel"),
             **package_versions()}  # fmt: skip
-    marker = os.path.join(directory, "made.json")
-    if os.path.isfile(marker) and perf_models.read_json(marker) == made:
-        return
-    with utils.whole_directory(directory) as scratch:
-        convert_all(prefix, os.path.join(scratch, "model"), features)
-        utils.write_whole(os.path.join(scratch, "made.json"), json.dumps(made))
+    perf_models.build_once(
+        directory, made, lambda scratch: convert_all(prefix, os.path.join(scratch, "model"), features)
+    )
 
 
 def package_versions():

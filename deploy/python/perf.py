@@ -138,7 +138,7 @@ def specification(args, prefix, precision, device, data_dir, plain=False, stream
     return {
         "engine": "paddle", "prefix": prefix, "precision": precision, "device": device, "threads": args.threads,
         "streams": streams, "plain": plain, "task": "TNEWS", "labels": data.get_task("TNEWS").labels,
-        "data_dir": data_dir, "max_eval_samples": None, "batch_size": args.batch_size, "check": args.check,
+        "data_dir": data_dir, "batch_size": args.batch_size, "check": args.check,
         "max_seq_length": args.max_seq_length, "warmup_steps": args.perf_warmup_steps, "fast_tokenizer": [True, False],
         "tokenizer": os.path.dirname(prefix), "latency": 8 if args.short else 200, **others,
     }  # fmt: skip

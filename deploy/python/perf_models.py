@@ -74,9 +74,19 @@ def check_model(name, prefix, precision, device, max_seq_length):
         raise utils.UserError(f"--bert {prefix}: the baseline is the usual graph; export it with --cls_only False")
 
 
-def read_json(path):
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+def build_once(directory, made, build):
+    """Calls build(scratch) and puts the scratch directory in the place of ``directory``, unless it is there.
+
+    Args: made: what it is made from, as a JSON object; what was made from anything else is made anew.
+    """
+    marker = os.path.join(directory, "made.json")
+    if os.path.isfile(marker):
+        with open(marker, encoding="utf-8") as file:
+            if json.load(file) == made:
+                return
+    with utils.whole_directory(directory) as scratch:
+        build(scratch)
+        utils.write_whole(os.path.join(scratch, "made.json"), json.dumps(made))
 
 
 def build_random(directory, vocab_file, calibration, device="cpu"):
@@ -84,12 +94,10 @@ def build_random(directory, vocab_file, calibration, device="cpu"):
     tokenizer = tokenization.load_tokenizer(None, True, vocab_file)
     on_cpu = device == "cpu"  # TensorRT wants whole layers and tables in floating point
     made = {"vocabulary": records.file_hash(vocab_file), "on_cpu": on_cpu, **records.describe_versions()}
-    marker = os.path.join(directory, "made.json")
-    if os.path.isfile(marker) and read_json(marker) == made:
-        return
-    print("building BERT-base and PP-MiniLM with random weights", file=sys.stderr)
-    utils.set_seed(0)
-    with utils.whole_directory(directory) as scratch:
+
+    def build(scratch):
+        print("building BERT-base and PP-MiniLM with random weights", file=sys.stderr)
+        utils.set_seed(0)
         prefix = {name: os.path.join(scratch, name, "float") for name in ("bert", "finetuned", "pruned", "pruned_full")}
         for name in (*prefix, "quantized", "both", "both_full"):
             os.makedirs(os.path.join(scratch, name))
@@ -108,7 +116,8 @@ def build_random(directory, vocab_file, calibration, device="cpu"):
         for name, source in (("quantized", "finetuned"), ("both", "pruned"), ("both_full", "pruned_full")):
             target = os.path.join(scratch, name)
             quant_post.quantize(prefix[source], features, tokenizer.pad_id, "abs_max", target, int8_embeddings=on_cpu)
-        utils.write_whole(os.path.join(scratch, "made.json"), json.dumps(made))
+
+    build_once(directory, made, build)
 
 
 def complete(args, models, needed, sentences, device="cpu"):
