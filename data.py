@@ -175,6 +175,8 @@ def read_rows(path):
     """Yields (line number, JSON object) of a file with one object a line; UserError names file and line."""
     with open(path, "rb") as file:  # in bytes: str lines would also end at U+2028, which texts contain
         for number, line in enumerate(file, 1):
+            if line.endswith(b"\r\n"):
+                raise UserError(f"{path}:{number}: the line ends in CRLF, not LF; sed -i 's/\\r$//' mends the file")
             if not line.strip():
                 continue
             try:
@@ -214,6 +216,8 @@ def texts_of(task_name, row):
     if name == "cluewsc2020":
         pair = mark_spans(row["text"], row["target"]), None
     elif name == "csl":
+        if not isinstance(row["keyword"], list):
+            raise TypeError("keyword is not a list")
         pair = " ".join(row["keyword"]), row["abst"]
     elif "sentence" in row:
         pair = row["sentence"], None

@@ -301,7 +301,7 @@ def static_prefix(directory, record):
     names = [name[: -len(".pdmodel")] for name in files if name.endswith(".pdmodel")]
     if not names:
         raise UserError(f"{directory}: not exported; run export_model.py (fine-tuned) or export.sh (pruned) first")
-    records.check_weights(directory, files)
+    records.check_files(directory, record, files)
     return os.path.join(directory, names[0])
 
 
@@ -314,5 +314,5 @@ def open_exported(prefix):
         raise UserError(
             f"{prefix}: {os.path.join(directory, records.RECORD)} does not name these files; export them again"
         )
-    records.check_weights(directory, weights)
+    records.check_files(directory, record, weights)
     return record

@@ -1,8 +1,6 @@
 """Exporting a classification model as the static graph that quantization and deployment take, and comparing the two."""
 
 import contextlib
-import os
-import shutil
 
 import compat  # noqa: F401  before Paddle
 
@@ -11,7 +9,6 @@ import paddle
 
 import data
 import modeling
-import records
 import utils
 from utils import UserError
 
@@ -150,17 +147,7 @@ def parity(expected, found, inputs, tolerance):
     difference = float(np.abs(expected - found).max())
     if not difference <= tolerance:
         raise UserError(
-            f"the exported model differs from the original by {difference:.2e} on {inputs}; at most "
+            f"the new model's logits differ from the original's by {difference:.2e} on {inputs}; at most "
             f"{tolerance:.0e} is allowed (--parity_tolerance)"
         )
     return {"inputs": inputs, "largest_difference": difference, "tolerance": tolerance}
-
-
-def move_files(source, target):
-    """Moves the files of directory ``source`` into ``target``, each whole. Returns: {name: sha256}."""
-    hashes = {}
-    for name in sorted(os.listdir(source)):
-        hashes[name] = records.file_hash(os.path.join(source, name))
-        shutil.move(os.path.join(source, name), os.path.join(target, f"{name}.writing"))
-        os.replace(os.path.join(target, f"{name}.writing"), os.path.join(target, name))
-    return hashes

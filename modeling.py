@@ -13,6 +13,7 @@ import paddle
 
 import data
 import records
+import tensors
 import tokenization
 from utils import UserError
 
@@ -127,10 +128,10 @@ def load(args, num_labels, kind="ForSequenceClassification", option="--model_nam
         check_model_type(name, args.model_type)
         if os.path.isfile(os.path.join(name, records.RECORD)):
             record = records.read_record(name)
-            records.check_weights(name, record["weights"])
+            records.check_files(name, record)
             notes, parent = list(record["notes"]), parent_of(name, record)
-        # A head for another number of labels is left out, and a new one begins.
-        model = cls.from_pretrained(name, num_labels=num_labels, ignore_mismatched_sizes=True)
+        model, new = from_directory(cls, name, num_labels, new_head=True)
+        notes += [f"random weights of the pooler, which {WEIGHTS} lacks"] * any("pooler" in each for each in new)
         source = records.relative(name)
         tokenizer = tokenization.load_tokenizer(name, fast)
     elif published := builtin_name(cls, name):
@@ -205,14 +206,49 @@ def builtin_tokenizer(model_type, name, fast):
         return tokenization.load_tokenizer(directory, fast, os.path.join(directory, "vocab.txt"), lower_case)
 
 
+def from_directory(cls, directory, num_labels, new_head=False):
+    """A model of PaddleNLP's class ``cls`` with the configuration and the weights of a directory.
+
+    ``cls.from_pretrained`` would run what a damaged pickle holds, and start parameters that the file lacks, or has in
+    another shape, at random without a word. Args: new_head: what lies behind the encoder may start so, its pooler too.
+    Returns: (model, names of the parameters that did). Raises: UserError for any other that is not there as it should.
+    """
+    try:
+        model = cls(cls.config_class.from_pretrained(directory, num_labels=num_labels))
+    except Exception as error:  # PaddleNLP checks nothing, so anything may come of a wrong field
+        raise UserError(f"{directory}: its config.json makes no model ({type(error).__name__}: {error})") from error
+    return model, set_parameters(model, os.path.join(directory, WEIGHTS), new_head)
+
+
+def set_parameters(model, path, new_head=False):
+    """Gives a model its parameters from a file, all of them. Args, returns and raises: as from_directory."""
+    arrays, prefix, new = tensors.read(path), f"{model.base_model_prefix}.", []
+
+    def in_encoder(name):  # a model without a head has no prefix in its names
+        return name[len(prefix) :] if name.startswith(prefix) else name
+
+    arrays = {in_encoder(name): array for name, array in arrays.items()}
+    for name, parameter in model.named_parameters():
+        array = arrays.get(in_encoder(name))
+        if array is not None and list(array.shape) == parameter.shape:
+            parameter.set_value(array.astype("float32"))
+            continue
+        head = encoder_of(model) is not model and not name.startswith(prefix)
+        if new_head and (head or array is None and in_encoder(name).startswith("pooler.")):
+            new.append(name)
+            continue
+        found = "is not there" if array is None else f"has shape {list(array.shape)}, not {parameter.shape}"
+        raise UserError(f"{path}: {name} {found}: weights of another architecture, width or number of labels")
+    return new
+
+
 def load_finished(directory, use_faster_tokenizer=True, stage="finetune"):
     """A classification model that ``stage`` (finetune or prune) wrote, in eval mode: (model, tokenizer, record)."""
     record = records.read_record(directory, f"a model of stage {stage}")
     if record["stage"] != stage:
         raise UserError(f"{directory}: written by stage {record['stage']}, a model of stage {stage} is needed")
-    records.check_weights(directory, record["weights"])
-    cls = model_class(record["model"]["model_type"])
-    model = cls.from_pretrained(directory, num_labels=len(record["labels"]))
+    records.check_files(directory, record)
+    model, _ = from_directory(model_class(record["model"]["model_type"]), directory, len(record["labels"]))
     model.eval()
     return model, tokenization.load_tokenizer(directory, use_faster_tokenizer), record
 

@@ -5,31 +5,45 @@ import hashlib
 import json
 import os
 import platform
+import sys
 import time
 
 from utils import ROOT, UserError, write_whole
 
 RECORD = "stage.json"
 
-# What a stage.json holds, field by field: type. Checked when it is written and when it is read.
+NUMBER = (int, float)
+HASHES = {...: str}  # file name: sha256
+# What a stage.json holds, checked when it is written and when it is read: field: type, [type of the items of a list],
+# or an object's fields, where ... stands for all of them.
 SCHEMA = {
-    "schema": int,  # 1
-    "stage": str,  # pretrain, distill, finetune, prune, prune_export, quantize, infer
+    "schema": int,  # VERSION
+    "stage": str,  # pretrain, distill, finetune, prune, prune_export, quantize
     "task": str,
-    "labels": list,  # str, in the order of the logits
-    "arguments": dict,  # every argument; paths relative to the repository
-    "model": dict,  # model_type, architecture (the config's fields), width_mult, initialized_from
-    "data": dict,  # split name: file, md5, examples, majority_class, partial
+    "labels": [str],  # in the order of the logits
+    "arguments": {"max_seq_length": int},  # and every other argument; paths relative to the repository
+    "model": {"model_type": str, "architecture": dict, "width_mult": NUMBER, "initialized_from": str},
+    "data": {...: {"md5": str}},  # of each split also file, examples, pairs, majority_class, partial
     "parent": (dict, type(None)),  # path, and sha256 of its weights
-    "weights": dict,  # file name: sha256
+    "weights": HASHES,
+    "files": HASHES,  # of what else a later stage reads: BESIDE
     "metrics": dict,
     "params": (int, type(None)),
     "flops": (int, type(None)),  # multiply-adds of the encoder's linear layers at 128 tokens
-    "notes": list,  # str: what was random or partial
-    "seconds": (int, float),
+    "notes": [str],  # what was random or partial
+    "seconds": NUMBER,
     "machine": dict,  # cpu, flags, cores
     "versions": dict,
 }
+VERSION = 2
+# Beyond that, of a model for a task: what its later stages count on.
+TASK_SCHEMA = {
+    "model": {"architecture": dict.fromkeys(
+        ("max_position_embeddings", "num_attention_heads", "intermediate_size", "hidden_size"), int)},
+    "data": {"dev": {"examples": int, "pairs": bool, "majority_class": NUMBER}},
+    "metrics": {"accuracy": NUMBER},
+}  # fmt: skip
+BESIDE = ("config.json", "vocab.txt", "tokenizer_config.json")
 
 
 def relative(path):
@@ -85,7 +99,7 @@ def describe_versions():
 def make_record(stage, args, started, **fields):
     """A stage record; ``started`` is the time.time() at which the work began, earlier runs' seconds included."""
     return {
-        "schema": 1,
+        "schema": VERSION,
         "stage": stage,
         "arguments": describe_arguments(args),
         "seconds": round(time.time() - started, 1),
@@ -95,16 +109,45 @@ def make_record(stage, args, started, **fields):
     }
 
 
+def misfit(value, schema, place=""):
+    """The place in ``value`` that is not as ``schema`` has it, such as ``data.dev.md5``, or None if all of it is."""
+    if isinstance(schema, list) and isinstance(value, list):
+        parts = [(str(number), item, schema[0]) for number, item in enumerate(value)]
+    elif isinstance(schema, dict) and isinstance(value, dict):
+        schema = dict.fromkeys(value, schema[...]) if ... in schema else schema
+        parts = [(name, value.get(name, ...), kind) for name, kind in schema.items()]
+    elif isinstance(schema, (list, dict)) or not isinstance(value, schema) or isinstance(value, bool) and schema is int:
+        return place or "(all of it)"
+    else:
+        return None
+    return next(filter(None, (misfit(item, kind, f"{place}.{name}".lstrip(".")) for name, item, kind in parts)), None)
+
+
 def check_record(record, path):
-    for name, kind in SCHEMA.items():
-        if not isinstance(record, dict) or not isinstance(record.get(name, ...), kind):
-            raise UserError(f"{path}: not a stage record: field {name!r} is missing or of the wrong type")
-    if record["schema"] != 1:
-        raise UserError(f"{path}: written by another version of this project (schema {record['schema']}, not 1)")
+    if isinstance(record, dict) and record.get("schema", VERSION) != VERSION:
+        raise UserError(
+            f"{path}: written by another version of this project (schema {record['schema']}, not {VERSION}); repeat "
+            "the stage that wrote it"
+        )
+    schemas = [SCHEMA]
+    export, parent = (record.get(name) if isinstance(record, dict) else None for name in ("export", "parent"))
+    if parent is not None:
+        schemas.append({"parent": {"path": str, "weights": HASHES}})
+    if isinstance(record, dict) and record.get("stage") in ("finetune", "prune", "prune_export", "quantize"):
+        schemas.append(TASK_SCHEMA)
+    if export is not None:
+        schemas.append({"export": {"weights": HASHES} if isinstance(export, dict) and "weights" in export else dict})
+    for schema in schemas:
+        wrong = misfit(record, schema)
+        if wrong:
+            raise UserError(f"{path}: not a stage record: field {wrong!r} is missing or of the wrong type")
     return record
 
 
 def write_record(directory, record):
+    """Writes stage.json; of a new record also the hashes of the files BESIDE the weights."""
+    present = [name for name in BESIDE if os.path.isfile(os.path.join(directory, name))]
+    record.setdefault("files", hash_files(directory, present))
     check_record(record, os.path.join(directory, RECORD))
     write_whole(os.path.join(directory, RECORD), json.dumps(record, ensure_ascii=False, indent=1) + "\n")
 
@@ -131,12 +174,15 @@ def check_task(record, task_name, where, model_type=None):
         raise UserError(f"--model_type {model_type}: {where} is of type {record['model']['model_type']}")
 
 
-def check_weights(directory, weights):
-    """Compares files with the hashes of the record that names them. Raises: UserError at the first difference."""
-    for name, digest in weights.items():
+def check_files(directory, record, weights=None):
+    """Compares the files with the hashes of their record: ``weights`` (default: the record's) and what lies BESIDE.
+
+    Raises: UserError at the first difference.
+    """
+    for name, digest in {**(record["weights"] if weights is None else weights), **record["files"]}.items():
         path = os.path.join(directory, name)
         if not os.path.isfile(path) or file_hash(path) != digest:
-            raise UserError(f"{path}: missing, damaged or not of this record; repeat the stage that wrote it")
+            raise UserError(f"{path}: missing, damaged or not of this {RECORD}; repeat the stage that wrote it")
 
 
 # What does not change a result, (of quantization) is a choice among results, or is known better by the md5 of the data.
@@ -150,7 +196,7 @@ def identity(arguments, parent=None, data=None):
     Args: parent: as in a record; data: {name: {"md5": ...}}, as in a record.
     """
     made = {name: value for name, value in arguments.items() if name not in NO_IDENTITY}
-    made["weights made from"] = min(parent["weights"].values())[:12] if parent else None
+    made["weights made from"] = min(parent["weights"].values(), default="")[:12] if parent else None
     made.update({f"md5 of {name}": described["md5"] for name, described in (data or {}).items()})
     return made
 
@@ -180,6 +226,11 @@ def finished(directory, now, force=False):
             f"{directory}: holds the result of something else ({changed}); "
             "--overwrite replaces it, or name another output directory"
         )
+    try:
+        check_files(directory, record)
+    except UserError as error:
+        print(f"{error}: it is made again", file=sys.stderr)
+        return False
     return True
 
 

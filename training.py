@@ -1,11 +1,11 @@
 """What fine-tuning and pruning share: their arguments, AdamW, the order of the data, states to go on from."""
 
-import fcntl
 import json
 import math
 import os
 import re
 import shutil
+import zipfile
 
 import compat  # noqa: F401  before Paddle
 
@@ -171,6 +171,14 @@ def sum_gradients(parameters, factor=1.0):
             parameter.grad.scale_(factor)
 
 
+def check_loss(loss, step):
+    """Raises: UserError for a loss that is not a number any more, from which no training comes back."""
+    if not math.isfinite(loss):
+        raise utils.UserError(
+            f"the loss of step {step} is {loss}; try a lower --learning_rate or --max_grad_norm, with --overwrite"
+        )
+
+
 def wait_for_all():
     if rank_and_world()[1] > 1:
         paddle.distributed.barrier()
@@ -189,11 +197,7 @@ class Unfinished:
         if shared:
             wait_for_all()
             return
-        self.lock = open(os.path.join(self.directory, "lock"), "w")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise utils.UserError(f"{self.directory}: another run is writing there") from None
+        self.lock = utils.Lock(self.directory, os.path.join(self.directory, "lock"))
         path, before = os.path.join(self.directory, "identity.json"), None
         if os.path.isfile(path):
             with open(path, encoding="utf-8") as file:
@@ -226,7 +230,7 @@ class Unfinished:
         shutil.rmtree(gone, ignore_errors=True)
         os.rename(self.directory, gone)  # at once, so that no half of it is ever taken for a state
         shutil.rmtree(gone)
-        self.lock.close()
+        self.lock.release()
 
 
 ADAM_STATE = ("moment1_0", "moment2_0", "beta1_pow_acc_0", "beta2_pow_acc_0")
@@ -260,16 +264,21 @@ def load_training_state(unfinished, model, optimizer, schedule):
     directory = unfinished.newest_state()
     if directory is None:
         return None
-    with open(os.path.join(directory, "state.json"), encoding="utf-8") as file:
-        state = json.load(file)
-    with np.load(os.path.join(directory, "model.npz")) as arrays:
-        model.set_state_dict({key: paddle.to_tensor(arrays[key]) for key in arrays.files})
-    names = {place: parameter.name for place, parameter in model.named_parameters()}
-    with np.load(os.path.join(directory, "optimizer.npz")) as arrays:
-        loaded = {}
-        for key in arrays.files:
-            place, kind = key.rsplit("/", 1)
-            loaded[f"{names[place]}_{kind}"] = paddle.to_tensor(arrays[key])
+    names, loaded = {place: parameter.name for place, parameter in model.named_parameters()}, {}
+    try:
+        with open(os.path.join(directory, "state.json"), encoding="utf-8") as file:
+            state = json.load(file)
+        with np.load(os.path.join(directory, "model.npz")) as arrays:
+            parameters = {key: paddle.to_tensor(arrays[key]) for key in arrays.files}
+        with np.load(os.path.join(directory, "optimizer.npz")) as arrays:
+            for key in arrays.files:
+                place, kind = key.rsplit("/", 1)
+                loaded[f"{names[place]}_{kind}"] = paddle.to_tensor(arrays[key])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise utils.UserError(
+            f"{directory}: damaged ({error}); remove {unfinished.directory}, and training begins anew"
+        ) from error
+    model.set_state_dict(parameters)
     schedule.step(state["step"])
     optimizer.set_state_dict({**loaded, "LR_Scheduler": schedule.state_dict()})
     return state

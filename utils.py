@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -29,7 +31,8 @@ def run(main):
     except OSError as error:
         if error.errno is None:  # not the file system's, so not the user's to mend
             raise
-        print(f"{script}: error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+        full = "; make room, and the same command goes on" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        print(f"{script}: error: {error.filename or 'the output'}: {error.strerror}{full}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{script}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -154,39 +157,93 @@ def quiet():
 # Whole outputs
 
 
+class Lock:
+    """Held by one process at a time, while it writes ``target``; the kernel takes it back when the process ends.
+
+    Args: path: of the file that is locked (default: hidden beside the target). wait: for another process to release it.
+    Raises: UserError where another process holds it.
+    """
+
+    def __init__(self, target, path=None, wait=False):
+        parent, name = os.path.split(os.path.abspath(target))
+        self.path, self.made = path or os.path.join(parent, f".{name}.lock"), []
+        while not os.path.isdir(parent):
+            self.made.append(parent)
+            parent = os.path.dirname(parent)
+        while True:
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            self.file = open(self.path, "w")
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                self.file.close()
+                raise UserError(f"{target}: another run is writing there") from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path)):
+                    return
+            self.file.close()  # whoever held it has removed the file by now
+
+    def release(self):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(self.path)
+        self.file.close()
+        with contextlib.suppress(OSError):  # not empty: something was written
+            for directory in self.made:
+                os.rmdir(directory)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.release()
+
+
+@contextlib.contextmanager
+def empty_directory(path):
+    """The directory ``path``, without what an earlier run may have left in it; it is gone when the block ends."""
+    shutil.rmtree(path, ignore_errors=True)
+    os.makedirs(path)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def whole_directory(target):
     """A temporary directory beside ``target`` that takes its place when the block ends without an error.
 
     ``target`` must not exist, or is replaced: so it is there whole or not at all, also after kill -9.
+    Raises: UserError if another process is in such a block for the same target.
     """
     parent, name = os.path.split(os.path.abspath(target))
-    os.makedirs(parent, exist_ok=True)
     # Hidden names, so that no launcher's glob takes what kill -9 leaves for a result; the next run clears them away.
     temporary, old = (os.path.join(parent, f".{name}.{state}") for state in ("writing", "old"))
-    if os.path.isdir(old) and not os.path.exists(target):  # killed between the two renames below
-        os.rename(old, target)
-    for left in (temporary, old):
-        shutil.rmtree(left, ignore_errors=True)
-    os.makedirs(temporary)
-    try:
-        yield temporary
-        if os.path.isdir(target):
-            os.rename(target, old)
-        os.rename(temporary, target)
+    with Lock(target):
+        if os.path.isdir(old) and not os.path.exists(target):  # killed between the two renames below
+            os.rename(old, target)
         shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with empty_directory(temporary):
+            yield temporary
+            if os.path.isdir(target):
+                os.rename(target, old)
+            os.rename(temporary, target)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def write_whole(path, text):
     """Writes a text file beside its place and renames it there."""
-    temporary = f"{path}.writing-{os.getpid()}"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = f"{path}.writing"
+    with Lock(path, wait=True):
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(temporary)
 
 
 def copy_files(source, target):

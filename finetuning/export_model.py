@@ -8,7 +8,6 @@ into it, and into its stage.json how far the graph's logits are from the dynamic
 
 import os
 import sys
-import tempfile
 import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
@@ -38,23 +37,23 @@ def main(argv=None):
     records.check_task(record, args.task_name, args.model_path, args.model_type)
     length = records.sequence_length(args, record)
     features, inputs = exporting.parity_features(args, record, tokenizer, length)
-    with tempfile.TemporaryDirectory(dir=args.model_path, prefix=".export-") as directory:
+    with utils.Lock(args.model_path), utils.empty_directory(os.path.join(args.model_path, ".export")) as directory:
         prefix = os.path.join(directory, "inference")
         expected = modeling.predict(model, features, tokenizer.pad_id)
         exporting.export_static(model, prefix, args.cls_only)
         found = engine.Engine(prefix).predict(features, pad_id=tokenizer.pad_id)
         parity = exporting.parity(expected, found, inputs, args.parity_tolerance)
-        record.pop("export", None)
-        records.write_record(args.model_path, record)  # from here until the end the directory counts as not exported
-        files = exporting.move_files(directory, args.model_path)
-    record["export"] = {
-        "weights": files,
-        "parity": parity,
-        "cls_only": args.cls_only,
-        "seconds": round(time.time() - started, 1),
-        "bytes": os.path.getsize(os.path.join(args.model_path, "inference.pdiparams")),
-    }
-    records.write_record(args.model_path, record)
+        files = sorted(os.listdir(directory))
+        record["export"] = {
+            "weights": records.hash_files(directory, files),
+            "parity": parity,
+            "cls_only": args.cls_only,
+            "seconds": round(time.time() - started, 1),
+            "bytes": os.path.getsize(f"{prefix}.pdiparams"),
+        }
+        records.write_record(directory, record)
+        for name in (*files, records.RECORD):  # the record last: until then the one before refuses what is half new
+            os.replace(os.path.join(directory, name), os.path.join(args.model_path, name))
     print(
         f"{record['task']}: exported to {os.path.join(args.model_path, 'inference')}.pdmodel, logits within "
         f"{parity['largest_difference']:.1e} of the dynamic model on {inputs}"

@@ -114,6 +114,7 @@ def train(args, model, train_features, dev_features, unfinished, pad_id):
         schedule.step()
         optimizer.clear_grad()
         running += training.sum_over_processes(float(loss))
+        training.check_loss(running[-1], step)
         if rank > 0:  # the first process logs, evaluates and writes
             continue
 

@@ -186,6 +186,7 @@ def train(args, corpus, student, teacher, tokenizer, unfinished, save):
         schedule.step()
         optimizer.clear_grad()
         interval.append(loss_sum / rows_sum)
+        training.check_loss(interval[-1], step)
 
         if step % args.logging_steps == 0 or step == steps:
             mean, interval = sum(interval) / len(interval), []

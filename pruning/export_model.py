@@ -54,62 +54,43 @@ def main(argv=None):
         raise utils.UserError(f"--width_mult {args.width_mult:g}: this best_model was chosen for width {width:g}")
     sub_target = os.path.join(args.sub_model_output_dir, f"model_width_{width:.5f}")
     static_target, name = os.path.split(os.path.abspath(args.static_sub_model))
-    records.check_replaceable(sub_target, "prune_export", [args.model_name_or_path])
+    records.check_replaceable(sub_target, "prune_export", [args.model_name_or_path, static_target])
     records.check_replaceable(static_target, "prune_export", [args.model_name_or_path, sub_target])
     args.max_seq_length = records.sequence_length(args, record)
     features, inputs = exporting.parity_features(args, record, tokenizer, args.max_seq_length)
 
-    architecture, model_type = record["model"]["architecture"], record["model"]["model_type"]
-    weights = {name: value.numpy() for name, value in model.state_dict().items()}
-    weights = dynabert.slice_state(weights, width, architecture["num_attention_heads"])
-    sub_model = dynabert.build_sub_model(model_type, architecture, width, len(record["labels"]))
-    sub_model.set_state_dict(weights)
-    supernet = dynabert.make_supernet(model, [width])
-    dynabert.set_width(supernet, width)
-    expected = modeling.predict(supernet, features, tokenizer.pad_id)
-    dynamic = exporting.parity(
-        expected, modeling.predict(sub_model, features, tokenizer.pad_id), inputs, args.parity_tolerance
-    )
-
     common = {name: record[name] for name in ("task", "labels", "data", "params", "flops", "model", "metrics", "notes")}
     common["parent"] = modeling.parent_of(args.model_name_or_path, record)
-    with utils.whole_directory(sub_target) as directory:
-        dynabert.save_sub_model(directory, weights, record, width)
-        tokenizer.save(directory)
-        records.write_record(
-            directory,
-            records.make_record(
-                "prune_export",
-                args,
-                started,
-                **common,
-                weights=records.hash_files(directory, [modeling.WEIGHTS, dynabert.SUB_CONFIG]),
-                export={"parity": dynamic},
-            ),
+
+    def write(directory, hashes, export):
+        fields = {**common, "weights": hashes, "export": export}
+        records.write_record(directory, records.make_record("prune_export", args, started, **fields))
+
+    with utils.whole_directory(sub_target) as sub, utils.whole_directory(static_target) as directory:
+        architecture, model_type = record["model"]["architecture"], record["model"]["model_type"]
+        weights = {name: value.numpy() for name, value in model.state_dict().items()}
+        weights = dynabert.slice_state(weights, width, architecture["num_attention_heads"])
+        sub_model = dynabert.build_sub_model(model_type, architecture, width, len(record["labels"]))
+        sub_model.set_state_dict(weights)
+        supernet = dynabert.make_supernet(model, [width])
+        dynabert.set_width(supernet, width)
+        expected = modeling.predict(supernet, features, tokenizer.pad_id)
+        dynamic = exporting.parity(
+            expected, modeling.predict(sub_model, features, tokenizer.pad_id), inputs, args.parity_tolerance
         )
-    with utils.whole_directory(static_target) as directory:
+        dynabert.save_sub_model(sub, weights, record, width)
+        tokenizer.save(sub)
+        hashes = records.hash_files(sub, [modeling.WEIGHTS, dynabert.SUB_CONFIG])
+        write(sub, hashes, {"parity": dynamic})
+
         prefix = os.path.join(directory, name)
         exporting.export_static(sub_model, prefix, args.cls_only)
         found = engine.Engine(prefix).predict(features, pad_id=tokenizer.pad_id)
         static = exporting.parity(expected, found, inputs, args.parity_tolerance)
         hashes = records.hash_files(directory, sorted(os.listdir(directory)))
         tokenizer.save(directory)
-        records.write_record(
-            directory,
-            records.make_record(
-                "prune_export",
-                args,
-                started,
-                **common,
-                weights=hashes,
-                export={
-                    "weights": hashes,
-                    "parity": static,
-                    "cls_only": args.cls_only,
-                    "bytes": os.path.getsize(f"{prefix}.pdiparams"),
-                },
-            ),
-        )
+        size = os.path.getsize(f"{prefix}.pdiparams")
+        write(directory, hashes, {"weights": hashes, "parity": static, "cls_only": args.cls_only, "bytes": size})
     print(
         f"{record['task']}: width {width:g} exported to {args.static_sub_model}.pdmodel, logits within "
         f"{max(static['largest_difference'], dynamic['largest_difference']):.1e} of the supernet on {inputs}"

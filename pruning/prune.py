@@ -21,6 +21,7 @@ import paddle
 from tqdm import tqdm
 
 import data
+import exporting
 import modeling
 import supernet as dynabert
 import records
@@ -55,6 +56,12 @@ def parse_args(argv=None):
     pruning.add_argument("--importance_samples", type=int, default=2048, help="records that rank heads and neurons")
     for name in ("--do_train", "--do_eval"):
         pruning.add_argument(name, nargs="?", const=True, type=utils.boolean, help="accepted; pruning always does both")
+    pruning.add_argument(
+        "--parity_tolerance",
+        type=float,
+        default=1e-3,
+        help="largest difference of a logit allowed between the fine-tuned model and the supernet made from it",
+    )
     training.add_training_arguments(parser.add_argument_group("training"))
     inputs = parser.add_argument_group("data")
     utils.add_data_arguments(inputs)
@@ -110,6 +117,7 @@ def train(args, teacher, supernet, train_features, dev_features, unfinished, pad
         schedule.step()
         optimizer.clear_grad()
         running += training.sum_over_processes(loss_of_step)
+        training.check_loss(running[-1], step)
         if rank > 0:  # the first process logs, evaluates and writes
             continue
 
@@ -184,6 +192,10 @@ def main(argv=None):
         batches = data.batches(chosen, 32, tokenizer.pad_id, data.by_length(chosen))
         dynabert.reorder(student, *dynabert.importance(student, batches))
     supernet = dynabert.make_supernet(student, args.width_mult_list)
+    if unfinished.newest_state() is None:
+        first = features["dev"][:32]
+        before, after = (modeling.predict(model, first, tokenizer.pad_id) for model in (teacher, supernet))
+        exporting.parity(before, after, f"{len(first)} dev records, reordered", args.parity_tolerance)
     state = train(args, teacher, supernet, features["train"], features["dev"], unfinished, tokenizer.pad_id)
     training.wait_for_all()
     if rank > 0:

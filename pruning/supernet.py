@@ -186,11 +186,13 @@ def load_sub_model(directory):
     Raises: UserError if the directory is not one, or its weights are damaged.
     """
     record = records.read_record(directory, "a pruned model (pruning/export.sh)")
-    records.check_weights(directory, record["weights"])
+    if SUB_CONFIG not in record["weights"]:
+        raise UserError(f"{directory}: no {SUB_CONFIG} there, so it is not a pruned model of pruning/export.sh")
+    records.check_files(directory, record)
     with open(os.path.join(directory, SUB_CONFIG), encoding="utf-8") as file:
         config = json.load(file)
     model = build_sub_model(config["model_type"], config["architecture"], config["width_mult"], config["num_labels"])
-    model.set_state_dict(paddle.load(os.path.join(directory, modeling.WEIGHTS)))
+    modeling.set_parameters(model, os.path.join(directory, modeling.WEIGHTS))
     model.eval()
     return model, tokenization.load_tokenizer(directory), record
 

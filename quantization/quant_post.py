@@ -8,10 +8,10 @@ with FP32's on less than --min_agreement of dev is not written. Variants that ar
     python quant_post.py --task_name TNEWS --input_dir ../pruning/pruned_models/TNEWS/0.75/sub_static
 """
 
+import itertools
 import os
 import shutil
 import sys
-import tempfile
 import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
@@ -67,6 +67,13 @@ def parse_args(argv=None):
         help="share of dev predictions that must equal FP32's; a variant below it is reported and not written",
     )
     other.add_argument(
+        "--accuracy_tolerance",
+        type=float,
+        default=0.005,
+        help="largest difference allowed between the FP32 graph's accuracy and the one that the input's stage.json "
+        "records, where both are on the same dev data",
+    )
+    other.add_argument(
         "--int8_embeddings",
         nargs="?",
         const=True,
@@ -117,7 +124,7 @@ def quantize(
     params_filename="int8.pdiparams",
 ):
     """Writes the quantized graph of ``prefix`` into ``directory``, calibrated on all ``features`` in one batch."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with utils.empty_directory(os.path.join(directory, ".float")) as scratch:
         if int8_embeddings:
             embeddings.store_in_int8(prefix, os.path.join(scratch, "float"))
             prefix = os.path.join(scratch, "float")
@@ -154,10 +161,57 @@ def quantize(
             paddle.disable_static()
 
 
+class BelowAgreement(Exception):
+    """A variant whose predictions agree with FP32's too seldom; ``metrics`` are its own."""
+
+    def __init__(self, metrics):
+        self.metrics = metrics
+
+
+def make_variant(args, prefix, calibration, algorithm, directory, features, reference, tokenizer):
+    """Quantizes ``prefix`` into ``directory`` and scores the result on dev in the INT8 engine.
+
+    Args: calibration, features: of the calibration batch and of dev. reference: FP32 logits of dev, [n, classes].
+    Returns: metrics. Raises: BelowAgreement.
+    """
+    names = args.save_model_filename, args.save_params_filename
+    quantize(prefix, calibration, tokenizer.pad_id, algorithm, directory, args.int8_embeddings, *names)
+    exporting.forget_call_stacks(os.path.join(directory, args.save_model_filename))
+    quantized = os.path.join(directory, os.path.splitext(args.save_model_filename)[0])
+    logits = engine.open_engine(quantized, features, args.device, "int8").predict(features, pad_id=tokenizer.pad_id)
+    labels = [f.label for f in features]
+    metrics = {
+        "accuracy": round(data.accuracy(logits, labels), 6),
+        "fp32_accuracy": round(data.accuracy(reference, labels), 6),
+        "agreement": round(float((logits.argmax(-1) == reference.argmax(-1)).mean()), 6),
+        "bytes": os.path.getsize(f"{quantized}.pdiparams"),
+    }
+    if metrics["agreement"] < args.min_agreement:
+        raise BelowAgreement(metrics)
+    tokenizer.save(directory)
+    return metrics
+
+
+def check_accuracy(found, record, dev, args):
+    """Compares the FP32 graph's accuracy with what training recorded, where both are of the same data and length.
+
+    So the graph is the model that was trained, whatever stages and files lay between. Raises: UserError.
+    """
+    before, length = record["data"]["dev"], record["arguments"]["max_seq_length"]
+    if (dev["md5"], dev["examples"], args.max_seq_length) != (before["md5"], before["examples"], length):
+        return
+    recorded = record["metrics"]["accuracy"]
+    if not abs(found - recorded) <= args.accuracy_tolerance:
+        raise utils.UserError(
+            f"{args.input_dir}: accuracy {found:.4f} on the same dev data on which training recorded {recorded:.4f}; "
+            f"at most {args.accuracy_tolerance:g} apart is allowed (--accuracy_tolerance)"
+        )
+
+
 def main(argv=None):
     args = parse_args(argv)
-    device = args.device = utils.set_device(args.device)
-    args.int8_embeddings = device == "cpu" if args.int8_embeddings is None else args.int8_embeddings
+    args.device = utils.set_device(args.device)
+    args.int8_embeddings = args.device == "cpu" if args.int8_embeddings is None else args.int8_embeddings
     if min(args.calib_samples) < 1:
         raise utils.UserError(f"--calib_samples {min(args.calib_samples)}: must be above 0")
     record = records.read_record(args.input_dir, "an exported model")
@@ -184,13 +238,15 @@ def main(argv=None):
         f"quantizing: partial {n} data: {d['partial']}" for n, d in splits.items() if d["partial"]
     ]
     parent = modeling.parent_of(args.input_dir, {"weights": record["export"]["weights"]})
+    common = {key: record[key] for key in ("task", "labels", "params", "flops", "model")}
+    common.update(data=splits, parent=parent, notes=list(dict.fromkeys(notes)))
     now = records.identity(records.describe_arguments(args), parent, splits)
     features = data.convert(dev.examples, tokenizer, args.max_seq_length)
-    labels = np.array([f.label for f in features])
     order = np.random.default_rng(args.seed).permutation(len(calibration.examples))
 
-    reference = engine.open_engine(prefix, features, device).predict(features, pad_id=tokenizer.pad_id)
-    fp32_accuracy = data.accuracy(reference, labels)
+    reference = engine.open_engine(prefix, features, args.device).predict(features, pad_id=tokenizer.pad_id)
+    fp32_accuracy = data.accuracy(reference, [f.label for f in features])
+    check_accuracy(fp32_accuracy, record, splits["dev"], args)
     note = engine.preflight("int8")
     print(
         f"{note}\n{record['task']}: FP32 accuracy {fp32_accuracy:.4f} on {len(features)} dev records "
@@ -198,55 +254,34 @@ def main(argv=None):
     )
     print("| variant | INT8 accuracy | agreement with FP32 | file, MB |\n| --- | --- | --- | --- |")
     rows, refused = {}, []
-    for algorithm in args.algorithms:
-        for samples in args.calib_samples:
+    with utils.Lock(args.output_dir):
+        for algorithm, samples in itertools.product(args.algorithms, args.calib_samples):
             name, started = f"{algorithm}{samples}", time.time()
             target = os.path.join(args.output_dir, name)
             if not records.finished(target, now, args.overwrite):
                 chosen = [calibration.examples[i] for i in order[:samples]]
-                with tempfile.TemporaryDirectory() as scratch:
-                    quantize(
-                        prefix,
-                        data.convert(chosen, tokenizer, args.max_seq_length),
-                        tokenizer.pad_id,
-                        algorithm,
-                        scratch,
-                        args.int8_embeddings,
-                        args.save_model_filename,
-                        args.save_params_filename,
-                    )
-                    exporting.forget_call_stacks(os.path.join(scratch, args.save_model_filename))
-                    quantized = os.path.join(scratch, os.path.splitext(args.save_model_filename)[0])
-                    logits = engine.open_engine(quantized, features, device, "int8").predict(
-                        features, pad_id=tokenizer.pad_id
-                    )
-                    metrics = {
-                        "accuracy": round(data.accuracy(logits, labels), 6),
-                        "fp32_accuracy": round(fp32_accuracy, 6),
-                        "agreement": round(float((logits.argmax(-1) == reference.argmax(-1)).mean()), 6),
-                        "bytes": os.path.getsize(f"{quantized}.pdiparams"),
-                    }
-                    if metrics["agreement"] < args.min_agreement:
-                        refused.append(name)
-                        print(f"| {name} | {metrics['accuracy']:.4f} | {metrics['agreement']:.4f} | not written |")
-                        shutil.rmtree(target, ignore_errors=True)  # with --overwrite: what is replaced, by nothing
-                        continue
+                chosen = data.convert(chosen, tokenizer, args.max_seq_length)
+                variant = {"algorithm": algorithm, "calib_samples": samples, "calib_split": args.calib_split,
+                           "device": args.device, "int8_operators": sorted(engine.INT8_OPERATORS),
+                           "int8_embeddings": args.int8_embeddings}  # fmt: skip
+                try:
                     with utils.whole_directory(target) as directory:
-                        utils.copy_files(scratch, directory)
-                        files = [args.save_model_filename, args.save_params_filename]
-                        hashes = records.hash_files(directory, files)
-                        tokenizer.save(directory)
-                        variant = {"algorithm": algorithm, "calib_samples": samples, "calib_split": args.calib_split,
-                                   "device": device, "int8_operators": sorted(engine.INT8_OPERATORS),
-                                   "int8_embeddings": args.int8_embeddings}  # fmt: skip
-                        common = {key: record[key] for key in ("task", "labels", "params", "flops", "model")}
+                        metrics = make_variant(
+                            args, prefix, chosen, algorithm, directory, features, reference, tokenizer
+                        )
+                        hashes = records.hash_files(directory, [args.save_model_filename, args.save_params_filename])
                         records.write_record(
                             directory,
                             records.make_record(
-                                "quantize", args, started, metrics=metrics, weights=hashes, data=splits, parent=parent,
-                                notes=list(dict.fromkeys(notes)), variant=variant, **common,
+                                "quantize", args, started, metrics=metrics, weights=hashes, variant=variant, **common
                             ),
-                        )  # fmt: skip
+                        )
+                except BelowAgreement as below:
+                    refused.append(name)
+                    metrics = below.metrics
+                    print(f"| {name} | {metrics['accuracy']:.4f} | {metrics['agreement']:.4f} | not written |")
+                    shutil.rmtree(target, ignore_errors=True)  # with --overwrite: what is replaced, by nothing
+                    continue
             rows[name] = records.read_record(target)["metrics"]
             print(
                 f"| {name} | {rows[name]['accuracy']:.4f} | {rows[name]['agreement']:.4f} | "

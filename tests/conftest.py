@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -22,6 +23,8 @@ import compat  # noqa: E402, F401  before Paddle
 import pytest  # noqa: E402
 
 import records  # noqa: E402
+
+FAULTS = os.environ.get("FAULTS")  # None, or how hard tests/faults.sh tries: short, long
 
 FILLER = [chr(0x4E00 + i) for i in range(200)]
 TOPICS = {"体育": "足篮球赛", "财经": "股银钱债", "娱乐": "影歌星剧", "科技": "芯网码云"}
@@ -71,6 +74,42 @@ def sentence(rng, topic):
 def write_rows(path, rows):
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+TABLE = {}  # fault: [how it is caused, times tried, outcome]
+
+
+@pytest.fixture
+def fault(request):
+    """fault(what, how it is caused, times tried, outcome): a row for the table of tests/faults.sh, said at the end of a
+    test that passed; a test that fails has a row of its own."""
+    said = []
+    yield lambda *row: said.append(row)
+    for what, how, times, outcome in (
+        said if not request.node.failed else [(request.node.name, "see above", 1, "FAILED")]
+    ):
+        TABLE.setdefault(what, [how, 0, outcome])[1] += times
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    outcome = yield
+    item.failed = getattr(item, "failed", False) or outcome.get_result().failed
+
+
+def pytest_sessionfinish(session):
+    """Of tests/faults.sh: prints the table, and with LONG=1 puts it into tests/README.md."""
+    if not FAULTS or not TABLE:
+        return
+    rows = "".join(f"| {what} | {how} | {times} | {outcome} |\n" for what, (how, times, outcome) in TABLE.items())
+    table = f"| fault | how it is caused | times | outcome |\n| --- | --- | --- | --- |\n{rows}"
+    print(f"\n\n{table}")
+    if FAULTS == "long":
+        path = os.path.join(ROOT, "tests/README.md")
+        with open(path, encoding="utf-8") as file:
+            before, _, after = re.split(r"(?<=<!-- table -->\n)|(?=<!-- end of the table -->)", file.read())
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(f"{before}{table}{after}")
 
 
 @pytest.fixture(autouse=True)

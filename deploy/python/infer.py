@@ -159,15 +159,14 @@ def main(argv=None):
     device = utils.set_device(args.device)
     if args.use_trt and device == "cpu":
         print("--use_trt: no GPU here, oneDNN is used instead", file=sys.stderr)
-    args.model_path = [engine.find_prefix(path) for path in args.model_path]
-    for prefix in args.model_path:
+    exported = {prefix: engine.open_exported(prefix) for prefix in map(engine.find_prefix, args.model_path)}
+    for prefix in exported:
         engine.check_precision(prefix, device, args.precision)
     if engine.preflight(args.precision) and device == "cpu":
         print(engine.preflight(args.precision), file=sys.stderr)
 
     rows, examples = {}, None
-    for prefix in args.model_path:
-        record = engine.open_exported(prefix)
+    for prefix, record in exported.items():
         if args.task_name:
             records.check_task(record, args.task_name, prefix)
         tokenizer = tokenization.load_tokenizer(os.path.dirname(os.path.abspath(prefix)), args.use_faster_tokenizer)

@@ -34,7 +34,6 @@ TYPES = {
     "INT8": 8,
     "BOOL": 9,
 }
-BESIDE = ("vocab.txt", "tokenizer_config.json")
 
 
 def parse_args(argv=None):
@@ -109,17 +108,19 @@ def main(argv=None):
     record = engine.open_exported(prefix)
     files = record["weights"] if record["stage"] == "quantize" else records.exported(record)
     config = describe(*read_variables(f"{prefix}.pdmodel"), args.feed_alias_names, args.fetch_alias_names)
+    if os.path.abspath(args.server_path) == os.path.abspath(args.client_path):
+        raise utils.UserError(f"--client_path {args.client_path}: must not be --server_path")
     for path in (args.server_path, args.client_path):
         known = {"serving_server_conf.prototxt", "serving_client_conf.prototxt"}
         if os.path.exists(path) and os.listdir(path) and not known & set(os.listdir(path)):
             raise utils.UserError(f"{path}: exists and holds something else; name another directory or remove it")
     source = os.path.dirname(os.path.abspath(prefix))
-    with utils.whole_directory(args.server_path) as directory:
-        for file in (*files, *BESIDE, records.RECORD):
-            shutil.copy2(os.path.join(source, file), directory)
-        write_description(directory, "server", config)
-    with utils.whole_directory(args.client_path) as directory:
-        write_description(directory, "client", config)
+    with utils.whole_directory(args.server_path) as server, utils.whole_directory(args.client_path) as client:
+        for file in (*files, *record["files"], records.RECORD):
+            shutil.copy2(os.path.join(source, file), server)
+        records.check_files(server, record, files)
+        write_description(server, "server", config)
+        write_description(client, "client", config)
     print(f"{prefix} -> {args.server_path} (server), {args.client_path} (client)")
 
 

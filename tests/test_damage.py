@@ -1,0 +1,456 @@
+"""Damaged input is refused by name, and never used: models, stage records, tokenizers, pickles, CLUE files."""
+
+import contextlib
+import copy
+import functools
+import json
+import os
+import pickle
+import shutil
+import sys
+
+import numpy as np
+import paddle
+import pytest
+from conftest import load_script, write_rows
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import data
+import engine
+import modeling
+import records
+import supernet
+import tensors
+import tokenization
+import utils
+
+
+def cut(path, keep=0.7):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def add_token(path):
+    """Another tokenizer: as many tokens, two of them exchanged."""
+    tokens = path.read_text(encoding="utf-8").splitlines()
+    tokens[10], tokens[11] = tokens[11], tokens[10]
+    path.write_text("\n".join(tokens) + "\n", encoding="utf-8")
+
+
+def change_json(path, change):
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+DAMAGE = {
+    "cut off": cut,
+    "one bit wrong": flip,
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+}
+# (what a stage reads, its files, the stage that reads it)
+MODELS = {
+    "fine-tuned": (["model_state.pdparams", "config.json", "vocab.txt", "tokenizer_config.json"], "prune"),
+    "exported": (["inference.pdiparams", "inference.pdmodel", "vocab.txt"], "quantize"),
+    "pruned": (["model_state.pdparams", "config.json", "vocab.txt"], "export_pruned"),
+    "width": (["float.pdiparams", "float.pdmodel", "vocab.txt", "tokenizer_config.json"], "quantize"),
+    "quantized": (["int8.pdiparams", "int8.pdmodel", "vocab.txt"], "infer"),
+}
+
+
+@pytest.fixture
+def copies(tuned, pruned, quantized, tmp_path):
+    """A function (kind) that copies a model of that kind."""
+    places = {
+        "fine-tuned": tuned, "exported": tuned, "pruned": pruned / "0.75/best_model",
+        "width": pruned / "0.75/sub_static", "quantized": quantized / "mse4",
+    }  # fmt: skip
+
+    def copy_of(kind):
+        shutil.rmtree(tmp_path / "m", ignore_errors=True)
+        shutil.copytree(places[kind], tmp_path / "m")
+        return tmp_path / "m"
+
+    return copy_of
+
+
+def read(stage, directory, workspace):
+    """Runs the stage that reads ``directory``; it is to be refused, so nothing of it is ever computed."""
+    out = directory.parent / "out"
+    more = {
+        "fine_tune": f"finetuning/run_clue --model_name_or_path {directory} --output_dir {out}",
+        "prune": f"pruning/prune --model_name_or_path {directory} --output_dir {out} --width_mult_list 0.75",
+        "export": f"finetuning/export_model --model_path {directory}",
+        "export_pruned": f"pruning/export_model --model_name_or_path {directory} --sub_model_output_dir {out}/sub "
+        f"--static_sub_model {out}/static/float",
+        "quantize": f"quantization/quant_post --input_dir {directory} --output_dir {out}",
+        "infer": f"deploy/python/infer --model_path {directory} --precision int8",
+    }[stage]
+    script, *words = more.split()
+    options = ["--task_name", "topics", "--data_dir", str(workspace / "data")]
+    load_script(*os.path.split(script)).main([*words, *options])
+
+
+def refused(capsys, out, words, function, *arguments):
+    """Checks that a call is a user's mistake: one line with these words, status 2, and nothing written."""
+    with pytest.raises(SystemExit) as stopped:
+        utils.run(functools.partial(function, *arguments))
+    said = capsys.readouterr().err
+    errors = [line for line in said.splitlines() if ": error: " in line]
+    assert stopped.value.code == 2 and len(errors) == 1 and "Traceback" not in said, said
+    assert all(word in errors[0] for word in words), errors
+    assert not out.exists() and not list(out.parent.glob(".out*")), list(out.parent.iterdir())
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_damaged_models(kind, copies, workspace, capsys, fault):
+    files, stage = MODELS[kind]
+    for name in files:
+        for damage, cause in DAMAGE.items():
+            directory = copies(kind)
+            cause(directory / name)
+            graph = name.endswith(".pdmodel") and damage == "missing" and stage == "infer"
+            words = ["a directory with 0 graphs"] if graph else [name]
+            refused(capsys, directory.parent / "out", words, read, stage, directory, workspace)
+    fault(f"{kind} model: a file cut off, one bit wrong, missing, empty", ", ".join(f"`{name}`" for name in files),
+          len(files) * len(DAMAGE), "refused by the name of the file, status 2, nothing written")  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_tokenizer_of_another_model(kind, copies, workspace, capsys, fault):
+    directory = copies(kind)
+    add_token(directory / "vocab.txt")
+    stage = MODELS[kind][1]
+    refused(capsys, directory.parent / "out", ["vocab.txt", "not of this"], read, stage, directory, workspace)
+    fault("the tokenizer of another model", "two tokens of `vocab.txt` exchanged", 1, "refused by the name of the file")
+
+
+def test_weights_of_another_model(copies, pruned, tuned, quantized, workspace, capsys, fault):
+    """Files that are good in themselves, of another width, another variant or another task."""
+    directory = copies("width")
+    for name in ("float.pdiparams", "float.pdmodel"):
+        shutil.copy(pruned / "0.5/sub_static" / name, directory)
+    refused(capsys, directory.parent / "out", ["float.pdiparams"], read, "quantize", directory, workspace)
+    directory = copies("quantized")
+    shutil.copy(quantized / "hist8/int8.pdiparams", directory)
+    refused(capsys, directory.parent / "out", ["int8.pdiparams"], read, "infer", directory, workspace)
+    directory = copies("fine-tuned")
+    change_json(directory / "stage.json", lambda record: record.update(task="TNEWS"))
+    refused(capsys, directory.parent / "out", ["is a model of TNEWS"], read, "prune", directory, workspace)
+    fault("weights of another width, variant or task", "files exchanged between good models", 3, "refused by name")
+
+
+def test_without_a_record_shapes_are_compared(pruned, tuned, workspace, tmp_path, capsys, fault):
+    """A model directory from elsewhere has no hashes; then every parameter has to be there, in its shape."""
+    out, arrays = tmp_path / "out", tensors.read(str(tuned / "model_state.pdparams"))
+    narrow = tensors.read(str(pruned / "sub/model_width_0.50000/model_state.pdparams") if (pruned / "sub").exists()
+                          else str(pruned / "0.5/sub/model_width_0.50000/model_state.pdparams"))  # fmt: skip
+    layer = "ppminilm.encoder.layers.1.linear1.weight"
+    for weights, words in (
+        ({name: value for name, value in arrays.items() if name != layer}, [layer, "is not there"]),
+        (narrow, ["has shape", "another architecture, width"]),
+        ({**arrays, layer: np.full_like(arrays[layer], np.nan)}, [layer, "not finite"]),
+    ):
+        directory = tmp_path / "m"
+        shutil.rmtree(directory, ignore_errors=True)
+        shutil.copytree(tuned, directory, ignore=shutil.ignore_patterns("stage.json", "inference.*", "*.pdparams"))
+        paddle.save({k: paddle.to_tensor(v) for k, v in weights.items()}, str(directory / "model_state.pdparams"))
+        refused(capsys, out, ["model_state.pdparams", *words], read, "fine_tune", directory, workspace)
+    fault("weights of no record: a tensor missing, of another width, not finite", "saved anew", 3,
+          "refused by the name of the tensor (`from_pretrained` starts it at random)")  # fmt: skip
+
+
+def places(value, path=()):
+    """Every place in a JSON value: paths of keys and indices."""
+    if path:
+        yield path
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(item, (*path, key))
+
+
+def test_wrong_records(copies, fault):
+    """Every field of stage.json, gone or replaced by something else: readers refuse it by name or do without it."""
+    tried = refusals = 0
+    for kind in ("fine-tuned", "width", "quantized"):
+        directory = copies(kind)
+        path = directory / "stage.json"
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        sound = [place for place in places(whole) if place[0] not in ("machine", "versions", "notes", "labels")]
+        for place in sound:
+            for wrong in (..., None, "x", -7, [], {}):
+                record = copy.deepcopy(whole)
+                holder = record
+                for key in place[:-1]:
+                    holder = holder[key]
+                if wrong is ...:
+                    holder.pop(place[-1])
+                else:
+                    holder[place[-1]] = wrong
+                path.write_text(json.dumps(record), encoding="utf-8")
+                tried += 1
+                try:
+                    found = records.read_record(str(directory))
+                    records.check_task(found, "topics", "m", "ppminilm")
+                    records.sequence_length(type("Arguments", (), {"max_seq_length": None}), found)
+                    records.identity(found["arguments"], found["parent"], found["data"])
+                    engine.static_prefix(str(directory), found) if kind != "quantized" else None
+                    engine.open_exported(engine.find_prefix(str(directory)))
+                except utils.UserError as error:
+                    refusals += 1
+                    assert "m" in str(error)
+        for text in ("", "{", "[]", "null", "\ufeff{}", '{"schema": 1}'):
+            path.write_text(text, encoding="utf-8")
+            with pytest.raises(utils.UserError, match="stage.json: (not JSON|not a stage record|written by another)"):
+                records.read_record(str(directory))
+    assert refusals > tried / 3
+    fault("wrong `stage.json`", "each of its fields gone, null, a text, a negative number, a list, an object", tried,
+          f"{refusals} refused by name; the others say nothing that a stage reads")  # fmt: skip
+
+
+class Payload:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_pickle_that_is_more_than_tensors_runs_nothing(tuned, workspace, tmp_path, capsys, fault):
+    directory, mark = tmp_path / "m", str(tmp_path / "it_ran")
+    shutil.copytree(tuned, directory, ignore=shutil.ignore_patterns("stage.json", "inference.*"))
+    weights = directory / "model_state.pdparams"
+    state = {name: array for name, array in tensors.read(str(weights)).items()}
+    weights.write_bytes(pickle.dumps({**state, "more": Payload(mark)}, protocol=4))
+    with contextlib.suppress(NotImplementedError):  # an open file is no tensor; but it is open by then
+        paddle.load(str(weights))
+    assert os.path.exists(mark), "the payload is dead: this test shows nothing"
+    os.remove(mark)
+    with pytest.raises(utils.UserError, match="model_state.pdparams: .*io.open.*it was not loaded"):
+        tensors.read(str(weights))
+    for stage in ("fine_tune", "prune"):
+        shutil.copy(tuned / "stage.json", directory) if stage == "prune" else None
+        refused(capsys, tmp_path / "out", ["model_state.pdparams"], read, stage, directory, workspace)
+    assert not os.path.exists(mark)
+    for content, words in (
+        (pickle.dumps(state["classifier.bias"]), "holds ndarray"),
+        (pickle.dumps({"a": np.array([1, 2])}), "'a' is int64"),
+        (pickle.dumps({"a": np.array(["text"])}), "'a' is <U4"),
+        (pickle.dumps({"a": [1.0]}), "'a' is list"),
+        (b"no pickle", "not a file of tensors"),
+    ):
+        weights.write_bytes(content)
+        with pytest.raises(utils.UserError, match=words):
+            tensors.read(str(weights))
+    fault("a `.pdparams` that holds code, or anything but tensors", "a pickle that makes a file when it is loaded, others", 8,
+          "refused; nothing ran (`paddle.load` runs it)")  # fmt: skip
+
+
+def test_our_reader_reads_what_paddle_saves(tuned, tmp_path):
+    path = str(tuned / "model_state.pdparams")
+    expected = {name: value.numpy() for name, value in paddle.load(path).items()}
+    found = tensors.read(path)
+    assert expected.keys() == found.keys() and all(np.array_equal(expected[name], found[name]) for name in found)
+
+
+def test_a_model_is_the_one_that_paddlenlp_loads(tuned, workspace):
+    """from_directory against PaddleNLP's from_pretrained: the same logits."""
+    tokenizer = tokenization.load_tokenizer(str(tuned))
+    features = data.convert(data.read_split(data.get_task("topics", str(workspace / "data")), "dev",
+                                            str(workspace / "data"), 20).examples, tokenizer, 64)  # fmt: skip
+    ours, _ = modeling.from_directory(modeling.model_class("ppminilm"), str(tuned), 4)
+    theirs = modeling.model_class("ppminilm").from_pretrained(str(tuned), num_labels=4)
+    assert np.array_equal(modeling.predict(ours, features), modeling.predict(theirs, features))
+
+
+# The data
+
+
+def broken(line):
+    """A file with a good line, and this one as its third."""
+    return b'{"sentence": "a", "label": "100"}\n\n' + line + b"\n"
+
+
+LINES = {
+    "broken line": b'{"sentence": "a", "label": "100"',
+    "two records in a line": b'{"sentence": "a", "label": "100"} {"sentence": "a", "label": "100"}',
+    "wrong label": '{"sentence": "a", "label": "105"}'.encode(),
+    "wrong encoding": '{"sentence": "甲乙", "label": "100"}'.encode("gb18030"),
+    "byte order mark": b"\xef\xbb\xbf" + b'{"sentence": "a", "label": "100"}',
+    "line ends of Windows (CRLF)": b'{"sentence": "a", "label": "100"}\r',
+    "text missing": b'{"label": "100"}',
+    "text that is null": b'{"sentence": null, "label": "100"}',
+    "record that is a list": b'["a", "100"]',
+    "NUL bytes": b"\x00\x00\x00\x00",
+    "a pair among sentences": b'{"sentence1": "a", "sentence2": "b", "label": "100"}',
+}
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+@pytest.mark.parametrize("what", LINES)
+def test_broken_lines_stop_the_training(what, split, workspace, tmp_path, capsys, fault):
+    (tmp_path / "data").mkdir()
+    for name in ("train", "dev"):
+        content = broken(LINES[what] if name == split else b'{"sentence": "b", "label": "101"}')
+        (tmp_path / "data" / f"{name}.json").write_bytes(content)
+    arguments = ["--task_name", "TNEWS", "--data_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out"),
+                 "--init_config", str(workspace / "tiny.json"), "--vocab_file", str(workspace / "vocab.txt")]  # fmt: skip
+    place = f"{split}.json" if what == "a pair among sentences" else f"{split}.json:3"
+    refused(capsys, tmp_path / "out", [place], load_script("finetuning", "run_clue").main, arguments)
+    fault(f"CLUE file: {what}", "the third line of train.json, and of dev.json", 1, "refused by file and line")
+
+
+TEXT = st.text(max_size=40) | st.text("甲乙丙丁，。_[] \u2028\u0301áÀ１ａ", max_size=80)
+
+
+@st.composite
+def winograd(draw):
+    """A text with two spans anywhere in it, which may overlap or be equal."""
+    text = draw(st.text(min_size=1, max_size=60))
+    target = {}
+    for number in (1, 2):
+        start = draw(st.integers(0, len(text) - 1))
+        end = draw(st.integers(start + 1, len(text)))
+        target.update({f"span{number}_index": start, f"span{number}_text": text[start:end]})
+    return {"text": text, "target": target}
+
+
+SENTENCE, PAIR = (
+    st.fixed_dictionaries({"sentence": TEXT}),
+    st.fixed_dictionaries({"sentence1": TEXT, "sentence2": TEXT}),
+)
+RECORDS = {
+    "AFQMC": PAIR, "OCNLI": PAIR, "CMNLI": PAIR, "TNEWS": SENTENCE, "IFLYTEK": SENTENCE, "CLUEWSC2020": winograd(),
+    "CSL": st.fixed_dictionaries({"keyword": st.lists(TEXT, max_size=5), "abst": TEXT}),
+}  # fmt: skip
+
+
+def texts_by_hand(task, row):
+    """What the model is to read of a record, worked out anew: the marks of a Winograd text one character at a time."""
+    if task == "CSL":
+        return " ".join(row["keyword"]), row["abst"]
+    if task != "CLUEWSC2020":
+        return row.get("sentence", row.get("sentence1")), row.get("sentence2")
+    spans = [(row["target"][f"span{n}_index"], len(row["target"][f"span{n}_text"])) for n in (1, 2)]
+    marked = ""
+    for place in range(len(row["text"]) + 1):
+        closing = [mark for (start, length), mark in zip(spans, "_]") if start + length == place]
+        opening = [mark for (start, length), mark in zip(spans, "_[") if start == place]
+        marked += "".join(closing + opening) + row["text"][place : place + 1]
+    return marked, None
+
+
+@pytest.mark.parametrize("task", RECORDS)
+def test_any_text_any_span_any_length(task, tmp_path_factory, fault):
+    """Written as CLUE has it and read back: PaddleNLP's ids, cut longest first to the length, the label's number."""
+    directory, count = tmp_path_factory.mktemp(task), 0
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"甲乙丙丁，。_[]abc", "##a", "##b", "1", "0"]
+    (directory / "vocab.txt").write_text("".join(f"{token}\n" for token in vocab), encoding="utf-8")
+    fast, reference = (tokenization.load_tokenizer(str(directory), f) for f in (True, False))
+    labels = data.TASKS[task.lower()].labels
+
+    @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(st.tuples(RECORDS[task], st.sampled_from(labels)), min_size=1, max_size=4), st.integers(4, 64))
+    def check(drawn, length):
+        nonlocal count
+        count += len(drawn)
+        rows = [{**row, "label": label} for row, label in drawn]
+        write_rows(directory / "dev.json", rows)
+        examples = data.read_split(data.TASKS[task.lower()], "dev", str(directory)).examples
+        assert [labels[e.label] for e in examples] == [row["label"] for row in rows]
+        for row, example in zip(rows, examples):
+            text, pair = texts_by_hand(task, row)
+            if task == "CLUEWSC2020":  # marks at one place may stand in either order
+                assert sorted(example.text) == sorted(text)
+            else:
+                assert (example.text, example.text_pair) == (text, pair)
+        features = data.convert(examples, fast, length)
+        for feature, example in zip(features, examples):
+            ids, types = feature.input_ids, feature.token_type_ids
+            single = [
+                reference.encode([t], None, 10_000)[0][0][1:-1]
+                for t in (example.text, example.text_pair)
+                if t is not None
+            ]
+            kept = [len(part) for part in single]
+            while sum(kept) > length - 1 - len(kept):  # longest first, one token at a time
+                kept[-1 if len(kept) == 2 and kept[1] >= kept[0] else 0] -= 1
+            expected = [fast.cls_id] + [i for part, k in zip(single, kept) for i in (*part[:k], fast.sep_id)]
+            assert ids == expected and len(ids) <= length and len(types) == len(ids)
+            assert types == [0] * (kept[0] + 2) + [1] * (len(ids) - kept[0] - 2)
+
+    check()
+    fault(f"{task}: any text, any span, any length", "records that hypothesis draws, written and read back", count,
+          "PaddleNLP's ids, cut longest first, the right label")  # fmt: skip
+
+
+def test_a_loss_that_is_no_number_ends_the_training(workspace, tmp_path, capsys, fault):
+    arguments = ["--task_name", "topics", "--data_dir", str(workspace / "data"), "--output_dir", str(tmp_path / "out"),
+                 "--init_config", str(workspace / "tiny.json"), "--vocab_file", str(workspace / "vocab.txt"),
+                 "--learning_rate", "1e30", "--max_grad_norm", "0", "--max_steps", "10"]  # fmt: skip
+    with pytest.raises(SystemExit) as stopped:
+        utils.run(lambda: load_script("finetuning", "run_clue").main(arguments))
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "the loss of step" in said and "--learning_rate" in said
+    assert not (tmp_path / "out").exists()
+    fault(
+        "training that diverges",
+        "a learning rate of 1e30",
+        1,
+        "stopped with one line at the first loss that is no number",
+    )
+
+
+# Gates at the hand-offs: each fails where what comes out is not what went in, and passes where its bound is moved
+
+
+def spoil(model):
+    """Makes one bias of the last layer another, as a defect in a conversion might."""
+    bias = modeling.encoder_of(model).encoder.layers[-1].linear2.bias
+    bias.set_value(bias + paddle.linspace(-1, 1, len(bias)))
+
+
+def test_gates(copies, pruned, tuned, workspace, tmp_path, capsys, monkeypatch, fault):
+    out, exporting = tmp_path / "out", sys.modules["exporting"]
+    whole, reorder, cut_to_width = exporting.export_static, supernet.reorder, supernet.slice_state
+
+    def other_graph(model, prefix, cls_only=False):
+        spoil(model)
+        whole(model, prefix, cls_only)
+
+    directory = copies("fine-tuned")
+    before = {p.name: p.read_bytes() for p in directory.iterdir()}
+    monkeypatch.setattr(exporting, "export_static", other_graph)
+    refused(capsys, out, ["--parity_tolerance", "logits differ"], read, "export", directory, workspace)
+    assert {p.name: p.read_bytes() for p in directory.iterdir()} == before
+    monkeypatch.setattr(exporting, "export_static", whole)
+
+    directory = copies("pruned")
+    monkeypatch.setattr(supernet, "slice_state", lambda weights, *a: {
+        name: value + ("linear1.bias" in name) for name, value in cut_to_width(weights, *a).items()})  # fmt: skip
+    monkeypatch.setitem(sys.modules, "supernet", supernet)
+    refused(capsys, out, ["--parity_tolerance", "logits differ"], read, "export_pruned", directory, workspace)
+    monkeypatch.setattr(supernet, "slice_state", cut_to_width)
+
+    directory = copies("fine-tuned")
+    monkeypatch.setattr(supernet, "reorder", lambda model, *a: (reorder(model, *a), spoil(model)))
+    with pytest.raises(utils.UserError, match="logits differ.*reordered.*--parity_tolerance"):
+        read("prune", directory, workspace)
+    monkeypatch.setattr(supernet, "reorder", reorder)
+    shutil.rmtree(f"{out}.unfinished")
+
+    directory = copies("width")
+    change_json(directory / "stage.json", lambda record: record["metrics"].update(accuracy=0.3))
+    refused(capsys, out, ["training recorded 0.3000", "--accuracy_tolerance"], read, "quantize", directory, workspace)
+    fault("silent wrongness: each gate at a hand-off", "a bias that is wrong in the graph, in a width, in the reordered supernet; "
+          "another accuracy than was recorded; too little agreement of INT8", 5,
+          "the stage fails, names the bound and the option that moves it, and leaves what was there")  # fmt: skip

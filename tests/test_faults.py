@@ -1,0 +1,305 @@
+"""Every stage killed with SIGKILL, started twice at once, on a full disk and on a read-only one.
+
+Once each here; FAULTS=short and FAULTS=long (tests/faults.sh) try more.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import pytest
+from conftest import FAULTS, ROOT
+from test_distillation import distillation  # noqa: F401
+from test_training import finetune_command, prune_command
+
+import engine
+import modeling
+import records
+import supernet
+import utils
+
+KILLS = {None: 1, "short": 2, "long": 20}[FAULTS]
+FULL_DISKS = {None: 1, "short": 1, "long": 5}[FAULTS]
+KILL_AT = os.path.join(ROOT, "tests/kill_at.py")
+
+
+def script(path, **options):
+    words = [word for name, value in options.items() for word in (f"--{name}", *str(value).split("\n"))]
+    return [os.path.join(ROOT, path), *words]
+
+
+class Inputs(NamedTuple):
+    """What the stages read: fixtures."""
+
+    workspace: object
+    distillation: tuple
+    tuned: object
+    pruned: object
+    quantized: object
+
+
+def distil(inputs, out):
+    return [
+        *script("general_distill/general_distill.py", output_dir=out / "out"),
+        *map(str, inputs.distillation[1]), *"--max_steps 12 --save_steps 4".split(),
+    ]  # fmt: skip
+
+
+def fine_tune(inputs, out):
+    return finetune_command(inputs.workspace, out / "out", *"--max_steps 20 --save_steps 4".split())
+
+
+def export(inputs, out):
+    if not (out / "model").exists():
+        shutil.copytree(inputs.tuned, out / "model", ignore=shutil.ignore_patterns("inference.*"))
+        record = records.read_record(str(out / "model"))
+        del record["export"]
+        records.write_record(str(out / "model"), record)
+    options = {"task_name": "topics", "model_path": out / "model", "data_dir": inputs.workspace / "data"}
+    return script("finetuning/export_model.py", **options)
+
+
+def prune(inputs, out):
+    return [*prune_command(inputs.workspace, inputs.tuned, out / "out"), *"--max_steps 12 --save_steps 4".split()]
+
+
+def export_pruned(inputs, out):
+    return script(
+        "pruning/export_model.py", task_name="topics", model_name_or_path=inputs.pruned / "0.75/best_model",
+        sub_model_output_dir=out / "sub", static_sub_model=out / "sub_static/float",
+        data_dir=inputs.workspace / "data",
+    )  # fmt: skip
+
+
+def quantize(inputs, out):
+    return script(
+        "quantization/quant_post.py", task_name="topics", input_dir=inputs.pruned / "0.75/sub_static",
+        output_dir=out / "out", data_dir=inputs.workspace / "data", algorithms="abs_max\nhist", calib_samples=4,
+    )  # fmt: skip
+
+
+def serve(inputs, out):
+    return script(
+        "deploy/serving/export_to_serving.py", dirname=inputs.quantized / "mse4", server_path=out / "server",
+        client_path=out / "client",
+    )  # fmt: skip
+
+
+class Stage(NamedTuple):
+    command: object  # (Inputs, directory) -> the words of a command that writes there
+    result: str  # the directory of its last result
+    changed: str  # arguments that give another result in the same place
+
+
+STAGES = {
+    "general distillation": Stage(distil, "out/model_12", "--overwrite --seed 9"),
+    "fine-tuning": Stage(fine_tune, "out", "--overwrite --seed 9"),
+    "export": Stage(export, "model", "--cls_only False"),
+    "pruning": Stage(prune, "out/0.75/best_model", "--overwrite --seed 9"),
+    "export of a width": Stage(export_pruned, "sub_static", "--cls_only False"),
+    "quantization": Stage(quantize, "out/abs_max4", "--overwrite --seed 9"),
+    "export to serving": Stage(serve, "server", "--feed_alias_names a,b"),
+}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums in one order, so that results are the same bit for bit
+
+
+def run(command, status=0):
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def one_line(done):
+    """The line of error of a process that ended with status 2; there is none but warnings and progress beside it."""
+    errors = [line for line in done.stderr.splitlines() if ": error: " in line]
+    assert len(errors) == 1 and "Traceback" not in done.stderr and "C++" not in done.stderr, done.stderr
+    return errors[0]
+
+
+def kill(command, directory, number, delay=0.0, second=None):
+    """Starts a command and kills it at its number-th change of a file, or ``delay`` seconds after it.
+
+    Args: second: a command to run while the first one is stopped there, which is to be refused.
+    Returns: whether it was killed; otherwise it has ended well.
+    """
+    at_once = not delay and second is None
+    ours, theirs = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, KILL_AT, str(directory), str(number), str(-1 if at_once else theirs), *command],
+        pass_fds=[theirs], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT, text=True,
+    )  # fmt: skip
+    os.close(theirs)
+    reached = os.read(ours, 1) == b"!"
+    os.close(ours)
+    if reached:
+        time.sleep(delay)
+        if second:
+            process.send_signal(signal.SIGSTOP)
+            before = snapshot(directory)
+            assert "another run is writing there" in one_line(run(second, 2))
+            assert snapshot(directory) == before
+        process.kill()
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode in (0, -signal.SIGKILL), output
+    return process.returncode != 0
+
+
+def comparable(path):
+    """The content of a file, of stage.json without what tells one run from another: times, places and arguments."""
+    content = path.read_bytes()
+    if path.name != records.RECORD:
+        return hashlib.sha256(content).hexdigest()
+    record = json.loads(content)
+    for name in ("seconds", "arguments"):
+        del record[name]
+    for section in ("export", "parent"):
+        (record.get(section) or {}).pop({"export": "seconds", "parent": "path"}[section], None)
+    return record
+
+
+def snapshot(directory):
+    """{path below it: content} of every file, hidden ones too."""
+    return {str(p.relative_to(directory)): comparable(p) for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def accepted(directory):
+    """Yields the names of the files of which a later stage would say that they are a whole result."""
+    model, tokenizer = [modeling.WEIGHTS, "config.json"], ["vocab.txt", "tokenizer_config.json"]
+    with contextlib.suppress(utils.UserError, FileNotFoundError):
+        arguments = {"model_type": "ppminilm", "init_config": None, "use_faster_tokenizer": True}
+        modeling.load(argparse.Namespace(model_name_or_path=directory, **arguments), 2, "Model")
+        yield model + tokenizer
+    for stage in ("finetune", "prune"):
+        with contextlib.suppress(utils.UserError):
+            modeling.load_finished(directory, stage=stage)
+            yield model + tokenizer
+    with contextlib.suppress(utils.UserError):
+        supernet.load_sub_model(directory)
+        yield [modeling.WEIGHTS, supernet.SUB_CONFIG, *tokenizer]
+    with contextlib.suppress(utils.UserError):
+        prefix = engine.static_prefix(directory, records.read_record(directory))
+        yield [os.path.basename(prefix) + suffix for suffix in (".pdmodel", ".pdiparams")] + tokenizer
+    with contextlib.suppress(utils.UserError):
+        prefix = engine.find_prefix(directory)
+        engine.open_exported(prefix)
+        yield [os.path.basename(prefix) + suffix for suffix in (".pdmodel", ".pdiparams")] + tokenizer
+
+
+def check_complete(directory, whole):
+    """What a later stage accepts below ``directory`` is what the undisturbed run wrote. Returns: how many directories."""
+    count = 0
+    for path in [directory, *(p for p in directory.rglob("*") if p.is_dir())]:
+        # A hidden directory is what is being written, or what is being replaced, in the place of another.
+        place = [re.sub(r"^\.(.+)\.(writing|old)$", r"\1", part) for part in path.relative_to(directory).parts]
+        for names in accepted(str(path)):
+            for name in names:
+                assert (path / name).read_bytes() == whole.joinpath(*place, name).read_bytes(), path / name
+            count += 1
+    return count
+
+
+@pytest.fixture(scope="module")
+def inputs(workspace, distillation, tuned, pruned, quantized):  # noqa: F811
+    return Inputs(workspace, distillation, tuned, pruned, quantized)
+
+
+@pytest.fixture(scope="module", params=STAGES)
+def undisturbed(request, inputs, tmp_path_factory):
+    """(name, Stage, directory of an undisturbed run, its changes of files, its seconds since the first)."""
+    if request.param == "export to serving":
+        pytest.importorskip("paddle_serving_app", reason="needs Paddle Serving: bash setup_env.sh --serving")
+    stage, directory = STAGES[request.param], tmp_path_factory.mktemp("whole")
+    done = run([KILL_AT, str(directory), "0", "-1", *stage.command(inputs, directory)])
+    changes, seconds = done.stdout.splitlines()[-1].split()
+    return request.param, stage, directory, int(changes), float(seconds)
+
+
+def test_killed(undisturbed, inputs, tmp_path, fault):
+    """Kill -9 at a random change of a file, shortly after one, or at any time; then the same command again."""
+    name, stage, whole, changes, seconds = undisturbed
+    rng, killed, kills, seconds_started = random.Random(name), tmp_path / "killed", 0, 0
+    expected = snapshot(whole)
+    assert check_complete(whole, whole)
+    while kills < KILLS:
+        shutil.rmtree(killed, ignore_errors=True)
+        killed.mkdir()
+        command = stage.command(inputs, killed)
+        for turn in range(min(5, KILLS - kills)):
+            kind = rng.random()
+            number = changes // 2 if turn == 0 else 1 if kind > 0.8 else rng.randint(1, changes)
+            delay = 0.0 if kind < 0.5 or turn == 0 else rng.uniform(0, 0.03 if number > 1 else seconds)
+            if not kill(command, killed, number, delay, second=command if turn == 0 else None):
+                break
+            kills, seconds_started = kills + 1, seconds_started + (turn == 0)
+            check_complete(killed, whole)
+        else:
+            run(command)
+        assert snapshot(killed) == expected
+    fault(f"{name}: kill -9", "at a random change of a file, up to 30 ms after one, or at any time; same command again",
+          kills, "ended as if undisturbed, bit for bit; no incomplete directory was accepted in between")  # fmt: skip
+    fault(f"{name}: a second run", "the same command while the first one is writing", seconds_started,
+          "refused with one line and status 2, nothing changed")  # fmt: skip
+
+
+@pytest.mark.skipif(FAULTS is None, reason="a second undisturbed run of each stage: bash tests/faults.sh")
+def test_the_same_twice(undisturbed, inputs, tmp_path, fault):
+    name, stage, whole, *_ = undisturbed
+    run(stage.command(inputs, tmp_path))
+    assert snapshot(tmp_path) == snapshot(whole)
+    fault(f"{name}: the same command twice", "same seed, another directory", 1, "same metrics and files, bit for bit")
+
+
+@contextlib.contextmanager
+def small_disk(path):
+    """A file system of 64 MB at ``path``, to be filled and to be made read-only."""
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(path)]
+    if os.getuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+def size_of(directory):
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def test_full_and_read_only_disk(undisturbed, inputs, tmp_path, fault):
+    """Where a good result lies already, and another command is to replace it."""
+    name, stage, whole, *_ = undisturbed
+    rng = random.Random(name)
+    with small_disk(tmp_path / "disk") as disk:
+        shutil.copytree(whole, disk, dirs_exist_ok=True)
+        command = [*stage.command(inputs, disk), *stage.changed.split()]
+        before = snapshot(disk / stage.result)
+        for _ in range(FULL_DISKS):
+            left = int(
+                rng.uniform(0, 0.9) * size_of(whole / stage.result)
+            )  # a new result beside the old one needs more
+            state = os.statvfs(disk)
+            with open(disk / "ballast", "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, max(1, state.f_bavail * state.f_frsize - left))
+            assert "No space left" in one_line(run(command, 2))
+            assert snapshot(disk / stage.result) == before
+            (disk / "ballast").unlink()
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert "Read-only" in one_line(run(command, 2))
+        assert snapshot(disk / stage.result) == before
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        run(command)
+        assert snapshot(disk / stage.result) != before
+    fault(f"{name}: disk full", "a file system with random room left, less than the new result needs", FULL_DISKS,
+          "one line, status 2; the result that was there is intact; with room again the same command succeeds")  # fmt: skip
+    fault(f"{name}: output read-only", "file system mounted read-only", 1, "one line, status 2; the result is intact")
