@@ -154,9 +154,9 @@ def get_task(task_name, data_dir=None):
         return TASKS[task_name.lower()]
     labels_file = os.path.join(find_data_dir(task_name, data_dir), "labels.json")
     if os.path.isfile(labels_file):
-        with open(labels_file, encoding="utf-8") as file:
-            text = file.read().strip()
         try:
+            with open(labels_file, encoding="utf-8") as file:
+                text = file.read().strip()
             rows = (
                 json.loads(text) if text.startswith("[") else [json.loads(line)["label"] for line in text.split("\n")]
             )

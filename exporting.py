@@ -1,6 +1,7 @@
 """Exporting a classification model as the static graph that quantization and deployment take, and comparing the two."""
 
 import contextlib
+import pickle
 
 import compat  # noqa: F401  before Paddle
 
@@ -98,6 +99,11 @@ def export_static(model, prefix, cls_only=False):
     with first_position_only(model) if cls_only else contextlib.nullcontext():
         paddle.jit.save(paddle.jit.to_static(model, input_spec=tokens, full_graph=True), prefix)
     forget_call_stacks(f"{prefix}.pdmodel")
+    # Paddle writes this table of the parameters' names in the order of their addresses: another file in every process.
+    with open(f"{prefix}.pdiparams.info", "rb") as file:
+        names = pickle.load(file)
+    with open(f"{prefix}.pdiparams.info", "wb") as file:
+        pickle.dump(dict(sorted(names.items())), file, protocol=2)
 
 
 def read_program(path):

@@ -125,11 +125,11 @@ def load(args, num_labels, kind="ForSequenceClassification", option="--model_nam
     elif not name:
         raise UserError(f"{option} is needed: a built-in name or a model directory (or --init_config)")
     elif is_model_directory(name):
-        check_model_type(name, args.model_type)
         if os.path.isfile(os.path.join(name, records.RECORD)):
             record = records.read_record(name)
             records.check_files(name, record)
             notes, parent = list(record["notes"]), parent_of(name, record)
+        check_model_type(name, args.model_type)
         model, new = from_directory(cls, name, num_labels, new_head=True)
         notes += [f"random weights of the pooler, which {WEIGHTS} lacks"] * any("pooler" in each for each in new)
         source = records.relative(name)
@@ -171,18 +171,20 @@ def load(args, num_labels, kind="ForSequenceClassification", option="--model_nam
 
 def check_model_type(directory, model_type):
     """Raises: UserError if a model directory is of another family, or of a pruned width."""
-    path = os.path.join(directory, "config.json")
+    path, pruned = (os.path.join(directory, name) for name in ("config.json", "model_config.json"))
+    path = path if os.path.isfile(path) else pruned
     if not os.path.isfile(path):
-        if (
-            os.path.isfile(os.path.join(directory, "model_config.json"))
-            and "width_mult" in open(os.path.join(directory, "model_config.json"), encoding="utf-8").read()
-        ):
-            raise UserError(
-                f"{directory}: a pruned model; supernet.load_sub_model loads it, these scripts start from whole ones"
-            )
         return
-    with open(path, encoding="utf-8") as file:
-        architectures = json.load(file).get("architectures") or []
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = dict(json.load(file))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a JSON object ({error})") from error
+    if "width_mult" in config:
+        raise UserError(
+            f"{directory}: a pruned model; supernet.load_sub_model loads it, these scripts start from whole ones"
+        )
+    architectures = config.get("architectures") or []
     families = [f for f, prefix in MODEL_TYPES.items() if any(re.match(f"{prefix}[A-Z]", a) for a in architectures)]
     if families and model_type not in families:
         raise UserError(f"--model_type {model_type}: {directory} holds a model of type {families[0]}")
@@ -230,6 +232,8 @@ def set_parameters(model, path, new_head=False):
     arrays = {in_encoder(name): array for name, array in arrays.items()}
     for name, parameter in model.named_parameters():
         array = arrays.get(in_encoder(name))
+        if array is not None and array.dtype.kind != "f":  # Paddle keeps BF16 as uint16
+            raise UserError(f"{path}: {name} is {array.dtype}; weights in FP32 or FP16 are needed")
         if array is not None and list(array.shape) == parameter.shape:
             parameter.set_value(array.astype("float32"))
             continue

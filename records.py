@@ -5,10 +5,9 @@ import hashlib
 import json
 import os
 import platform
-import sys
 import time
 
-from utils import ROOT, UserError, write_whole
+from utils import ROOT, UserError, clear_leftovers, write_whole
 
 RECORD = "stage.json"
 
@@ -116,7 +115,12 @@ def misfit(value, schema, place=""):
     elif isinstance(schema, dict) and isinstance(value, dict):
         schema = dict.fromkeys(value, schema[...]) if ... in schema else schema
         parts = [(name, value.get(name, ...), kind) for name, kind in schema.items()]
-    elif isinstance(schema, (list, dict)) or not isinstance(value, schema) or isinstance(value, bool) and schema is int:
+    elif (
+        isinstance(schema, (list, dict))
+        or not isinstance(value, schema)
+        or isinstance(value, bool)
+        and schema is not bool
+    ):
         return place or "(all of it)"
     else:
         return None
@@ -161,7 +165,10 @@ def read_record(directory, what="a stage's output"):
         raise UserError(f"{directory}: no {RECORD} there, so it is not {what}")
     try:
         with open(path, encoding="utf-8") as file:
-            return check_record(json.load(file), path)
+            record = json.load(file)
+        if isinstance(record, dict) and record.get("schema") == 1:  # had no hashes of these files
+            record.update(schema=VERSION, files={})
+        return check_record(record, path)
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from error
 
@@ -182,11 +189,15 @@ def check_files(directory, record, weights=None):
     for name, digest in {**(record["weights"] if weights is None else weights), **record["files"]}.items():
         path = os.path.join(directory, name)
         if not os.path.isfile(path) or file_hash(path) != digest:
-            raise UserError(f"{path}: missing, damaged or not of this {RECORD}; repeat the stage that wrote it")
+            raise UserError(
+                f"{path}: missing, damaged or not of this {RECORD}; repeat the stage that wrote it, with --overwrite "
+                "if it has that"
+            )
 
 
 # What does not change a result, (of quantization) is a choice among results, or is known better by the md5 of the data.
 NO_IDENTITY = {"overwrite", "do_eval", "do_predict", "visualdl_dir", "logging_steps", "algorithms", "calib_samples",
+               "parity_tolerance", "accuracy_tolerance", "min_agreement",
                "data_dir", "input_dir", "output_dir", "task_name"}  # fmt: skip
 
 
@@ -196,7 +207,7 @@ def identity(arguments, parent=None, data=None):
     Args: parent: as in a record; data: {name: {"md5": ...}}, as in a record.
     """
     made = {name: value for name, value in arguments.items() if name not in NO_IDENTITY}
-    made["weights made from"] = min(parent["weights"].values(), default="")[:12] if parent else None
+    made["weights made from"] = " ".join(sorted(h[:12] for h in weights_in(parent["weights"]))) if parent else None
     made.update({f"md5 of {name}": described["md5"] for name, described in (data or {}).items()})
     return made
 
@@ -226,11 +237,8 @@ def finished(directory, now, force=False):
             f"{directory}: holds the result of something else ({changed}); "
             "--overwrite replaces it, or name another output directory"
         )
-    try:
-        check_files(directory, record)
-    except UserError as error:
-        print(f"{error}: it is made again", file=sys.stderr)
-        return False
+    check_files(directory, record)
+    clear_leftovers(directory)
     return True
 
 

@@ -158,10 +158,16 @@ def load_tokenizer(directory, use_faster_tokenizer=True, vocab_file=None, lower_
         vocab_file = os.path.join(directory, "vocab.txt")
         config = os.path.join(directory, "tokenizer_config.json")
         if os.path.isfile(config):
-            with open(config, encoding="utf-8") as file:
-                lower_case = json.load(file).get("do_lower_case", True)
+            try:
+                with open(config, encoding="utf-8") as file:
+                    lower_case = dict(json.load(file)).get("do_lower_case", True)
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{config}: not a JSON object ({error})") from error
     if not os.path.isfile(vocab_file):
         raise UserError(f"{vocab_file}: no such vocabulary; tokenizer files lie beside every model that a stage writes")
-    with open(vocab_file, encoding="utf-8") as file:
-        vocab = [line.rstrip("\n") for line in file]
-    return (FastTokenizer if use_faster_tokenizer else ReferenceTokenizer)(vocab, lower_case)
+    try:
+        with open(vocab_file, encoding="utf-8") as file:
+            vocab = [line.rstrip("\n") for line in file]
+        return (FastTokenizer if use_faster_tokenizer else ReferenceTokenizer)(vocab, lower_case)
+    except (UnicodeDecodeError, UserError) as error:
+        raise UserError(f"{vocab_file}: {error}") from error

@@ -187,31 +187,56 @@ def wait_for_all():
 class Unfinished:
     """The working directory ``<output>.unfinished`` of a run: what kill -9 leaves, and the same command goes on from.
 
-    ``state-<step>/`` holds the newest state, written whole; older ones go when it is there.
+    ``state-<step>/`` holds the newest state, written whole; older ones go when it is there. To be used in a with block:
+    as long as it lasts, no other run can begin there. If it ends with no state saved, the directory goes.
     """
 
-    def __init__(self, output_dir, now, force=False, shared=False):
-        """now: records.identity of the run. shared: another process of this run (rank 0) holds the lock and writes."""
+    def __init__(self, output_dir, shared=False):
+        """shared: another process of this run (rank 0) holds the lock and writes. Raises: UserError, see utils.Lock."""
         self.directory = os.path.abspath(output_dir) + ".unfinished"
-        os.makedirs(self.directory, exist_ok=True)
-        if shared:
-            wait_for_all()
-            return
-        self.lock = utils.Lock(self.directory, os.path.join(self.directory, "lock"))
-        path, before = os.path.join(self.directory, "identity.json"), None
-        if os.path.isfile(path):
-            with open(path, encoding="utf-8") as file:
-                before = json.load(file)
-            changed = records.difference(before, now)
+        self.gone = os.path.join(os.path.dirname(self.directory), f".{os.path.basename(self.directory)}")
+        self.identity = os.path.join(self.directory, "identity.json")
+        self.lock = None if shared else utils.Lock(self.directory, os.path.join(self.directory, "lock"))
+        wait_for_all()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.lock and os.path.isdir(self.directory) and self.newest_state() is None:
+            self.remove()
+        elif self.lock:
+            self.lock.release()
+
+    def begin(self, now, force=False):
+        """Makes sure that what lies here is of the run with the identity ``now`` (records.identity), or, by ``force``,
+        that it goes. Raises: UserError if it is of another."""
+        if self.lock:
+            before = self.read_identity()
+            changed = records.difference(before, now) if before is not None else ""
             if changed and not force:
                 raise utils.UserError(
                     f"{self.directory}: an unfinished run of something else ({changed}); repeat its "
                     "command, remove the directory, or pass --overwrite"
                 )
-        if before != now:  # whatever lies here is not this run's
-            self.remove_states([])
-        utils.write_whole(path, json.dumps(now, ensure_ascii=False))
+            if before != now:  # whatever lies here is not this run's
+                self.remove_states([])
+            utils.write_whole(self.identity, json.dumps(now, ensure_ascii=False))
         wait_for_all()  # before the others look for a state
+
+    def read_identity(self):
+        if not os.path.isfile(self.identity):
+            return None
+        try:
+            with open(self.identity, encoding="utf-8") as file:
+                return dict(json.load(file))
+        except (ValueError, TypeError) as error:
+            raise utils.UserError(f"{self.identity}: damaged ({error}); remove {self.directory}") from error
+
+    def forget(self, now):
+        """Of a run that is finished: removes what it left if it was killed before it could."""
+        if self.lock and self.read_identity() == now:
+            self.remove()
 
     def newest_state(self):
         """The directory of the newest whole state, or None."""
@@ -226,10 +251,9 @@ class Unfinished:
             shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
     def remove(self):
-        gone = os.path.join(os.path.dirname(self.directory), f".{os.path.basename(self.directory)}")
-        shutil.rmtree(gone, ignore_errors=True)
-        os.rename(self.directory, gone)  # at once, so that no half of it is ever taken for a state
-        shutil.rmtree(gone)
+        shutil.rmtree(self.gone, ignore_errors=True)
+        os.rename(self.directory, self.gone)  # at once, so that no half of it is ever taken for a state
+        shutil.rmtree(self.gone)
         self.lock.release()
 
 
@@ -274,7 +298,7 @@ def load_training_state(unfinished, model, optimizer, schedule):
             for key in arrays.files:
                 place, kind = key.rsplit("/", 1)
                 loaded[f"{names[place]}_{kind}"] = paddle.to_tensor(arrays[key])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise utils.UserError(
             f"{directory}: damaged ({error}); remove {unfinished.directory}, and training begins anew"
         ) from error

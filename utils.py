@@ -165,8 +165,8 @@ class Lock:
     """
 
     def __init__(self, target, path=None, wait=False):
-        parent, name = os.path.split(os.path.abspath(target))
-        self.path, self.made = path or os.path.join(parent, f".{name}.lock"), []
+        parent = os.path.dirname(os.path.abspath(target))
+        self.path, self.made = path or leftovers_of(target, "lock")[0], []
         while not os.path.isdir(parent):
             self.made.append(parent)
             parent = os.path.dirname(parent)
@@ -178,18 +178,29 @@ class Lock:
             except BlockingIOError:
                 self.file.close()
                 raise UserError(f"{target}: another run is writing there") from None
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path)):
-                    return
+            if self.is_mine():
+                return
             self.file.close()  # whoever held it has removed the file by now
 
-    def release(self):
+    def is_mine(self):
         with contextlib.suppress(FileNotFoundError):
-            os.remove(self.path)
+            return os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
+        return False
+
+    def release(self):
+        if self.file.closed:
+            return
+        with contextlib.suppress(OSError):  # on a disk that is read-only by now: the error that counts is another
+            if self.is_mine():
+                os.remove(self.path)
         self.file.close()
-        with contextlib.suppress(OSError):  # not empty: something was written
-            for directory in self.made:
+        for directory in self.made:
+            try:
                 os.rmdir(directory)
+            except FileNotFoundError:
+                continue
+            except OSError:  # not empty: something was written
+                break
 
     def __enter__(self):
         return self
@@ -209,6 +220,12 @@ def empty_directory(path):
         shutil.rmtree(path, ignore_errors=True)
 
 
+def leftovers_of(target, *states):
+    """What kill -9 may leave beside a directory: hidden, so that no launcher's glob takes it for a result."""
+    parent, name = os.path.split(os.path.abspath(target))
+    return [os.path.join(parent, f".{name}.{state}") for state in states]
+
+
 @contextlib.contextmanager
 def whole_directory(target):
     """A temporary directory beside ``target`` that takes its place when the block ends without an error.
@@ -216,9 +233,7 @@ def whole_directory(target):
     ``target`` must not exist, or is replaced: so it is there whole or not at all, also after kill -9.
     Raises: UserError if another process is in such a block for the same target.
     """
-    parent, name = os.path.split(os.path.abspath(target))
-    # Hidden names, so that no launcher's glob takes what kill -9 leaves for a result; the next run clears them away.
-    temporary, old = (os.path.join(parent, f".{name}.{state}") for state in ("writing", "old"))
+    temporary, old = leftovers_of(target, "writing", "old")
     with Lock(target):
         if os.path.isdir(old) and not os.path.exists(target):  # killed between the two renames below
             os.rename(old, target)
@@ -227,8 +242,22 @@ def whole_directory(target):
             yield temporary
             if os.path.isdir(target):
                 os.rename(target, old)
-            os.rename(temporary, target)
+            try:
+                os.rename(temporary, target)
+            except BaseException:
+                if os.path.isdir(old) and not os.path.exists(target):
+                    os.rename(old, target)
+                raise
             shutil.rmtree(old, ignore_errors=True)
+
+
+def clear_leftovers(target):
+    """Removes what a run left beside ``target`` that was killed after it was whole."""
+    lock, *left = leftovers_of(target, "lock", "writing", "old")
+    if any(map(os.path.exists, (lock, *left))):
+        with Lock(target, wait=True):
+            for path in left:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def write_whole(path, text):

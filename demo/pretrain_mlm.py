@@ -94,6 +94,7 @@ def train(args, corpus, model, tokenizer, unfinished):
         schedule.step()
         optimizer.clear_grad()
         right = int((scores.argmax(-1).numpy() == expected).sum())
+        training.check_loss(float(loss), step)
         sums += [float(loss) * len(expected), right, len(expected)]
         tokens += count
         if step % args.logging_steps == 0 or step == args.max_steps:
@@ -130,29 +131,31 @@ def main(argv=None):
         raise utils.UserError("the vocabulary has no [MASK], which masked language modelling needs")
     described = {"corpus": corpus.describe()}
     now = records.identity(records.describe_arguments(args), provenance["parent"], described)
-    if records.finished(args.output_dir, now, args.overwrite):
-        print(f"{args.output_dir}: already finished with these arguments, nothing to do")
-        return
-    unfinished = training.Unfinished(args.output_dir, now, args.overwrite)
-    state = train(args, corpus, model, tokenizer, unfinished)
-    params, flops = modeling.count(model)
-    step, loss, accuracy = state["history"][-1]
-    provenance["notes"].append(
-        f"pre-trained on {os.path.basename(os.path.abspath(args.input_dir))} for {step} steps only"
-    )
-    with utils.whole_directory(args.output_dir) as directory:
-        model.save_pretrained(directory)
-        tokenizer.save(directory)
-        records.write_record(
-            directory,
-            records.make_record(
-                "pretrain", args, time.time() - state["seconds"], task="general", labels=[], data=described,
-                params=params, flops=flops, weights=records.hash_files(directory, [modeling.WEIGHTS]),
-                metrics={"step": step, "loss": loss, "accuracy": accuracy}, history=state["history"], **provenance,
-            ),
-        )  # fmt: skip
-    unfinished.remove()
-    print(f"masked tokens: loss {loss:.3f}, accuracy {accuracy:.3f} after step {step} -> {args.output_dir}")
+    with training.Unfinished(args.output_dir) as unfinished:
+        if records.finished(args.output_dir, now, args.overwrite):
+            unfinished.forget(now)
+            print(f"{args.output_dir}: already finished with these arguments, nothing to do")
+            return
+        unfinished.begin(now, args.overwrite)
+        state = train(args, corpus, model, tokenizer, unfinished)
+        params, flops = modeling.count(model)
+        step, loss, accuracy = state["history"][-1]
+        provenance["notes"].append(
+            f"pre-trained on {os.path.basename(os.path.abspath(args.input_dir))} for {step} steps only"
+        )
+        with utils.whole_directory(args.output_dir) as directory:
+            model.save_pretrained(directory)
+            tokenizer.save(directory)
+            records.write_record(
+                directory,
+                records.make_record(
+                    "pretrain", args, time.time() - state["seconds"], task="general", labels=[], data=described,
+                    params=params, flops=flops, weights=records.hash_files(directory, [modeling.WEIGHTS]),
+                    metrics={"step": step, "loss": loss, "accuracy": accuracy}, history=state["history"], **provenance,
+                ),
+            )  # fmt: skip
+        unfinished.remove()
+        print(f"masked tokens: loss {loss:.3f}, accuracy {accuracy:.3f} after step {step} -> {args.output_dir}")
 
 
 if __name__ == "__main__":

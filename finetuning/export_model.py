@@ -33,27 +33,30 @@ def main(argv=None):
     args = parse_args(argv)
     exporting.set_device(args)
     started = time.time()
-    model, tokenizer, record = modeling.load_finished(args.model_path, args.use_faster_tokenizer)
-    records.check_task(record, args.task_name, args.model_path, args.model_type)
-    length = records.sequence_length(args, record)
-    features, inputs = exporting.parity_features(args, record, tokenizer, length)
-    with utils.Lock(args.model_path), utils.empty_directory(os.path.join(args.model_path, ".export")) as directory:
-        prefix = os.path.join(directory, "inference")
-        expected = modeling.predict(model, features, tokenizer.pad_id)
-        exporting.export_static(model, prefix, args.cls_only)
-        found = engine.Engine(prefix).predict(features, pad_id=tokenizer.pad_id)
-        parity = exporting.parity(expected, found, inputs, args.parity_tolerance)
-        files = sorted(os.listdir(directory))
-        record["export"] = {
-            "weights": records.hash_files(directory, files),
-            "parity": parity,
-            "cls_only": args.cls_only,
-            "seconds": round(time.time() - started, 1),
-            "bytes": os.path.getsize(f"{prefix}.pdiparams"),
-        }
-        records.write_record(directory, record)
-        for name in (*files, records.RECORD):  # the record last: until then the one before refuses what is half new
-            os.replace(os.path.join(directory, name), os.path.join(args.model_path, name))
+    if not os.path.isdir(args.model_path):
+        raise utils.UserError(f"--model_path {args.model_path}: no such directory; a model of stage finetune is needed")
+    with utils.Lock(args.model_path):  # before it is read, or what is written might be of a model that is replaced
+        model, tokenizer, record = modeling.load_finished(args.model_path, args.use_faster_tokenizer)
+        records.check_task(record, args.task_name, args.model_path, args.model_type)
+        length = records.sequence_length(args, record)
+        features, inputs = exporting.parity_features(args, record, tokenizer, length)
+        with utils.empty_directory(os.path.join(args.model_path, ".export")) as directory:
+            prefix = os.path.join(directory, "inference")
+            expected = modeling.predict(model, features, tokenizer.pad_id)
+            exporting.export_static(model, prefix, args.cls_only)
+            found = engine.Engine(prefix).predict(features, pad_id=tokenizer.pad_id)
+            parity = exporting.parity(expected, found, inputs, args.parity_tolerance)
+            files = sorted(os.listdir(directory))
+            record["export"] = {
+                "weights": records.hash_files(directory, files),
+                "parity": parity,
+                "cls_only": args.cls_only,
+                "seconds": round(time.time() - started, 1),
+                "bytes": os.path.getsize(f"{prefix}.pdiparams"),
+            }
+            records.write_record(directory, record)
+            for name in (*files, records.RECORD):  # the record last: until then the one before refuses what is half new
+                os.replace(os.path.join(directory, name), os.path.join(args.model_path, name))
     print(
         f"{record['task']}: exported to {os.path.join(args.model_path, 'inference')}.pdmodel, logits within "
         f"{parity['largest_difference']:.1e} of the dynamic model on {inputs}"

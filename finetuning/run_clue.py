@@ -158,15 +158,28 @@ def main(argv=None):
     model, tokenizer, provenance = modeling.load(args, len(task.labels))
     modeling.check_sequence_length(args.max_seq_length, model)
     now = records.identity(records.describe_arguments(args), provenance["parent"], splits)
-    if records.finished(args.output_dir, now, args.overwrite):
-        print(f"{args.output_dir}: already finished with these arguments, nothing to do")
-        return predict_test(args, args.output_dir) if args.do_predict and rank == 0 else None
+    with training.Unfinished(args.output_dir, shared=rank > 0) as unfinished:
+        if records.finished(args.output_dir, now, args.overwrite):
+            unfinished.forget(now)
+            print(f"{args.output_dir}: already finished with these arguments, nothing to do")
+            best = None
+        else:
+            unfinished.begin(now, args.overwrite)
+            best = train_and_save(args, task, read, model, tokenizer, provenance, unfinished)
+    if args.do_predict and rank == 0:
+        predict_test(args, args.output_dir)
+    return best
+
+
+def train_and_save(args, task, read, model, tokenizer, provenance, unfinished):
+    """Trains, and writes --output_dir whole. Returns: the best dev accuracy, None in all processes but the first."""
+    rank, _ = training.rank_and_world()
+    splits = {name: split.describe() for name, split in read.items()}
     features = {name: data.convert(split.examples, tokenizer, args.max_seq_length) for name, split in read.items()}
     unknown = data.unknown_share(features["train"], tokenizer.unk_id)
     unfit = [f"{unknown:.0%} of train's tokens are unknown to the vocabulary"] if unknown > 0.05 else []
     if unfit and rank == 0:
         print(f"warning: {unfit[0]}: does it fit?", file=sys.stderr)
-    unfinished = training.Unfinished(args.output_dir, now, args.overwrite, shared=rank > 0)
     state = train(args, model, features["train"], features["dev"], unfinished, tokenizer.pad_id)
     training.wait_for_all()
     if rank > 0:
@@ -202,6 +215,7 @@ def main(argv=None):
                     "loss": best["loss"],
                     "step": best["step"],
                     "selected_on": "dev",
+                    "max_seq_length": args.max_seq_length,
                     "evaluated_every": args.save_steps,
                 },
                 **provenance,
@@ -212,8 +226,6 @@ def main(argv=None):
         f"{task.name}: dev accuracy {best['accuracy']:.4f} at step {best['step']} "
         f"(majority class {splits['dev']['majority_class']:.4f}) -> {args.output_dir}"
     )
-    if args.do_predict:
-        predict_test(args, args.output_dir)
     return best["accuracy"]
 
 

@@ -186,7 +186,8 @@ def train(args, corpus, student, teacher, tokenizer, unfinished, save):
         schedule.step()
         optimizer.clear_grad()
         interval.append(loss_sum / rows_sum)
-        training.check_loss(interval[-1], step)
+        if not args.use_amp:  # whose scaler leaves such a step out, and goes on
+            training.check_loss(interval[-1], step)
 
         if step % args.logging_steps == 0 or step == steps:
             mean, interval = sum(interval) / len(interval), []
@@ -220,18 +221,20 @@ def main(argv=None):
     described = {"corpus": corpus.describe()}
     now = records.identity(records.describe_arguments(args), provenance["parent"], described)
     final = os.path.join(args.output_dir, f"model_{args.max_steps}")
-    if records.finished(final, now, args.overwrite):
-        print(f"{final}: already finished with these arguments, nothing to do")
-        return
-    unfinished = training.Unfinished(args.output_dir, now, args.overwrite, shared=rank > 0)
+    with training.Unfinished(args.output_dir, shared=rank > 0) as unfinished:
+        if records.finished(final, now, args.overwrite):
+            unfinished.forget(now)
+            print(f"{final}: already finished with these arguments, nothing to do")
+            return
+        unfinished.begin(now, args.overwrite)
 
-    def save(step, state):
-        print(f"saved {save_model(args, step, student, tokenizer, provenance, params, flops, described, state)}")
+        def save(step, state):
+            print(f"saved {save_model(args, step, student, tokenizer, provenance, params, flops, described, state)}")
 
-    train(args, corpus, student, teacher, tokenizer, unfinished, save)
-    training.wait_for_all()
-    if rank == 0:
-        unfinished.remove()
+        train(args, corpus, student, teacher, tokenizer, unfinished, save)
+        training.wait_for_all()
+        if rank == 0:
+            unfinished.remove()
 
 
 if __name__ == "__main__":

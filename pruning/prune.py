@@ -174,11 +174,22 @@ def main(argv=None):
     splits = {name: split.describe() for name, split in read.items()}
     parent = modeling.parent_of(args.model_name_or_path, record)
     now = records.identity(records.describe_arguments(args), parent, splits)
-    if all([records.finished(target, now, args.overwrite) for target in targets.values()]):
-        print(f"{', '.join(targets.values())}: already finished with these arguments, nothing to do")
-        return
+    with training.Unfinished(args.output_dir, shared=rank > 0) as unfinished:
+        if all([records.finished(target, now, args.overwrite) for target in targets.values()]):
+            unfinished.forget(now)
+            print(f"{', '.join(targets.values())}: already finished with these arguments, nothing to do")
+            return
+        unfinished.begin(now, args.overwrite)
+        prune(args, teacher, tokenizer, record, read, targets, unfinished)
+
+
+def prune(args, teacher, tokenizer, record, read, targets, unfinished):
+    """Ranks, trains all widths, and writes the directory of each whole. targets: {width as text: directory}."""
+    rank, _ = training.rank_and_world()
+    architecture, labels = record["model"]["architecture"], record["labels"]
+    splits = {name: split.describe() for name, split in read.items()}
+    parent = modeling.parent_of(args.model_name_or_path, record)
     features = {name: data.convert(split.examples, tokenizer, args.max_seq_length) for name, split in read.items()}
-    unfinished = training.Unfinished(args.output_dir, now, args.overwrite, shared=rank > 0)
 
     student = modeling.load_finished(args.model_name_or_path)[0]
     if unfinished.newest_state() is None:  # otherwise the state that is loaded is in order already
@@ -233,6 +244,7 @@ def main(argv=None):
                         "loss": best["loss"],
                         "step": best["step"],
                         "selected_on": "dev",
+                        "max_seq_length": args.max_seq_length,
                         "accuracy_before_training": state["evaluations"][0][width]["accuracy"],
                         "accuracy_of_parent": record["metrics"]["accuracy"],
                     },

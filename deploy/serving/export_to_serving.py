@@ -108,8 +108,9 @@ def main(argv=None):
     record = engine.open_exported(prefix)
     files = record["weights"] if record["stage"] == "quantize" else records.exported(record)
     config = describe(*read_variables(f"{prefix}.pdmodel"), args.feed_alias_names, args.fetch_alias_names)
-    if os.path.abspath(args.server_path) == os.path.abspath(args.client_path):
-        raise utils.UserError(f"--client_path {args.client_path}: must not be --server_path")
+    paths = [os.path.abspath(path) for path in (args.server_path, args.client_path)]
+    if os.path.commonpath(paths) in paths:
+        raise utils.UserError(f"--client_path {args.client_path}: must not be --server_path, nor one lie in the other")
     for path in (args.server_path, args.client_path):
         known = {"serving_server_conf.prototxt", "serving_client_conf.prototxt"}
         if os.path.exists(path) and os.listdir(path) and not known & set(os.listdir(path)):
