@@ -113,6 +113,7 @@ def test_as_the_original_converter(exports, tmp_path, kind, aliases):
     (["--params_filename", "other"], "--params_filename other: those of inference.pdmodel are inference.pdiparams"),
     (["--dirname", "/nonexistent"], "no /nonexistent/inference.pdmodel"),
     (["--server_path", "."], "exists and holds something else"),
+    (["--server_path", "server/in/it", "--client_path", "server"], "nor one lie in the other"),
 ])  # fmt: skip
 def test_mistakes(exports, tmp_path, monkeypatch, more, message):
     monkeypatch.chdir(tmp_path)

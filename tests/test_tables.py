@@ -13,6 +13,10 @@ import summarize
 import tables
 
 
+ARCHITECTURE = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128,
+                "max_position_embeddings": 128}  # fmt: skip
+
+
 class Args:
     learning_rate, batch_size, num_train_epochs, max_seq_length = 1e-4, 32, 3, 128
 
@@ -24,8 +28,8 @@ def write(directory, stage, task, accuracy, weights, parent=None, width=1.0, rat
     fields = records.make_record(
         stage, args, 0, task=task, labels=["0", "1"],
         data={"train": {"md5": "0", "partial": partial, "examples": 9},
-              "dev": {"md5": "1", "partial": None, "examples": 10, "majority_class": 0.6}},
-        model={"model_type": "ppminilm", "architecture": {"num_hidden_layers": 2, "hidden_size": 64}, "width_mult": width,
+              "dev": {"md5": "1", "partial": None, "examples": 10, "majority_class": 0.6, "pairs": False}},
+        model={"model_type": "ppminilm", "architecture": ARCHITECTURE, "width_mult": width,
                "initialized_from": "random weights"},
         params=int(1e6 * width), flops=int(2e9 * width), weights={"model_state.pdparams": weights}, notes=["random weights"],
         metrics={"accuracy": accuracy, "step": 5, **more.pop("metrics", {})},

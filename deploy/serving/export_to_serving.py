@@ -108,13 +108,13 @@ def main(argv=None):
     record = engine.open_exported(prefix)
     files = record["weights"] if record["stage"] == "quantize" else records.exported(record)
     config = describe(*read_variables(f"{prefix}.pdmodel"), args.feed_alias_names, args.fetch_alias_names)
-    paths = [os.path.abspath(path) for path in (args.server_path, args.client_path)]
-    if os.path.commonpath(paths) in paths:
-        raise utils.UserError(f"--client_path {args.client_path}: must not be --server_path, nor one lie in the other")
     for path in (args.server_path, args.client_path):
         known = {"serving_server_conf.prototxt", "serving_client_conf.prototxt"}
         if os.path.exists(path) and os.listdir(path) and not known & set(os.listdir(path)):
             raise utils.UserError(f"{path}: exists and holds something else; name another directory or remove it")
+    paths = [os.path.abspath(path) for path in (args.server_path, args.client_path)]
+    if os.path.commonpath(paths) in paths:
+        raise utils.UserError(f"--client_path {args.client_path}: must not be --server_path, nor one lie in the other")
     source = os.path.dirname(os.path.abspath(prefix))
     with utils.whole_directory(args.server_path) as server, utils.whole_directory(args.client_path) as client:
         for file in (*files, *record["files"], records.RECORD):
