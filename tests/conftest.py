@@ -1,5 +1,6 @@
 """Fixtures: a small vocabulary, small CLUE-like data that a tiny model can learn, and the chain of stages run on them."""
 
+import functools
 import json
 import os
 import random
@@ -22,6 +23,7 @@ import compat  # noqa: E402, F401  before Paddle
 import pytest  # noqa: E402
 
 import records  # noqa: E402
+import utils  # noqa: E402
 
 FAULTS = os.environ.get("FAULTS")  # None, or how hard tests/faults.sh tries: short, long
 
@@ -110,6 +112,17 @@ def pytest_sessionfinish(session):
         after = rest[rest.index("<!-- end of the table -->") :]
         with open(path, "w", encoding="utf-8") as file:
             file.write(f"{before}<!-- table -->\n{table}{after}")
+
+
+def refused(capsys, out, words, function, *arguments):
+    """Checks that a call is a user's mistake: one line with these words, status 2, and nothing written."""
+    with pytest.raises(SystemExit) as stopped:
+        utils.run(functools.partial(function, *arguments))
+    said = capsys.readouterr().err
+    errors = [line for line in said.splitlines() if ": error: " in line]
+    assert stopped.value.code == 2 and len(errors) == 1 and "Traceback" not in said, said
+    assert all(word in errors[0] for word in words), errors
+    assert not out.exists() and not list(out.parent.glob(".out*")), list(out.parent.iterdir())
 
 
 @pytest.fixture(autouse=True)
