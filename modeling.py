@@ -127,7 +127,7 @@ def load(args, num_labels, kind="ForSequenceClassification", option="--model_nam
     elif is_model_directory(name):
         if os.path.isfile(os.path.join(name, records.RECORD)):
             record = records.read_record(name)
-            records.check_files(name, record)
+            check_hashes(name, record)
             notes, parent = list(record["notes"]), parent_of(name, record)
         check_model_type(name, args.model_type)
         model, new = from_directory(cls, name, num_labels, new_head=True)
@@ -188,6 +188,13 @@ def check_model_type(directory, model_type):
     families = [f for f, prefix in MODEL_TYPES.items() if any(re.match(f"{prefix}[A-Z]", a) for a in architectures)]
     if families and model_type not in families:
         raise UserError(f"--model_type {model_type}: {directory} holds a model of type {families[0]}")
+
+
+def check_hashes(directory, record):
+    """Raises: UserError unless the record names the weights and all files are as it says."""
+    if WEIGHTS not in record["weights"]:
+        raise UserError(f"{os.path.join(directory, records.RECORD)}: does not name {WEIGHTS}; it is not of this model")
+    records.check_files(directory, record)
 
 
 def parent_of(directory, record):
@@ -251,7 +258,7 @@ def load_finished(directory, use_faster_tokenizer=True, stage="finetune"):
     record = records.read_record(directory, f"a model of stage {stage}")
     if record["stage"] != stage:
         raise UserError(f"{directory}: written by stage {record['stage']}, a model of stage {stage} is needed")
-    records.check_files(directory, record)
+    check_hashes(directory, record)
     model, _ = from_directory(model_class(record["model"]["model_type"]), directory, len(record["labels"]))
     model.eval()
     return model, tokenization.load_tokenizer(directory, use_faster_tokenizer), record

@@ -39,7 +39,7 @@ VERSION = 2
 TASK_SCHEMA = {
     "model": {"architecture": dict.fromkeys(
         ("max_position_embeddings", "num_attention_heads", "intermediate_size", "hidden_size"), int)},
-    "data": {"dev": {"examples": int, "pairs": bool, "majority_class": NUMBER}},
+    "data": {"dev": {"examples": int, "majority_class": NUMBER}},
     "metrics": {"accuracy": NUMBER},
 }  # fmt: skip
 BESIDE = ("config.json", "vocab.txt", "tokenizer_config.json")
@@ -248,7 +248,11 @@ def check_replaceable(directory, stage, inside=()):
         if os.path.commonpath([os.path.abspath(directory), os.path.abspath(path)]) == os.path.abspath(directory):
             raise UserError(f"{directory}: cannot be the output, {path} lies in it")
     if os.path.exists(directory) and os.listdir(directory):
-        if not os.path.isfile(os.path.join(directory, RECORD)) or read_record(directory)["stage"] != stage:
+        found = None
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # one that this version cannot read will do
+            with open(os.path.join(directory, RECORD), encoding="utf-8") as file:
+                found = json.load(file).get("stage")
+        if found != stage:
             raise UserError(f"{directory}: exists and holds something else; name another directory or remove it")
 
 

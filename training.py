@@ -1,5 +1,6 @@
 """What fine-tuning and pruning share: their arguments, AdamW, the order of the data, states to go on from."""
 
+import contextlib
 import json
 import math
 import os
@@ -203,10 +204,11 @@ class Unfinished:
         return self
 
     def __exit__(self, *_):
-        if self.lock and os.path.isdir(self.directory) and self.newest_state() is None:
+        if not self.lock or self.lock.file.closed:  # removed: what has that name by now is another run's
+            return
+        if self.newest_state() is None:
             self.remove()
-        elif self.lock:
-            self.lock.release()
+        self.lock.release()
 
     def begin(self, now, force=False):
         """Makes sure that what lies here is of the run with the identity ``now`` (records.identity), or, by ``force``,
@@ -214,7 +216,7 @@ class Unfinished:
         if self.lock:
             before = self.read_identity()
             changed = records.difference(before, now) if before is not None else ""
-            if changed and not force:
+            if changed and not force and self.newest_state() is not None:
                 raise utils.UserError(
                     f"{self.directory}: an unfinished run of something else ({changed}); repeat its "
                     "command, remove the directory, or pass --overwrite"
@@ -235,8 +237,9 @@ class Unfinished:
 
     def forget(self, now):
         """Of a run that is finished: removes what it left if it was killed before it could."""
-        if self.lock and self.read_identity() == now:
-            self.remove()
+        with contextlib.suppress(utils.UserError):  # a damaged identity is not this run's
+            if self.lock and self.read_identity() == now:
+                self.remove()
 
     def newest_state(self):
         """The directory of the newest whole state, or None."""

@@ -165,8 +165,11 @@ class Lock:
     """
 
     def __init__(self, target, path=None, wait=False):
-        parent = os.path.dirname(os.path.abspath(target))
-        self.path, self.made = path or leftovers_of(target, "lock")[0], []
+        (beside,) = leftovers_of(target, "lock")
+        parent = os.path.dirname(beside)
+        if os.path.isdir(target) and not os.access(parent, os.W_OK):
+            beside = os.path.join(target, ".lock")
+        self.path, self.made = path or beside, []
         while not os.path.isdir(parent):
             self.made.append(parent)
             parent = os.path.dirname(parent)
@@ -175,9 +178,11 @@ class Lock:
             self.file = open(self.path, "w")
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
+            except OSError as error:
                 self.file.close()
-                raise UserError(f"{target}: another run is writing there") from None
+                if isinstance(error, BlockingIOError):
+                    raise UserError(f"{target}: another run is writing there") from None
+                raise UserError(f"{target}: its file system has no locks ({error.strerror}); write elsewhere") from None
             if self.is_mine():
                 return
             self.file.close()  # whoever held it has removed the file by now
@@ -222,19 +227,20 @@ def empty_directory(path):
 
 def leftovers_of(target, *states):
     """What kill -9 may leave beside a directory: hidden, so that no launcher's glob takes it for a result."""
-    parent, name = os.path.split(os.path.abspath(target))
+    parent, name = os.path.split(os.path.realpath(target))
     return [os.path.join(parent, f".{name}.{state}") for state in states]
 
 
 @contextlib.contextmanager
-def whole_directory(target):
+def whole_directory(target, wait=False):
     """A temporary directory beside ``target`` that takes its place when the block ends without an error.
 
     ``target`` must not exist, or is replaced: so it is there whole or not at all, also after kill -9.
-    Raises: UserError if another process is in such a block for the same target.
+    Args: wait: until another process has left such a block for the same target. Raises: UserError if not, and one is.
     """
+    target = os.path.realpath(target)  # of a link, what it points to is replaced
     temporary, old = leftovers_of(target, "writing", "old")
-    with Lock(target):
+    with Lock(target, wait=wait):
         if os.path.isdir(old) and not os.path.exists(target):  # killed between the two renames below
             os.rename(old, target)
         shutil.rmtree(old, ignore_errors=True)
@@ -262,17 +268,16 @@ def clear_leftovers(target):
 
 def write_whole(path, text):
     """Writes a text file beside its place and renames it there."""
-    temporary = f"{path}.writing"
-    with Lock(path, wait=True):
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(temporary)
+    temporary = f"{path}.writing-{os.getpid()}"
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
 
 
 def copy_files(source, target):

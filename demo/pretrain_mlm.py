@@ -143,7 +143,7 @@ def main(argv=None):
         provenance["notes"].append(
             f"pre-trained on {os.path.basename(os.path.abspath(args.input_dir))} for {step} steps only"
         )
-        with utils.whole_directory(args.output_dir) as directory:
+        with utils.whole_directory(args.output_dir, wait=True) as directory:
             model.save_pretrained(directory)
             tokenizer.save(directory)
             records.write_record(

@@ -194,7 +194,7 @@ def train_and_save(args, task, read, model, tokenizer, provenance, unfinished):
     if best["accuracy"] <= splits["dev"]["majority_class"]:
         provenance["notes"].append("fine-tuning: dev accuracy not above the majority class")
         print("note: not above the majority class, so nothing was learnt; try more epochs or another learning rate")
-    with utils.whole_directory(args.output_dir) as directory:
+    with utils.whole_directory(args.output_dir, wait=True) as directory:
         utils.copy_files(os.path.join(unfinished.directory, best["directory"]), directory)
         tokenizer.save(directory)
         utils.write_json_lines(os.path.join(directory, "evaluations.jsonl"), state["evaluations"])

@@ -119,7 +119,7 @@ def load_pair(args):
 
 def save_model(args, step, student, tokenizer, provenance, params, flops, described, state):
     target = os.path.join(args.output_dir, f"model_{step}")
-    with utils.whole_directory(target) as directory:
+    with utils.whole_directory(target, wait=True) as directory:
         student.save_pretrained(directory)
         tokenizer.save(directory)
         records.write_record(

@@ -216,7 +216,7 @@ def prune(args, teacher, tokenizer, record, read, targets, unfinished):
     for width, best in state["best"].items():
         sub_model = dynabert.build_sub_model(record["model"]["model_type"], architecture, float(width), len(labels))
         params, flops = modeling.count(sub_model)
-        with utils.whole_directory(targets[width]) as directory:
+        with utils.whole_directory(targets[width], wait=True) as directory:
             utils.copy_files(os.path.join(unfinished.directory, best["directory"]), directory)
             tokenizer.save(directory)
             utils.write_json_lines(os.path.join(directory, "evaluations.jsonl"), state["evaluations"])

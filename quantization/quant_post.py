@@ -199,7 +199,7 @@ def check_accuracy(found, record, dev, args):
     So the graph is the model that was trained, whatever stages and files lay between. Raises: UserError.
     """
     before, recorded = record["data"]["dev"], record["metrics"]["accuracy"]
-    length = record["metrics"].get("max_seq_length", args.max_seq_length)
+    length = record["metrics"].get("max_seq_length")  # of the first version's records it is not known
     if (dev["md5"], dev["examples"], args.max_seq_length) != (before["md5"], before["examples"], length):
         return
     if not abs(found - recorded) <= max(args.accuracy_tolerance, 2.01 / dev["examples"]):
@@ -242,56 +242,53 @@ def main(argv=None):
     common = {key: record[key] for key in ("task", "labels", "params", "flops", "model")}
     common.update(data=splits, parent=parent, notes=list(dict.fromkeys(notes)))
     now = records.identity(records.describe_arguments(args), parent, splits)
+    with utils.Lock(args.output_dir):
+        make_variants(args, prefix, record, tokenizer, calibration, dev, common, now)
+
+
+def make_variants(args, prefix, record, tokenizer, calibration, dev, common, now):
+    """Scores FP32, makes and scores the variants that are not there, and prints the table.
+
+    Args: calibration, dev: data.Split. common: what all their records say. now: their identity.
+    """
     features = data.convert(dev.examples, tokenizer, args.max_seq_length)
     order = np.random.default_rng(args.seed).permutation(len(calibration.examples))
-
     reference = engine.open_engine(prefix, features, args.device).predict(features, pad_id=tokenizer.pad_id)
-    fp32_accuracy = data.accuracy(reference, [f.label for f in features])
-    check_accuracy(fp32_accuracy, record, splits["dev"], args)
-    note = engine.preflight("int8")
+    fp32_accuracy, described = data.accuracy(reference, [f.label for f in features]), dev.describe()
+    check_accuracy(fp32_accuracy, record, described, args)
+    print(engine.preflight("int8"))
     print(
-        f"{note}\n{record['task']}: FP32 accuracy {fp32_accuracy:.4f} on {len(features)} dev records "
-        f"(majority class {splits['dev']['majority_class']:.4f})"
+        f"{record['task']}: FP32 accuracy {fp32_accuracy:.4f} on {len(features)} dev records "
+        f"(majority class {described['majority_class']:.4f})"
     )
     print("| variant | INT8 accuracy | agreement with FP32 | file, MB |\n| --- | --- | --- | --- |")
-    rows, refused = {}, []
-    with utils.Lock(args.output_dir):
-        for algorithm, samples in itertools.product(args.algorithms, args.calib_samples):
-            name, started = f"{algorithm}{samples}", time.time()
-            target = os.path.join(args.output_dir, name)
-            if not records.finished(target, now, args.overwrite):
-                chosen = [calibration.examples[i] for i in order[:samples]]
-                chosen = data.convert(chosen, tokenizer, args.max_seq_length)
-                variant = {"algorithm": algorithm, "calib_samples": samples, "calib_split": args.calib_split,
-                           "device": args.device, "int8_operators": sorted(engine.INT8_OPERATORS),
-                           "int8_embeddings": args.int8_embeddings}  # fmt: skip
-                try:
-                    with utils.whole_directory(target) as directory:
-                        metrics = make_variant(
-                            args, prefix, chosen, algorithm, directory, features, reference, tokenizer
-                        )
-                        hashes = records.hash_files(directory, [args.save_model_filename, args.save_params_filename])
-                        records.write_record(
-                            directory,
-                            records.make_record(
-                                "quantize", args, started, metrics=metrics, weights=hashes, variant=variant, **common
-                            ),
-                        )
-                except BelowAgreement as below:
-                    refused.append(name)
-                    metrics = below.metrics
-                    print(f"| {name} | {metrics['accuracy']:.4f} | {metrics['agreement']:.4f} | not written |")
-                    continue
-            rows[name] = records.read_record(target)["metrics"]
-            if rows[name]["agreement"] < args.min_agreement:  # made when less was asked for
-                refused.append(name)
-                del rows[name]
-                continue
-            print(
-                f"| {name} | {rows[name]['accuracy']:.4f} | {rows[name]['agreement']:.4f} | "
-                f"{rows[name]['bytes'] / 1e6:.1f} |",
-                flush=True,
-            )
+    rows, left_out = {}, []
+    for algorithm, samples in itertools.product(args.algorithms, args.calib_samples):
+        name, started = f"{algorithm}{samples}", time.time()
+        target = os.path.join(args.output_dir, name)
+        metrics = None
+        if not records.finished(target, now, args.overwrite):
+            chosen = [calibration.examples[i] for i in order[:samples]]
+            chosen = data.convert(chosen, tokenizer, args.max_seq_length)
+            variant = {"algorithm": algorithm, "calib_samples": samples, "calib_split": args.calib_split,
+                       "device": args.device, "int8_operators": sorted(engine.INT8_OPERATORS),
+                       "int8_embeddings": args.int8_embeddings}  # fmt: skip
+            try:
+                with utils.whole_directory(target) as directory:
+                    metrics = make_variant(args, prefix, chosen, algorithm, directory, features, reference, tokenizer)
+                    hashes = records.hash_files(directory, [args.save_model_filename, args.save_params_filename])
+                    fields = {"metrics": metrics, "weights": hashes, "variant": variant, **common}
+                    records.write_record(directory, records.make_record("quantize", args, started, **fields))
+            except BelowAgreement as below:
+                metrics = below.metrics
+        metrics = metrics or records.read_record(target)["metrics"]
+        size = f"{metrics['bytes'] / 1e6:.1f}"
+        if metrics["agreement"] < args.min_agreement:
+            left_out.append(name)
+            size = "left out, one made before is still there" if os.path.isdir(target) else "not written"
+        else:
+            rows[name] = metrics
+        print(f"| {name} | {metrics['accuracy']:.4f} | {metrics['agreement']:.4f} | {size} |", flush=True)
     if not rows:
         print(
             f"quant_post.py: no variant agrees with FP32 on {args.min_agreement:g} of dev (--min_agreement); nothing "
@@ -300,8 +297,8 @@ def main(argv=None):
         )
         sys.exit(1)
     best = max(sorted(rows), key=lambda name: rows[name]["accuracy"])
-    if refused:
-        print(f"below --min_agreement {args.min_agreement:g} and not written: {', '.join(refused)}")
+    if left_out:
+        print(f"below --min_agreement {args.min_agreement:g} and left out: {', '.join(left_out)}")
     print(
         f"{record['task']}: best {best}, INT8 accuracy {rows[best]['accuracy']:.4f} (FP32 {fp32_accuracy:.4f}) -> "
         f"{os.path.join(args.output_dir, best)}"

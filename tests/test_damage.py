@@ -164,7 +164,7 @@ def places(value, path=()):
 
 
 NEEDED = ("task", "labels", "model.model_type", "model.width_mult", "model.architecture.max_position_embeddings", "weights",
-          "files", "arguments.max_seq_length", "data.dev.md5", "data.dev.examples", "data.dev.pairs", "metrics.accuracy",
+          "files", "arguments.max_seq_length", "data.dev.md5", "data.dev.examples", "metrics.accuracy",
           "parent.weights")  # fmt: skip
 
 

@@ -156,7 +156,7 @@ def test_other_arguments_are_refused(workspace, tuned, tmp_path, capsys):
     with pytest.raises(utils.UserError, match="holds the result of something else"):
         run_clue.main(command)
     unfinished = tmp_path / "n.unfinished"
-    unfinished.mkdir()
+    (unfinished / "state-5").mkdir(parents=True)
     (unfinished / "identity.json").write_text(json.dumps({"learning_rate": 5.0}))
     with pytest.raises(utils.UserError, match="unfinished run of something else.*learning_rate 5.0 -> 0.002"):
         run_clue.main(finetune_command(workspace, tmp_path / "n")[1:])

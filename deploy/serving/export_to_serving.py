@@ -117,7 +117,7 @@ def main(argv=None):
         raise utils.UserError(f"--client_path {args.client_path}: must not be --server_path, nor one lie in the other")
     source = os.path.dirname(os.path.abspath(prefix))
     with utils.whole_directory(args.server_path) as server, utils.whole_directory(args.client_path) as client:
-        for file in (*files, *record["files"], records.RECORD):
+        for file in {*files, "vocab.txt", "tokenizer_config.json", *record["files"], records.RECORD}:
             shutil.copy2(os.path.join(source, file), server)
         records.check_files(server, record, files)
         write_description(server, "server", config)
