@@ -243,11 +243,12 @@ def draw(path, found, baseline, machine):
     figure, axes = pyplot.subplots(figsize=(9, 0.45 * len(found) + 1.4))
     titles = [row["title"] for row in found][::-1]
     for shift, label, values in (
-        (0.2, "fast tokenizer", [row["speedup"] for row in found][::-1]),
+        (0.2, "fast tokenizer", [row["speedup"] if row["fast_tokenizer"] else np.nan for row in found][::-1]),
         (-0.2, "Python's tokenizer", [row["python_tokenizer"]["speedup"] for row in found][::-1]),
     ):
         bars = axes.barh(np.arange(len(titles)) + shift, values, height=0.38, label=label)
-        axes.bar_label(bars, fmt="%.2fx", padding=3, fontsize=8)
+        labels = ["" if np.isnan(value) else f"{value:.2f}x" for value in values]
+        axes.bar_label(bars, labels, padding=3, fontsize=8)
     axes.set_yticks(np.arange(len(titles)), titles)
     axes.set_xlabel(f"speed-up over {baseline}; {machine['cpu']}, {machine['cores']} cores")
     axes.margins(x=0.12)
