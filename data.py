@@ -165,7 +165,14 @@ def get_task(task_name, data_dir=None):
         labels = tuple(str(label) for label in rows)
     else:
         path = split_path(task_name, "train", data_dir)
-        labels = tuple(sorted({str(row["label"]) for _, row in read_rows(path) if row.get("label", "-") != "-"}))
+        found = {}
+        for number, row in read_rows(path):
+            label = row.get("label", "-")
+            if str(label) != str(label).strip() or found.setdefault(str(label), type(label)) is not type(label):
+                raise UserError(f"{path}:{number}: label {label!r} has blanks around it, or is of two types")
+        labels = tuple(sorted(set(found) - {"-"}))
+        if not labels:
+            raise UserError(f"{path}: no usable record")
     if len(labels) < 2 or len(set(labels)) < len(labels):
         raise UserError(f"{task_name}: at least two labels are needed, each once; found {list(labels)[:10]}")
     return Task(task_name, labels)
@@ -287,11 +294,6 @@ def convert(examples, tokenizer, max_seq_length):
     pairs = [e.text_pair for e in examples] if examples and examples[0].text_pair is not None else None
     encoded = tokenizer.encode([e.text for e in examples], pairs, max_seq_length)
     return [Feature(ids, types, example.label) for (ids, types), example in zip(encoded, examples)]
-
-
-def unknown_share(features, unk_id):
-    """The share of unknown tokens in features: a vocabulary that does not fit the data has many."""
-    return sum(f.input_ids.count(unk_id) for f in features) / max(1, sum(len(f.input_ids) for f in features))
 
 
 def by_length(features):

@@ -117,6 +117,8 @@ def load(args, num_labels, kind="ForSequenceClassification", option="--model_nam
     cls = model_class(args.model_type, kind)
     name, parent, notes = args.model_name_or_path, None, []
     if args.init_config:
+        if name and is_model_directory(name):  # launchers pass a name for the results in any case
+            raise UserError(f"{option} {name} and --init_config: the first has weights; give one of them")
         if not args.vocab_file:
             raise UserError("--init_config needs --vocab_file, the vocabulary that the new embeddings are for")
         tokenizer = tokenization.load_tokenizer(None, fast, args.vocab_file)

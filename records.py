@@ -42,6 +42,7 @@ TASK_SCHEMA = {
     "data": {"dev": {"examples": int, "majority_class": NUMBER}},
     "metrics": {"accuracy": NUMBER},
 }  # fmt: skip
+ADVICE = "repeat the stage that wrote it, with --overwrite if it has that"
 BESIDE = ("config.json", "vocab.txt", "tokenizer_config.json")
 
 
@@ -144,7 +145,7 @@ def check_record(record, path):
     for schema in schemas:
         wrong = misfit(record, schema)
         if wrong:
-            raise UserError(f"{path}: not a stage record: field {wrong!r} is missing or of the wrong type")
+            raise UserError(f"{path}: not a stage record: field {wrong!r} is missing or of the wrong type; {ADVICE}")
     return record
 
 
@@ -170,7 +171,7 @@ def read_record(directory, what="a stage's output"):
             record.update(schema=VERSION, files={})
         return check_record(record, path)
     except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
+        raise UserError(f"{path}: not JSON ({error}); {ADVICE}") from error
 
 
 def check_task(record, task_name, where, model_type=None):
@@ -189,10 +190,7 @@ def check_files(directory, record, weights=None):
     for name, digest in {**(record["weights"] if weights is None else weights), **record["files"]}.items():
         path = os.path.join(directory, name)
         if not os.path.isfile(path) or file_hash(path) != digest:
-            raise UserError(
-                f"{path}: missing, damaged or not of this {RECORD}; repeat the stage that wrote it, with --overwrite "
-                "if it has that"
-            )
+            raise UserError(f"{path}: missing, damaged or not of this {RECORD}; {ADVICE}")
 
 
 # What does not change a result, (of quantization) is a choice among results, or is known better by the md5 of the data.

@@ -171,12 +171,17 @@ def main(argv=None):
     return best
 
 
+def unknown_share(features, unk_id):
+    """The share of unknown tokens in features: a vocabulary that does not fit the data has many."""
+    return sum(f.input_ids.count(unk_id) for f in features) / max(1, sum(len(f.input_ids) for f in features))
+
+
 def train_and_save(args, task, read, model, tokenizer, provenance, unfinished):
     """Trains, and writes --output_dir whole. Returns: the best dev accuracy, None in all processes but the first."""
     rank, _ = training.rank_and_world()
     splits = {name: split.describe() for name, split in read.items()}
     features = {name: data.convert(split.examples, tokenizer, args.max_seq_length) for name, split in read.items()}
-    unknown = data.unknown_share(features["train"], tokenizer.unk_id)
+    unknown = unknown_share(features["train"], tokenizer.unk_id)
     unfit = [f"{unknown:.0%} of train's tokens are unknown to the vocabulary"] if unknown > 0.05 else []
     if unfit and rank == 0:
         print(f"warning: {unfit[0]}: does it fit?", file=sys.stderr)

@@ -69,6 +69,10 @@ def test_own_task_takes_labels_from_file_or_train(tmp_path):
     write_rows(tmp_path / "train.json", [{"sentence": "甲", "label": x} for x in (3, 1, 1)])
     write_rows(tmp_path / "dev.json", [{"sentence": "甲", "label": 1}])
     assert data.get_task("mine", str(tmp_path)).labels == ("1", "3")
+    for label in ("1 ", "1"):  # a class of its own by mistake
+        write_rows(tmp_path / "train.json", [{"sentence": "甲", "label": x} for x in (3, 1, label)])
+        with pytest.raises(UserError, match=rf"train.json:3: label '{label}' has blanks around it, or is of two types"):
+            data.get_task("mine", str(tmp_path))
     (tmp_path / "labels.json").write_text('{"label": "3"}\n{"label": "1"}\n')
     assert data.get_task("mine", str(tmp_path)).labels == ("3", "1")
     (tmp_path / "labels.json").write_text('["1", "3", "2"]')
@@ -190,7 +194,7 @@ def test_a_vocabulary_of_ones_own_texts(workspace, tmp_path):
     task = data.get_task("topics", str(workspace / "data"))
     examples = data.read_split(task, "train", str(workspace / "data")).examples
     own = tokenization.load_tokenizer(None, True, vocab)
-    assert data.unknown_share(data.convert(examples, own, 64), own.unk_id) == 0
+    assert load_script("finetuning", "run_clue").unknown_share(data.convert(examples, own, 64), own.unk_id) == 0
     (ids, _), (mixed, _) = own.encode(["iPhone 16", "IPHONE 16"])
     assert own.unk_id not in ids and ids == mixed
     (tmp_path / "other.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n一\n")
@@ -199,7 +203,7 @@ def test_a_vocabulary_of_ones_own_texts(workspace, tmp_path):
     counted = sum(token == other.unk_id for f in features for token in f.input_ids) / sum(
         len(f.input_ids) for f in features
     )
-    assert data.unknown_share(features, other.unk_id) == counted > 0.5
+    assert load_script("finetuning", "run_clue").unknown_share(features, other.unk_id) == counted > 0.5
 
 
 def test_hfls_models_go_without_their_prefix():

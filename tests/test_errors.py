@@ -32,6 +32,11 @@ MISTAKES = [
     ),
     (
         "finetune",
+        f"--task_name topics --data_dir {{w}}/data --model_name_or_path {{t}} {INIT}",
+        "--init_config: the first has weights; give one of them",
+    ),
+    (
+        "finetune",
         "--task_name topics --data_dir {w}/data --output_dir out --init_config /no --vocab_file {w}/vocab.txt",
         "--init_config /no: no such file",
     ),
