@@ -141,13 +141,6 @@ def finish(command):
     ).stdout
 
 
-def same_result(first, second):
-    a, b = (paddle.load(str(d / "model_state.pdparams")) for d in (first, second))
-    assert a.keys() == b.keys() and all(np.array_equal(a[k].numpy(), b[k].numpy()) for k in a)
-    assert (first / "evaluations.jsonl").read_text() == (second / "evaluations.jsonl").read_text()
-    assert record(first)["metrics"] == record(second)["metrics"]
-
-
 def test_other_arguments_are_refused(workspace, tuned, tmp_path, capsys):
     run_clue = load_script("finetuning", "run_clue")
     target = tmp_path / "m"
