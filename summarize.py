@@ -15,31 +15,15 @@ import json
 import os
 import sys
 
-import utils
-from records import children_among, descendants, find_records, relative
-from tables import (
-    TASKS,
-    HYPER_PARAMETERS,
-    COLUMNS,
-    accuracy,
-    best_cells,
-    clue_rows,
-    clue_table,
-    draw,
-    grid_tables,
-    long_rows,
-    model_directory,
-    remarks,
-    family_rows,
-    family_table,
-)
+from common import ROOT, UserError, cli, files, tables
+from common.records import children_among, descendants, find_records
 
 DEFAULT_DIRECTORIES = ("general_distill", "finetuning", "pruning", "quantization")
 BEST = "best.json"
 
 
 def parse_args(argv=None):
-    parser = utils.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("directories", nargs="*", help="where to look for stage.json files")
     parser.add_argument("--task_name", help="only this task (no CLUE table then)")
     parser.add_argument("--format", choices=("markdown", "csv", "json"), default="markdown", help="of what is printed")
@@ -56,31 +40,33 @@ def write_best(model):
         return
     roots = [r for r in find_records([os.path.join(model, "models")]) if r["stage"] == "finetune"]
     cells = {}
-    for task, record in best_cells(roots).items():
+    for task, record in tables.best_cells(roots).items():
         cells[task] = {
-            "path": os.path.relpath(record["path"], model), "accuracy": accuracy(record), "selected_on": "dev",
-            "remarks": remarks(record),
+            "path": os.path.relpath(record["path"], model),
+            "accuracy": tables.accuracy(record),
+            "selected_on": "dev",
+            "remarks": tables.remarks(record),
             "cells": sum(other["task"] == task for other in roots),
-            **{name: record["arguments"][name] for name in HYPER_PARAMETERS},
-        }  # fmt: skip
+            **{name: record["arguments"][name] for name in tables.HYPER_PARAMETERS},
+        }
     if cells:
-        utils.write_whole(os.path.join(model, BEST), json.dumps(cells, indent=1) + "\n")
+        files.write_whole(os.path.join(model, BEST), json.dumps(cells, indent=1) + "\n")
 
 
 def read_best(path):
     """Yields (task, learning rate, batch size, epochs, max_seq_length, model directory) of a best.json."""
     if not os.path.isfile(path):
-        raise utils.UserError(f"{path}: no such file; finetuning/run_one_search.sh writes MODEL/{BEST}")
+        raise UserError(f"{path}: no such file; finetuning/run_one_search.sh writes MODEL/{BEST}")
     try:
         with open(path, encoding="utf-8") as file:
             cells = json.load(file)
         for task, cell in cells.items():
             directory = os.path.join(os.path.dirname(path), cell["path"])
-            yield (task, *(f"{cell[name]:g}" for name in HYPER_PARAMETERS), directory)
+            yield (task, *(f"{cell[name]:g}" for name in tables.HYPER_PARAMETERS), directory)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise utils.UserError(f"{path}: not a {BEST} of finetuning/run_one_search.sh") from error
+        raise UserError(f"{path}: not a {BEST} of finetuning/run_one_search.sh") from error
     if not cells:
-        raise utils.UserError(f"{path}: names no task")
+        raise UserError(f"{path}: names no task")
 
 
 def read_speedups(path):
@@ -89,7 +75,7 @@ def read_speedups(path):
         with open(path, encoding="utf-8") as file:
             return {row["row"]: float(row["speedup"]) for row in json.load(file)["rows"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise utils.UserError(f"--perf {path}: not a benchmark's JSON ({error!r})") from error
+        raise UserError(f"--perf {path}: not a benchmark's JSON ({error!r})") from error
 
 
 def main(argv=None):
@@ -99,7 +85,7 @@ def main(argv=None):
             print("\t".join(cell))
         return
     directories = args.directories or [
-        d for d in (os.path.join(utils.ROOT, d) for d in DEFAULT_DIRECTORIES) if os.path.isdir(d)
+        d for d in (os.path.join(ROOT, d) for d in DEFAULT_DIRECTORIES) if os.path.isdir(d)
     ]
     records = find_records(directories)
     wanted = (args.task_name or "").lower()
@@ -107,46 +93,48 @@ def main(argv=None):
     if not roots:
         print(
             f"summarize.py: no finished fine-tuned model{' of ' + args.task_name if args.task_name else ''} under "
-            f"{', '.join(map(relative, directories))}; name the directory it is in",
+            f"{', '.join(map(files.relative, directories))}; name the directory it is in",
             file=sys.stderr,
         )
         sys.exit(1)
     if args.plot and not os.path.isdir(os.path.dirname(os.path.abspath(args.plot))):
-        raise utils.UserError(f"--plot {args.plot}: no such directory")
+        raise UserError(f"--plot {args.plot}: no such directory")
     speedups = read_speedups(args.perf) if args.perf else {}
-    if args.perf and len({model_directory(root) for root in roots}) > 1:
-        raise utils.UserError("--perf: it is of one model, but there are several here; name the directory of one")
+    if args.perf and len({tables.model_directory(root) for root in roots}) > 1:
+        raise UserError("--perf: it is of one model, but there are several here; name the directory of one")
     models, blocks, flat_rows, kept = {}, [], [], []
     for root in roots:
-        models.setdefault(model_directory(root), []).append(root)
+        models.setdefault(tables.model_directory(root), []).append(root)
     children = children_among(records)
-    families = [(relative(model), clue_rows(of_model, children, speedups)) for model, of_model in models.items()]
+    families = [
+        (files.relative(model), tables.clue_rows(of_model, children, speedups)) for model, of_model in models.items()
+    ]
     for (model, rows), of_model in zip(families, models.values()):
-        of_clue = rows if not args.task_name and any(root["task"] in TASKS for root in of_model) else []
+        of_clue = rows if not args.task_name and any(root["task"] in tables.TASKS for root in of_model) else []
         if of_clue:
-            blocks.append(clue_table(model, of_clue))
-        blocks.append(grid_tables(of_model))
-        flat_rows += long_rows(model, of_clue, of_model)
-        best = best_cells(of_model).values()
+            blocks.append(tables.clue_table(model, of_clue))
+        blocks.append(tables.grid_tables(of_model))
+        flat_rows += tables.long_rows(model, of_clue, of_model)
+        best = tables.best_cells(of_model).values()
         for root in of_model:
             family = descendants(root, children)
             kept += [{k: v for k, v in record.items() if k != "path"} for record in (root, *family)]
             if family or root in best:
-                blocks.append(family_table(root, family))
-                flat_rows += family_rows(model, root, family)
+                blocks.append(tables.family_table(root, family))
+                flat_rows += tables.family_rows(model, root, family)
     if args.format == "markdown":
         print("\n\n".join("\n".join(block) for block in blocks))
     elif args.format == "json":
         print(json.dumps(flat_rows, ensure_ascii=False, indent=1))
     else:
-        writer = csv.DictWriter(sys.stdout, COLUMNS, restval="", lineterminator="\n")
+        writer = csv.DictWriter(sys.stdout, tables.COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(flat_rows)
     if args.json:
-        utils.write_whole(args.json, json.dumps(kept, ensure_ascii=False, indent=1) + "\n")
+        files.write_whole(args.json, json.dumps(kept, ensure_ascii=False, indent=1) + "\n")
     if args.plot:
-        draw(args.plot, families)
+        tables.draw(args.plot, families)
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    cli.run(main)

@@ -9,7 +9,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-import utils
+from common import ROOT, cli
 
 # Stage, its scripts, its tools, what it writes, what was published about the result.
 STAGES = [
@@ -83,10 +83,10 @@ def draw(path):
 
 
 def main(argv=None):
-    parser = utils.Parser(__doc__)
-    parser.add_argument("--output", default=os.path.join(utils.ROOT, "pp-minilm.png"), help="where the picture goes")
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--output", default=os.path.join(ROOT, "pp-minilm.png"), help="where the picture goes")
     draw(parser.parse_args(argv).output)
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    cli.run(main)

@@ -16,7 +16,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.join(HERE, ".."), HERE]
 import data
 import make_vocab
-import utils
+from common import cli, files
 
 # TNEWS: label, its name in CLUE, things and events of the topic.
 TOPICS = {
@@ -111,12 +111,12 @@ FRAMES = [
     "{when}{place}不缺{o}也不缺{p}，缺的是{a}",
     "说完{o}与{p}，{who}终于谈到{a}{e}",
 ]
-PLACES = "北京 上海 成都 广州 西安 杭州 武汉 长沙 青岛 昆明".split()
-TIMES = "今天 昨晚 上周 今年 去年底 春节前 凌晨 下个月 周末 近日".split()
-PEOPLE = "小张 王先生 李女士 记者 老赵 大学生 业内人士 退休工人 年轻人 志愿者".split()
+PLACES = ["北京", "上海", "成都", "广州", "西安", "杭州", "武汉", "长沙", "青岛", "昆明"]
+TIMES = ["今天", "昨晚", "上周", "今年", "去年底", "春节前", "凌晨", "下个月", "周末", "近日"]
+PEOPLE = ["小张", "王先生", "李女士", "记者", "老赵", "大学生", "业内人士", "退休工人", "年轻人", "志愿者"]
 
 # AFQMC: two questions mean the same if thing and wish are the same, however they are asked.
-THINGS = "账单 额度 红包 银行卡 密码 优惠券 订单 发票".split()
+THINGS = ["账单", "额度", "红包", "银行卡", "密码", "优惠券", "订单", "发票"]
 WISHES = {
     "取消": ["取消{t}", "把{t}退掉", "不要{t}了"],
     "查看": ["查{t}", "看到我的{t}", "找到{t}"],
@@ -127,7 +127,7 @@ WISHES = {
 ASKING = ["怎么{w}", "我想{w}", "请问可以{w}吗", "为什么不能{w}"]
 
 # CLUEWSC2020: in "A verb B, because he reason" the reason tells who "he" is: 0 is A, 1 is B.
-NAMES = "小明 小刚 老王 老李 阿强 阿杰 大伟 志国 建军 文斌 子轩 浩然".split()
+NAMES = ["小明", "小刚", "老王", "老李", "阿强", "阿杰", "大伟", "志国", "建军", "文斌", "子轩", "浩然"]
 CASES = [
     ("感谢了{b}", ["帮了大忙", "送来了药", "指了路"], ["心里很感动", "欠着人情", "终于得救"]),
     ("批评了{b}", ["总是迟到", "弄丢了钥匙", "没写作业"], ["实在忍不住", "脾气不好", "看不下去"]),
@@ -214,21 +214,19 @@ def corpus(rng, count):
 
 
 def parse_args(argv=None):
-    parser = utils.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--output_dir", required=True, help="gets <task>_public/, corpus/ and vocab.txt")
     parser.add_argument("--seed", type=int, default=0, help="another one gives other records")
-    parser.add_argument("--corpus_lines", type=int, default=24000, help="sentences without labels")
-    args = parser.parse_args(argv)
-    utils.check_positive(args, "corpus_lines")
-    return args
+    cli.positive(parser.add_argument("--corpus_lines", type=int, default=24000, help="sentences without labels"))
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    with utils.whole_directory(args.output_dir) as directory:
+    with files.whole_directory(args.output_dir) as directory:
         texts = list(corpus(random.Random(f"{args.seed} corpus"), args.corpus_lines))
         os.mkdir(os.path.join(directory, "corpus"))
-        utils.write_whole(os.path.join(directory, "corpus", "part-00.txt"), "".join(f"{text}\n" for text in texts))
+        files.write_whole(os.path.join(directory, "corpus", "part-00.txt"), "".join(f"{text}\n" for text in texts))
         for make, sizes in ((tnews, (3000, 600, 200)), (afqmc, (3000, 400, 200)), (cluewsc2020, (1500, 304, 100))):
             folder = os.path.join(directory, f"{make.__name__}_public")
             os.mkdir(folder)
@@ -245,11 +243,11 @@ def main(argv=None):
                 texts += [text for row in rows for text in data.texts_of(make.__name__, row) if text]
                 if split == "test":
                     rows = [without_label(row, number) for number, row in enumerate(rows)]
-                utils.write_json_lines(os.path.join(folder, f"{split}.json"), rows)
+                files.write_json_lines(os.path.join(folder, f"{split}.json"), rows)
         tokens = make_vocab.write(os.path.join(directory, "vocab.txt"), texts)
-        utils.write_whole(os.path.join(directory, data.GENERATED), "Made by demo/generate_data.py; nothing of CLUE.\n")
+        files.write_whole(os.path.join(directory, data.GENERATED), "Made by demo/generate_data.py; nothing of CLUE.\n")
     print(f"{args.output_dir}: TNEWS, AFQMC, CLUEWSC2020, {args.corpus_lines} lines of corpus, {tokens} tokens")
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    cli.run(main)

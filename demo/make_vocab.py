@@ -1,4 +1,4 @@
-"""Makes a vocabulary from the characters of your own train data, where none comes with a downloaded model.
+"""Makes a vocabulary from the characters of your own train data, for models that start from random weights.
 
 Reads the train split of a task; writes vocab.txt: the special tokens, every character, and the continuations of letters
 and digits that WordPiece needs. For random weights (--init_config) only: a pre-trained model brings its own.
@@ -12,13 +12,13 @@ import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import data
-import utils
+from common import cli, files
 
 
 def parse_args(argv=None):
-    parser = utils.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--task_name", required=True, help="one of CLUE's, or the name of your own")
-    utils.add_data_arguments(parser)
+    cli.add_data_arguments(parser)
     parser.add_argument("--output", required=True, help="where vocab.txt goes")
     return parser.parse_args(argv)
 
@@ -34,7 +34,7 @@ def vocabulary(texts):
 def write(path, texts):
     """Writes vocab.txt. Returns: the number of tokens."""
     tokens = vocabulary(texts)
-    utils.write_whole(path, "".join(f"{token}\n" for token in tokens))
+    files.write_whole(path, "".join(f"{token}\n" for token in tokens))
     return len(tokens)
 
 
@@ -48,4 +48,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    cli.run(main)

@@ -14,33 +14,33 @@ import time
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 sys.path[:0] = [ROOT, os.path.join(ROOT, "general_distill")]
-import compat  # noqa: F401  before Paddle
+from common import UserError, checkpoints, cli, modeling, training
+from common.compat import paddle
+from common.runs import ResumableRun
+from corpus import Corpus, make_batch
 
 import numpy as np
-import paddle
-from tqdm import tqdm
-
-import modeling
-import records
-import training
-import utils
-from corpus import Corpus, encode
 
 
 def parse_args(argv=None):
-    parser = utils.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     main = parser.add_argument_group("model and text")
-    modeling.add_model_arguments(main)
-    main.add_argument("--input_dir", required=True, help="directory of text files, one sentence a line")
-    main.add_argument("--output_dir", required=True, help="where the pre-trained model goes")
-    main.add_argument(
-        "--mlm_probability", type=float, default=0.15, help="share of the tokens that are to be predicted"
-    )
-    utils.add_tokenizer_arguments(main)
-    optimization = parser.add_argument_group("training")
-    training.add_training_arguments(optimization)
-    parser.set_defaults(model_type="roberta", learning_rate=1e-3, batch_size=64, num_train_epochs=1, save_steps=500)
-    return parser.parse_args(argv)
+    checkpoints.add_model_arguments(main)
+    main.set_defaults(model_type="roberta")
+    help = "directory of text files, one sentence per line"
+    cli.without_effect(main.add_argument("--input_dir", type=cli.PathArgument, required=True, help=help))
+    cli.add_output_argument(main, "where the pre-trained model goes", required=True)
+    help = "share of the tokens that are to be predicted"
+    main.add_argument("--mlm_probability", type=float, default=0.15, help=help)
+    cli.add_tokenizer_arguments(main)
+    training.add_training_arguments(parser, learning_rate=1e-3, batch_size=64, num_train_epochs=1, save_steps=500)
+    args = parser.parse_args(argv)
+    if args.model_type != "roberta":
+        raise UserError(f"--model_type {args.model_type}: only roberta can be pre-trained here")
+    if not 0 < args.mlm_probability < 1:
+        raise UserError(f"--mlm_probability {args.mlm_probability}: must be between 0 and 1")
+    args.max_seq_length = args.max_seq_length or 128
+    return args
 
 
 def mask_tokens(input_ids, tokenizer, probability, random):
@@ -64,99 +64,79 @@ def mask_tokens(input_ids, tokenizer, probability, random):
     return masked.reshape(input_ids.shape), positions, expected
 
 
-def train(args, corpus, model, tokenizer, unfinished):
+def train(args, run, corpus, model, tokenizer):
     """Trains the model in place. Returns: the final state; its ``history`` has [step, loss in nats, accuracy] rows."""
+    progress = training.Progress(args, 0)
     optimizer, schedule = training.make_optimizer(model, args, args.max_steps)
-    state = training.load_training_state(unfinished, model, optimizer, schedule)
-    if state:
-        print(f"going on after step {state['step']} of {args.max_steps}")
-    state = state or {"step": 0, "history": [], "seconds": 0.0, "sums": [0.0, 0, 0]}
-    scalars = utils.scalar_writer(args.visualdl_dir)
+    state = run.restore(model, optimizer, schedule, history=[], sums=[0.0, 0, 0])
     model.train()
-    started, first, tokens, sums = time.time() - state["seconds"], time.time(), 0, np.array(state["sums"])
+    started, tokens, sums = time.time(), 0, np.array(state["sums"])
     stream = corpus.batches(args.batch_size, state["step"], args.group_by_length)
-    steps = range(state["step"] + 1, args.max_steps + 1)
-    progress = tqdm(steps, total=args.max_steps, initial=state["step"], desc="mlm", mininterval=1, disable=None)
-    for step in progress:
+    for step in progress.bar(range(state["step"] + 1, args.max_steps + 1), state["step"], "mlm"):
         training.seed_step(args.seed, step)
         _, texts = next(stream)
-        batch, count = encode(texts, tokenizer, args.max_seq_length)
+        batch, count = make_batch(texts, tokenizer, args.max_seq_length)
         random = np.random.default_rng([args.seed, step])
         input_ids, positions, expected = mask_tokens(batch.input_ids, tokenizer, args.mlm_probability, random)
-        inputs = paddle.to_tensor(input_ids), paddle.to_tensor(batch.token_type_ids)
-        hidden = modeling.encoder_of(model)(*inputs)[0]
-        # Scores over the whole vocabulary for the chosen tokens alone: a sixth of the work for all of them.
+        hidden = modeling.encoder_of(model)(*training.tensors(batch._replace(input_ids=input_ids)))[0]
+        # Scores over the whole vocabulary for the chosen tokens alone: a sixth of the work that all tokens would take.
         chosen = paddle.gather(hidden.reshape([-1, hidden.shape[-1]]), paddle.to_tensor(positions))
         scores = model.lm_head(chosen)
         loss = paddle.nn.functional.cross_entropy(scores, paddle.to_tensor(expected))
         loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.clear_grad()
+        training.update(model, optimizer, schedule)
         right = int((scores.argmax(-1).numpy() == expected).sum())
         training.check_loss(float(loss), step)
         sums += [float(loss) * len(expected), right, len(expected)]
         tokens += count
         if step % args.logging_steps == 0 or step == args.max_steps:
             loss, accuracy, sums = sums[0] / sums[2], sums[1] / sums[2], np.zeros(3)
-            pace = tokens / (time.time() - first)
+            pace = tokens / (time.time() - started)
             state["history"].append([step, round(float(loss), 4), round(float(accuracy), 4)])
             progress.write(
                 f"step {step}/{args.max_steps} loss {loss:.3f} accuracy {accuracy:.3f} "
                 f"lr {schedule.get_lr():.2e} {pace:.0f} tokens/s"
             )
-            scalars({"train/loss": loss, "train/accuracy": accuracy, "train/tokens_per_second": pace}, step)
+            scalars = {"train/loss": loss, "train/accuracy": accuracy, "train/tokens_per_second": pace}
+            progress.scalars(step, scalars)
         if step % args.save_steps == 0 or step == args.max_steps:
-            state["seconds"], state["sums"] = time.time() - started, sums.tolist()
-            training.save_training_state(unfinished, step, model, optimizer, set(), state)
+            run.save_state(step, model, optimizer, {**state, "sums": sums.tolist()})
     return state
 
 
 def main(argv=None):
     args = parse_args(argv)
-    training.check_training_arguments(args)
-    if args.model_type != "roberta":
-        raise utils.UserError(f"--model_type {args.model_type}: only roberta can be pre-trained here")
-    if not 0 < args.mlm_probability < 1:
-        raise utils.UserError(f"--mlm_probability {args.mlm_probability}: must be between 0 and 1")
-    args.device = utils.set_device(args.device)
-    args.max_seq_length = args.max_seq_length or 128
-    utils.set_seed(args.seed)
+    training.start(args)
     corpus = Corpus(args.input_dir, args.seed)
     if args.max_steps <= 0:
         args.max_steps = args.num_train_epochs * corpus.batches_per_epoch(args.batch_size)
-    model, tokenizer, provenance = modeling.load(args, 2, "ForMaskedLM")
-    modeling.check_sequence_length(args.max_seq_length, model)
-    if "[MASK]" not in tokenizer.vocab:
-        raise utils.UserError("the vocabulary has no [MASK], which masked language modelling needs")
+    start = checkpoints.load_pretrained(
+        args.model_name_or_path,
+        2,
+        model_type=args.model_type,
+        init_config=args.init_config,
+        vocab_file=args.vocab_file,
+        use_faster_tokenizer=args.use_faster_tokenizer,
+        kind="ForMaskedLM",
+        max_seq_length=args.max_seq_length,
+    )
+    if "[MASK]" not in start.tokenizer.vocab:
+        raise UserError("the vocabulary has no [MASK], which masked language modelling needs")
+    fields = {"task": "general", "labels": [], "notes": start.notes, **start.fields}
     described = {"corpus": corpus.describe()}
-    now = records.identity(records.describe_arguments(args), provenance["parent"], described)
-    with training.Unfinished(args.output_dir) as unfinished:
-        if records.finished(args.output_dir, now, args.overwrite):
-            unfinished.forget(now)
-            print(f"{args.output_dir}: already finished with these arguments, nothing to do")
+    with ResumableRun("pretrain", args, [args.output_dir], start.parent, described, **fields) as run:
+        if run.finished:
             return
-        unfinished.begin(now, args.overwrite)
-        state = train(args, corpus, model, tokenizer, unfinished)
-        params, flops = modeling.count(model)
+        state = train(args, run, corpus, start.model, start.tokenizer)
         step, loss, accuracy = state["history"][-1]
-        provenance["notes"].append(
-            f"pre-trained on {os.path.basename(os.path.abspath(args.input_dir))} for {step} steps only"
-        )
-        with utils.whole_directory(args.output_dir, wait=True) as directory:
-            model.save_pretrained(directory)
-            tokenizer.save(directory)
-            records.write_record(
-                directory,
-                records.make_record(
-                    "pretrain", args, time.time() - state["seconds"], task="general", labels=[], data=described,
-                    params=params, flops=flops, weights=records.hash_files(directory, [modeling.WEIGHTS]),
-                    metrics={"step": step, "loss": loss, "accuracy": accuracy}, history=state["history"], **provenance,
-                ),
-            )  # fmt: skip
-        unfinished.remove()
+        name = os.path.basename(os.path.abspath(args.input_dir))
+        run.notes.append(f"pre-trained on {name} for {step} steps only")
+        metrics = {"step": step, "loss": loss, "accuracy": accuracy}
+        with run.output(args.output_dir, metrics=metrics, history=state["history"]) as directory:
+            start.model.save_pretrained(directory)
+            start.tokenizer.save(directory)
         print(f"masked tokens: loss {loss:.3f}, accuracy {accuracy:.3f} after step {step} -> {args.output_dir}")
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    cli.run(main)

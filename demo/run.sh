@@ -9,7 +9,7 @@
 #   --resume     go on with a run that was interrupted, and refuse to start a new one
 set -e
 asked=$PYTHON
-. "$(dirname "$0")/../launcher.sh"
+. "$(dirname "$0")/../common/launcher.sh"
 output=$here/output
 
 fail() {
@@ -40,7 +40,7 @@ student=pretrain/model_$student_steps
 started=$SECONDS
 step() { printf '\n== %d:%02d  %s\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) "$*"; }
 
-# What for_each_best of launcher.sh calls, with task, lr and model set, for the tasks that were asked for.
+# What for_each_best of common/launcher.sh calls, with task, lr and model set, for the tasks that were asked for.
 asked_for() { case " $tasks " in *" $task "*) "$@" ;; esac; }
 export_one() { "$PYTHON" "$root/finetuning/export_model.py" --task_name "$task" --model_path "$model"; }
 prune_one() { sh "$root/pruning/prune.sh" "$task" "$lr" 32 2 64 0 "$model" 0.75 --group_by_length; }
@@ -58,12 +58,12 @@ step "generating data -> data/"
 [ -d data ] || "$PYTHON" "$root/demo/generate_data.py" --output_dir data
 
 step "pre-training a teacher by masked language modelling -> teacher/"
-"$PYTHON" "$root/demo/pretrain_mlm.py" --init_config "$root/demo/teacher-2l-192h.json" --vocab_file data/vocab.txt \
+"$PYTHON" "$root/demo/pretrain_mlm.py" --init_config "$root/configs/teacher-2l-192h.json" --vocab_file data/vocab.txt \
     --input_dir data/corpus --output_dir teacher --max_steps "$steps" --batch_size 32 --learning_rate 2e-3 \
     --warmup_proportion 0.04 --max_seq_length 64 --group_by_length
 
 step "general distillation into a student -> $student/"
-sh "$root/general_distill/run.sh" data/corpus 2L128H --init_config "$root/demo/student-2l-128h.json" \
+sh "$root/general_distill/run.sh" data/corpus 2L128H --init_config "$root/configs/student-2l-128h.json" \
     --teacher_model_name_or_path "$output/teacher" --teacher_layer_index 1 --num_relation_heads 8 --max_seq_length 64 \
     --batch_size 32 --learning_rate 3e-3 --max_steps $student_steps --save_steps 200 --group_by_length
 

@@ -11,57 +11,61 @@ import sys
 import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-import compat  # noqa: F401  before Paddle
-
-import engine
-import exporting
-import modeling
-import records
-import utils
+import data
+from common import UserError, checkpoints, cli, engine, exporting, files, modeling, records
 
 
 def parse_args(argv=None):
-    parser = utils.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     main = parser.add_argument_group("what to export")
-    main.add_argument("--task_name", required=True, help="the task it was fine-tuned on")
-    main.add_argument("--model_path", required=True, help="directory that run_clue.py wrote")
-    exporting.add_export_arguments(parser.add_argument_group("other"))
+    cli.add_task_argument(main)
+    help = "directory that run_clue.py wrote"
+    main.add_argument("--model_path", type=cli.PathArgument, required=True, help=help)
+    exporting.add_export_arguments(parser, parser.add_argument_group("other"))
     return parser.parse_args(argv)
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    exporting.set_device(args)
+def export(args):
+    """Puts the graph beside the model. The caller holds the lock of the directory."""
     started = time.time()
-    if not os.path.isdir(args.model_path):
-        raise utils.UserError(f"--model_path {args.model_path}: no such directory; a model of stage finetune is needed")
-    with utils.Lock(args.model_path):  # before it is read, or what is written might be of a model that is replaced
-        model, tokenizer, record = modeling.load_finished(args.model_path, args.use_faster_tokenizer)
-        records.check_task(record, args.task_name, args.model_path, args.model_type)
-        length = records.sequence_length(args, record)
-        features, inputs = exporting.parity_features(args, record, tokenizer, length)
-        with utils.empty_directory(os.path.join(args.model_path, ".export")) as directory:
-            prefix = os.path.join(directory, "inference")
-            expected = modeling.predict(model, features, tokenizer.pad_id)
-            exporting.export_static(model, prefix, args.cls_only)
-            found = engine.Engine(prefix).predict(features, pad_id=tokenizer.pad_id)
-            parity = exporting.parity(expected, found, inputs, args.parity_tolerance)
-            files = sorted(os.listdir(directory))
-            record["export"] = {
-                "weights": records.hash_files(directory, files),
-                "parity": parity,
-                "cls_only": args.cls_only,
-                "seconds": round(time.time() - started, 1),
-                "bytes": os.path.getsize(f"{prefix}.pdiparams"),
-            }
-            records.write_record(directory, record)
-            for name in (*files, records.RECORD):  # the record last: until then the one before refuses what is half new
-                os.replace(os.path.join(directory, name), os.path.join(args.model_path, name))
+    model, tokenizer, record, _ = checkpoints.load_classifier_for(args, args.model_path, model_type=args.model_type)
+    # Real sentences if they are at hand: random tokens would exercise the same operators, but fewer lengths.
+    dev_examples = data.read_dev_if_local(data.task_of(record), args)
+    features, inputs = exporting.parity_inputs(dev_examples, tokenizer, args.max_seq_length)
+    expected = modeling.predict(model, features, tokenizer.pad_id)
+    with files.empty_directory(os.path.join(args.model_path, ".export")) as directory:
+        prefix = os.path.join(directory, "inference")
+        exporting.export_static(model, prefix, args.cls_only)
+        # The graph is checked in the engine that will run it.
+        found = engine.Engine(prefix).predict(features, pad_id=tokenizer.pad_id)
+        parity = exporting.check_parity(expected, found, inputs, args.parity_tolerance)
+        graph_hashes = exporting.hash_graph(prefix)
+        record["export"] = {
+            "weights": graph_hashes,
+            "parity": parity,
+            "cls_only": args.cls_only,
+            "seconds": round(time.time() - started, 1),
+            "bytes": os.path.getsize(f"{prefix}.pdiparams"),
+        }
+        records.write_record(directory, record)
+        # The record comes last. Until then the old one refuses what is half new, also after kill -9.
+        for name in (*graph_hashes, records.RECORD):
+            os.replace(os.path.join(directory, name), os.path.join(args.model_path, name))
     print(
         f"{record['task']}: exported to {os.path.join(args.model_path, 'inference')}.pdmodel, logits within "
         f"{parity['largest_difference']:.1e} of the dynamic model on {inputs}"
     )
 
 
+def main(argv=None):
+    args = parse_args(argv)
+    exporting.choose_device(args)
+    if not os.path.isdir(args.model_path):
+        raise UserError(f"--model_path {args.model_path}: no such directory; a model of stage finetune is needed")
+    # Before the model is read: otherwise the graph might be that of a model which is being replaced.
+    with files.Lock(args.model_path):
+        export(args)
+
+
 if __name__ == "__main__":
-    utils.run(main)
+    cli.run(main)

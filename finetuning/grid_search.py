@@ -11,6 +11,7 @@ MODEL/best.json names the best finished cell of each task, for prune.sh, export_
 """
 
 import ctypes
+import itertools
 import os
 import signal
 import subprocess
@@ -20,29 +21,16 @@ from typing import NamedTuple
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.join(HERE, "..")]
-import compat  # noqa: F401  before Paddle
-
-from tqdm import tqdm
-
 import data
-import modeling
-import records
-import texts
 import run_clue
 import summarize
-import utils
+from common import CORES, UserError, checkpoints, cli, records, texts
+from common.compat import paddle
+from common.runs import Run
+from tqdm import tqdm
 
-# Epochs and maximum length of each task, and the grid: the searches of the original PP-MiniLM example in PaddleNLP
-# (run_all_search.sh there), which evaluated every 100 steps.
-SETTINGS = {
-    "AFQMC": (3, 128),
-    "TNEWS": (3, 128),
-    "IFLYTEK": (6, 128),
-    "OCNLI": (6, 128),
-    "CMNLI": (3, 128),
-    "CLUEWSC2020": (50, 128),
-    "CSL": (8, 256),
-}
+# The grid of the original PP-MiniLM example in PaddleNLP (run_all_search.sh there): 3 x 3 cells per task, evaluated
+# every 100 steps. Epochs and maximum length of each task stand in data.TASKS.
 BATCH_SIZES = [16, 32, 64]
 LEARNING_RATES = ["3e-5", "5e-5", "1e-4"]
 RUN_CLUE = os.path.join(HERE, "run_clue.py")
@@ -66,23 +54,35 @@ class Cell(NamedTuple):
 
 
 def parse_args(argv=None):
-    parser = utils.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--model", required=True, help="built-in name or model directory; results go below it")
-    parser.add_argument("--tasks", nargs="+", default=list(SETTINGS), help="CLUE tasks, or names of your own data")
+    tasks = [task.name for task in data.TASKS.values()]
+    parser.add_argument("--tasks", nargs="+", default=tasks, help="CLUE tasks, or names of your own data")
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=BATCH_SIZES, help="one axis of the grid")
     parser.add_argument("--learning_rates", nargs="+", default=LEARNING_RATES, help="the other axis")
-    parser.add_argument("--num_train_epochs", type=int, help="for every task (default: the published one of the task)")
-    parser.add_argument("--max_seq_length", type=int, help="for every task (default: the published one of the task)")
+    cli.positive(
+        parser.add_argument(
+            "--num_train_epochs", type=int, help="for every task (default: the published one of the task)"
+        )
+    )
+    cli.positive(
+        parser.add_argument(
+            "--max_seq_length", type=int, help="for every task (default: the published one of the task)"
+        )
+    )
     parser.add_argument("--gpus", help="ids to use, such as 0,1 (default: all that Paddle sees)")
     parser.add_argument("--device", help="gpu or cpu (default: gpu if Paddle has one)")
-    parser.add_argument(
-        "--workers", type=int, help="cells at once on a CPU, which share its cores (default: one for every 4 cores; "
-        "more for a small model, as many as cores for a tiny one; mind the memory)",
-    )  # fmt: skip
+    cli.positive(
+        parser.add_argument(
+            "--workers",
+            type=int,
+            help="cells at once on a CPU, which share its cores (default: one for every 4 cores; "
+            "more for a small model, as many as cores for a tiny one; mind the memory)",
+        )
+    )
     parser.add_argument("--dry_run", action="store_true", help="print the plan, and its time where cells are recorded")
     parser.add_argument("more", nargs="*", metavar="...", help="after --: arguments of run_clue.py")
     args = parser.parse_args(argv)
-    utils.check_positive(args, "workers", "num_train_epochs", "max_seq_length")
     for rate in args.learning_rates:
         try:
             float(rate)
@@ -95,7 +95,7 @@ def parse_args(argv=None):
     for word in args.more:
         if word.split("=")[0] in fixed:
             parser.error(f"{word}: the search sets it for each cell")
-    args.tasks = [task.upper() if task.upper() in SETTINGS else task for task in args.tasks]
+    args.tasks = [data.TASKS[task.lower()].name if task.lower() in data.TASKS else task for task in args.tasks]
     return args
 
 
@@ -103,25 +103,36 @@ def plan(args):
     """The cells of the grid, task by task; of a task the large batches, which are done first, before the small."""
     cells = []
     for task in dict.fromkeys(args.tasks):
-        epochs, length = SETTINGS.get(task, (3, 128))
+        settings = data.TASKS.get(task.lower(), data.Task(task))
+        epochs = args.num_train_epochs or settings.epochs
+        length = args.max_seq_length or settings.max_seq_length
         for batch_size in sorted(set(args.batch_sizes), reverse=True):
             for rate in dict.fromkeys(args.learning_rates):
                 directory = os.path.join(args.model, "models", task, f"{rate}_{batch_size}")
-                cells.append(
-                    Cell(task, rate, batch_size, args.num_train_epochs or epochs, args.max_seq_length or length,
-                         directory, tuple(args.more))
-                )  # fmt: skip
+                cells.append(Cell(task, rate, batch_size, epochs, length, directory, tuple(args.more)))
     return cells
 
 
 def arguments_of(cell, args):
     return [
-        "--do_train", "--task_name", cell.task, "--model_name_or_path", args.model,
-        "--learning_rate", cell.learning_rate, "--batch_size", str(cell.batch_size),
-        "--num_train_epochs", str(cell.epochs),
-        "--max_seq_length", str(cell.max_seq_length), "--output_dir", cell.directory,
-        *(["--device", args.device] if args.device else []), *cell.more,
-    ]  # fmt: skip
+        "--do_train",
+        "--task_name",
+        cell.task,
+        "--model_name_or_path",
+        args.model,
+        "--learning_rate",
+        cell.learning_rate,
+        "--batch_size",
+        str(cell.batch_size),
+        "--num_train_epochs",
+        str(cell.epochs),
+        "--max_seq_length",
+        str(cell.max_seq_length),
+        "--output_dir",
+        cell.directory,
+        *(["--device", args.device] if args.device else []),
+        *cell.more,
+    ]
 
 
 def asked_of(cell, args):
@@ -129,59 +140,65 @@ def asked_of(cell, args):
     return run_clue.parse_args(arguments_of(cell, args))
 
 
-class Identities:
-    """What run_clue.py will compare a finished cell with, known without starting it; files are hashed once a search."""
+class CellRuns:
+    """The run of each cell as run_clue.py will see it (runs.Run), without starting it. Files are hashed once."""
 
     def __init__(self, args):
         self.hashes = {}
         record = os.path.join(args.model, records.RECORD)
-        whole = modeling.is_model_directory(args.model) and os.path.isfile(record)
-        self.parent = modeling.parent_of(args.model, records.read_record(args.model)) if whole else None
+        self.parent = None
+        if checkpoints.is_model_directory(args.model) and os.path.isfile(record):
+            self.parent = records.parent_of(args.model, records.read_record(args.model))
 
     def of(self, task, asked):
+        """runs.Run of a cell of the task with the arguments ``asked``."""
         if task not in self.hashes:
             paths = {split: local_path(task, split, asked.data_dir) for split in ("train", "dev")}
             self.hashes[task] = {split: {"md5": data.md5_of(path)} for split, path in paths.items() if path}
         parent = None if asked.init_config else self.parent
-        return records.identity(records.describe_arguments(asked), parent, self.hashes[task])
+        return Run("finetune", asked, parent, self.hashes[task])
 
 
 def local_path(task, split, data_dir):
     """The file of a split if it lies on this machine, else None: a plan starts no download."""
     try:
         return data.split_path(task, split, data_dir) if data.is_local(task, split, data_dir) else None
-    except utils.UserError:
+    except UserError:
         return None
 
 
-def state_of(cell, asked, record, identities):
-    """finished, begun or new. What is finished with other settings counts as new: run_clue.py says what differs."""
-    if record:
-        now = identities.of(cell.task, asked)
-        before = records.identity(record["arguments"], record["parent"], record["data"])
-        same = all(before.get(name) == value for name, value in now.items() if name != "device")
-        predicted = not asked.do_predict or os.path.isfile(texts.submission_path(cell.task, cell.directory))
-        return "finished" if same and predicted and not asked.overwrite else "new"
-    return "begun" if os.path.isdir(f"{cell.directory}.unfinished") else "new"
+def state_of(cell, asked, record, cell_runs):
+    """finished, begun or new. A cell finished with other settings counts as new: run_clue.py says what differs.
+
+    Args: record: of the finished cell, or None.
+    """
+    if record is None:
+        return "begun" if os.path.isdir(f"{cell.directory}.unfinished") else "new"
+    # The device is what --device will turn out to be; a finished cell stays finished on another one.
+    same = cell_runs.of(cell.task, asked).has_made(record, ignoring=["device"])
+    predicted = not asked.do_predict or os.path.isfile(texts.submission_path(cell.task, cell.directory))
+    return "finished" if same and predicted and not asked.overwrite else "new"
 
 
 def finished_record(cell):
     """The record of a finished cell; None if there is none, or none that can be read, as run_clue.py will say."""
     try:
         return records.read_record(cell.directory)
-    except utils.UserError:
+    except UserError:
         return None
 
 
 def read_cells(cells, args):
     """({cell: its record or None}, {cell: its state})."""
-    identities, found = Identities(args), {cell: finished_record(cell) for cell in cells}
-    return found, {cell: state_of(cell, asked_of(cell, args), found[cell], identities) for cell in cells}
+    cell_runs, found = CellRuns(args), {cell: finished_record(cell) for cell in cells}
+    return found, {cell: state_of(cell, asked_of(cell, args), found[cell], cell_runs) for cell in cells}
 
 
 def estimate(cell, max_steps, found):
-    """Seconds that a cell will take, or None: from its task's recorded cells, of its batch size if there are, by the
-    number of records that they trained on. A begun cell counts in full.
+    """Seconds that a cell will take, or None if no cell of its task is recorded.
+
+    The estimate is the seconds per record in the recorded cells of the task (of the same batch size, if there are any)
+    times the number of records that the cell will train on. A begun cell counts in full.
 
     Args: max_steps: of the cell. found: {cell: its record or None}.
     """
@@ -193,7 +210,7 @@ def estimate(cell, max_steps, found):
             paces.setdefault(other.batch_size, []).append(record["seconds"] / seen)
     if not paces:
         return None
-    chosen = paces.get(cell.batch_size) or sum(paces.values(), [])
+    chosen = paces.get(cell.batch_size) or list(itertools.chain(*paces.values()))
     examples = max(max_steps * cell.batch_size, 0) or cell.epochs * epoch
     return examples * sum(chosen) / len(chosen)
 
@@ -205,28 +222,28 @@ def show_plan(cells, args, slots):
     seconds = {cell: estimate(cell, max_steps, found) for cell in cells}
     print("| cell | epochs | max_seq_length | state | estimate, s |\n| --- | --- | --- | --- | --- |")
     for cell, guess in seconds.items():
-        shown = "" if states[cell] == "finished" else "unknown" if guess is None else f"{guess:.0f}"
+        if states[cell] == "finished":
+            shown = ""
+        else:
+            shown = "unknown" if guess is None else f"{guess:.0f}"
         print(f"| {cell.name()} | {cell.epochs} | {cell.max_seq_length} | {states[cell]} | {shown} |")
     left = [guess for cell, guess in seconds.items() if states[cell] != "finished"]
     known = [guess for guess in left if guess is not None]
-    print(f"{len(cells)} cells, {len(left)} to do, {len(slots)} at once", end="")
+    summary = f"{len(cells)} cells, {len(left)} to do, {len(slots)} at once"
     if known:
-        print(
-            f"; about {sum(known) / len(slots) / 60:.0f} minutes for the {len(known)} whose task has a record", end=""
-        )
-    print()
+        minutes = sum(known) / len(slots) / 60
+        summary += f"; about {minutes:.0f} minutes for the {len(known)} whose task has a record"
+    print(summary)
 
 
 def find_slots(args):
-    """What cells run on: a GPU id, or None for a share of the CPU's cores, each."""
-    device = utils.set_device(args.device)
+    """What each cell that runs at the same time runs on: the id of a GPU, or None for a share of the CPU's cores."""
+    device = cli.set_device(args.device)
     if device.startswith("gpu"):
-        import paddle
-
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(paddle.device.cuda.device_count())))
-        paddle.set_device("cpu")  # for what the search itself computes: GPUs are for the cells
+        paddle.set_device("cpu")  # the search itself computes next to nothing
         return (args.gpus or visible).split(",")
-    return [None] * (args.workers or max(1, len(os.sched_getaffinity(0)) // 4))
+    return [None] * (args.workers or max(1, CORES // 4))
 
 
 def start(cell, args, slot, slots):
@@ -234,18 +251,22 @@ def start(cell, args, slot, slots):
     os.makedirs(os.path.dirname(cell.directory), exist_ok=True)
     environment = dict(os.environ)
     if slot is None:
-        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // slots))
+        environment["OMP_NUM_THREADS"] = str(max(1, CORES // slots))
     else:
         environment["CUDA_VISIBLE_DEVICES"] = slot
     with open(cell.log(), "a", encoding="utf-8") as log:
         return subprocess.Popen(
             [sys.executable, "-u", RUN_CLUE, *arguments_of(cell, args)],
-            stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, preexec_fn=die_with_parent,
-        )  # fmt: skip
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            preexec_fn=die_with_parent,
+        )
 
 
 def die_with_parent():
-    """In the child: the kernel kills it with the search, or it would go on and keep its cell locked to the next one."""
+    """Called in the child: the kernel kills it when the search dies, or it would go on and keep its cell locked."""
     LIBC.prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
@@ -256,18 +277,25 @@ def last_line(path):
 
 
 def prepare(cells, args):
-    """Finds out once what would fail in every cell, and downloads once what they share.
+    """Finds out once what would fail in every cell, and downloads once what the cells share.
 
     Returns: {cell: why} of the tasks without data. Raises: UserError for a model that cannot be loaded.
     """
     asked = asked_of(cells[0], args)
-    modeling.load(asked, 2)
+    checkpoints.load_pretrained(
+        asked.model_name_or_path,
+        2,
+        model_type=asked.model_type,
+        init_config=asked.init_config,
+        vocab_file=asked.vocab_file,
+        use_faster_tokenizer=asked.use_faster_tokenizer,
+    )
     failed = {}
     for task in dict.fromkeys(cell.task for cell in cells):
         try:
             for split in ("train", "dev"):
                 data.split_path(task, split, asked.data_dir)
-        except utils.UserError as error:
+        except UserError as error:
             failed.update({cell: str(error) for cell in cells if cell.task == task})
     return failed
 
@@ -327,7 +355,8 @@ def main(argv=None):
     cells = plan(args)
     asked_of(cells[0], args)  # ends here with its own message if an argument is wrong
     if args.dry_run:
-        return show_plan(cells, args, slots)
+        show_plan(cells, args, slots)
+        return
     failed = search(cells, args, slots)
     reasons = {}
     for cell, why in failed.items():
@@ -341,4 +370,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    cli.run(main)

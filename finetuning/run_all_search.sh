@@ -2,7 +2,7 @@
 # The grids of all seven CLUE tasks (or of TASKS='TNEWS AFQMC'), spread over the GPUs that are there, or WORKERS on a CPU.
 # Otherwise as run_one_search.sh, with the same variables.
 set -e
-. "$(dirname -- "$0")/../launcher.sh"
+. "$(dirname -- "$0")/../common/launcher.sh"
 usage 1 $# "sh run_all_search.sh MODEL [more arguments of run_clue.py]"
 model=$1
 shift

@@ -2,7 +2,7 @@
 # Fine-tunes one model on one task with one setting; what follows the seven arguments goes to run_clue.py.
 # Writes MODEL/models/TASK/LR_BATCH/.
 set -e
-. "$(dirname -- "$0")/../launcher.sh"
+. "$(dirname -- "$0")/../common/launcher.sh"
 usage 7 $# "sh run_clue.sh TASK LR BATCH EPOCHS MAX_SEQ_LEN GPU_ID MODEL [more arguments of run_clue.py]"
 task=$(task_name "$1") lr=$2 batch=$3 epochs=$4 length=$5 gpu=$6 model=$7
 shift 7

@@ -4,12 +4,13 @@
 # to run_clue.py. May be set: BATCH_SIZES, LEARNING_RATES, EPOCHS, MAX_SEQ_LENGTH, WORKERS (cells at once on a CPU),
 # DRY_RUN=1 (print the plan only).
 set -e
-. "$(dirname -- "$0")/../launcher.sh"
+. "$(dirname -- "$0")/../common/launcher.sh"
 usage 2 $# "sh run_one_search.sh MODEL TASK [GPU_ID] [more arguments of run_clue.py]"
-case $(task_name "$1") in # TASK MODEL is understood too
-    AFQMC | TNEWS | IFLYTEK | OCNLI | CMNLI | CLUEWSC2020 | CSL) task=$1 model=$2 ;;
-    *) task=$2 model=$1 ;;
-esac
+model=$1 task=$2
+# The other order, TASK MODEL, is understood, too.
+if is_clue "$1"; then
+    task=$1 model=$2
+fi
 shift 2
 gpu=
 case ${1-} in [0-9]*) gpu=$1; shift ;; esac

@@ -1,4 +1,4 @@
-"""A corpus of text shards, one sentence a line, streamed in a shuffled order with memory that does not grow with it."""
+"""A corpus of text files with one sentence per line, streamed in a shuffled order with constant memory."""
 
 import hashlib
 import itertools
@@ -6,31 +6,30 @@ import os
 
 import numpy as np
 
-import data
-import records
-import training
-from utils import UserError
+from common import UserError, batching, files
+from common.training import group_by_length as sort_into_batches
 
 BLOCK = 50_000  # lines that are in memory and shuffled together
 
 
-def encode(texts, tokenizer, max_seq_length):
-    """(data.Batch of the texts, without labels; number of its tokens that are not padding)."""
-    features = [data.Feature(*encoded, None) for encoded in tokenizer.encode(texts, None, max_seq_length)]
-    return data.collate(features, range(len(features)), tokenizer.pad_id), sum(len(f.input_ids) for f in features)
+def make_batch(texts, tokenizer, max_seq_length):
+    """(batching.Batch of the texts, without labels; number of its tokens that are not padding)"""
+    features = [batching.Feature(*encoded, None) for encoded in tokenizer.encode(texts, None, max_seq_length)]
+    batch = batching.collate(features, range(len(features)), tokenizer.pad_id)
+    return batch, sum(len(feature.input_ids) for feature in features)
 
 
 class Corpus:
-    """The sentences of every file of a directory.
+    """The sentences in all files of a directory.
 
-    An epoch sees each line that is not blank once: the shards in an order, and the lines of each block of 50,000 in an
-    order, that are functions of seed and epoch.
+    An epoch takes each line that is not blank once. Seed and epoch decide the order of the files, and the order of the
+    lines within each block of 50,000.
     """
 
     def __init__(self, directory, seed):
         if not os.path.isdir(directory):
             raise UserError(
-                f"--input_dir {directory}: no such directory; one with text files, one sentence a line, is needed"
+                f"--input_dir {directory}: no such directory; one with text files, one sentence per line, is needed"
             )
         names = sorted(n for n in os.listdir(directory) if os.path.isfile(os.path.join(directory, n)) and n[0] != ".")
         self.shards = [os.path.join(directory, name) for name in names]
@@ -54,11 +53,11 @@ class Corpus:
         """Yields the sentences of an epoch in its shuffled order, with those of similar length in a batch if asked."""
         random = np.random.default_rng([self.seed, epoch, 1])
         lines = self.lines(epoch)
-        # A block of whole batches, so that the next block's batches begin where its order means them to.
+        # A block of whole batches, so that no batch lies in two blocks.
         while block := list(itertools.islice(lines, max(BLOCK // batch_size, 1) * batch_size)):
             order = random.permutation(len(block))
             if group_by_length:
-                order = training.group_by_length(order, [len(text) for text in block], batch_size, random)
+                order = sort_into_batches(order, [len(text) for text in block], batch_size, random)
             yield from (block[i] for i in order)
 
     def batches_per_epoch(self, batch_size):
@@ -67,8 +66,8 @@ class Corpus:
     def batches(self, batch_size, skip=0, group_by_length=False):
         """Yields (epoch, list of batch_size sentences) without end, from the batch after ``skip`` on.
 
-        The last batch of an epoch may be smaller. What is skipped is read but neither shuffled into memory for longer
-        than its block nor tokenized: about a million lines a second.
+        The last batch of an epoch may be smaller. Skipped batches are read and shuffled, but not tokenized: about a
+        million lines per second.
         """
         epoch = 0
         while True:
@@ -88,6 +87,6 @@ class Corpus:
             epoch += 1
 
     def describe(self):
-        """For stage.json: the shards by name and sha256, and one md5 over these."""
-        shards = [{"file": os.path.basename(path), "sha256": records.file_hash(path)} for path in self.shards]
+        """For stage.json: name and sha256 of each file, and one md5 of all these."""
+        shards = [{"file": os.path.basename(path), "sha256": files.file_hash(path)} for path in self.shards]
         return {"md5": hashlib.md5(str(shards).encode()).hexdigest(), "shards": shards}

@@ -15,15 +15,36 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 import numpy as np
 
-import records
-import utils
+from common import UserError, cli, files, records
+
+
+# The arguments of run_clue.py that twins have in common: all that changes a training but seed and start.
+SHARED_ARGUMENTS = (
+    "learning_rate",
+    "batch_size",
+    "num_train_epochs",
+    "max_steps",
+    "weight_decay",
+    "warmup_steps",
+    "warmup_proportion",
+    "adam_epsilon",
+    "max_grad_norm",
+    "group_by_length",
+    "save_steps",
+    "max_seq_length",
+    "max_train_samples",
+    "max_eval_samples",
+    "use_faster_tokenizer",
+)
 
 
 def parse_args(argv=None):
-    parser = utils.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--teacher", required=True, help="directory that demo/pretrain_mlm.py wrote")
     parser.add_argument("--student", required=True, help="directory that general_distill.py wrote")
-    parser.add_argument("--distilled", nargs="+", required=True, help="models fine-tuned from the student, one a seed")
+    parser.add_argument(
+        "--distilled", nargs="+", required=True, help="models fine-tuned from the student, one per seed"
+    )
     parser.add_argument("--random", nargs="+", required=True, help="their twins from random weights")
     parser.add_argument("--output", required=True, help="the picture")
     parser.add_argument("--json", required=True, help="the figures")
@@ -46,18 +67,17 @@ def read_runs(directories):
 
 def check_twins(distilled, random, student):
     """Raises: UserError unless the runs differ in nothing but seed and start, and start from that student."""
-    ignored = records.NO_IDENTITY | {"seed", "device", "model_name_or_path", "init_config", "vocab_file"}
     settings = set()
     for run in distilled + random:
-        arguments = {k: v for k, v in run["record"]["arguments"].items() if k not in ignored}
+        arguments = {name: run["record"]["arguments"][name] for name in SHARED_ARGUMENTS}
         data = {name: split["md5"] for name, split in run["record"]["data"].items()}
         settings.add(json.dumps([arguments, data, run["record"]["model"]["architecture"]], sort_keys=True))
     if len(settings) > 1:
-        raise utils.UserError("--distilled, --random: the runs differ in more than seed and start")
+        raise UserError("--distilled, --random: the runs differ in more than seed and start")
     if any((run["record"]["parent"] or {}).get("weights") != student["weights"] for run in distilled):
-        raise utils.UserError("--distilled: not fine-tuned from that --student")
+        raise UserError("--distilled: not fine-tuned from that --student")
     if any(run["record"]["parent"] for run in random):
-        raise utils.UserError("--random: not from random weights")
+        raise UserError("--random: not from random weights")
 
 
 def main(argv=None):
@@ -74,7 +94,7 @@ def main(argv=None):
         "mean accuracy": means,
         "gain": means["distilled"] - means["random"],
     }
-    utils.write_whole(args.json, json.dumps(figures, ensure_ascii=False, indent=1) + "\n")
+    files.write_json(args.json, figures)
     draw(args.output, teacher, student, runs)
     task = runs["random"][0]["record"]["task"]
     print(
@@ -114,4 +134,4 @@ def draw(path, teacher, student, runs):
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    cli.run(main)

@@ -12,12 +12,40 @@ The loss of a term is KL(teacher || student), summed over the rows of R; the num
 valid tokens of the batch, for each term) divides it. Padding is masked in rows and in columns.
 """
 
-import compat  # noqa: F401  before Paddle
+from common import UserError
+from common.compat import paddle
 
-import paddle
-import paddle.nn.functional as F
+F = paddle.nn.functional
 
 MASKED = -1e9  # added to a score: its softmax is 0 in float32
+
+
+def add_relation_arguments(group):
+    help = "layers of the student; checked against it if given"
+    group.add_argument("--num_layers", type=int, help=help)
+    help = "from 0; 19 of a large teacher's 24 layers"
+    group.add_argument("--teacher_layer_index", type=int, default=19, help=help)
+    help = "from 0; the last layer as a rule"
+    group.add_argument("--student_layer_index", type=int, default=5, help=help)
+    help = "64 for a large, 48 for a base teacher; must divide the hidden sizes of both models"
+    group.add_argument("--num_relation_heads", type=int, default=64, help=help)
+    group.add_argument("--alpha", type=float, default=0.0, help="weight of head-head relations")
+    help = "weight of sample-sample relations; the published model used 1.0"
+    group.add_argument("--beta", type=float, default=0.0, help=help)
+
+
+def check_layers(args, student, teacher):
+    """Raises: UserError if layers or relation heads do not fit. Args: student, teacher: configurations of PaddleNLP."""
+    pairs = (("student", student, args.student_layer_index), ("teacher", teacher, args.teacher_layer_index))
+    for name, config, layer in pairs:
+        if not 0 <= layer < config.num_hidden_layers:
+            last = config.num_hidden_layers - 1
+            raise UserError(f"--{name}_layer_index {layer}: the {name} has layers 0 to {last}")
+        if args.num_relation_heads < 1 or config.hidden_size % args.num_relation_heads:
+            heads = args.num_relation_heads
+            raise UserError(f"--num_relation_heads {heads}: does not divide the {name}'s {config.hidden_size}")
+    if args.num_layers not in (None, student.num_hidden_layers):
+        raise UserError(f"--num_layers {args.num_layers}: the student has {student.num_hidden_layers}")
 
 
 class _Captured(Exception):
@@ -25,7 +53,7 @@ class _Captured(Exception):
 
 
 class CapturedQKV:
-    """What the query, key and value projections of one encoder layer of a model give.
+    """Captures the outputs of the query, key and value projections of one encoder layer.
 
     Args: model: PaddleNLP encoder. layer: its index, from 0.
     """
@@ -39,8 +67,8 @@ class CapturedQKV:
     def capture(self, name, output):
         self.outputs[name] = output
         if len(self.outputs) == 3:
-            # The rest of the layer, the layers above and the pooler bear on no loss: of a model with 2 layers that is
-            # 40 % of the forward pass. An exception is the only way to leave PaddleNLP's forward functions early.
+            # The loss does not depend on the rest of the layer, the layers above and the pooler: 40 % of the forward
+            # pass of a model with 2 layers. Only an exception can end PaddleNLP's forward functions early.
             raise _Captured
 
     def run(self, *inputs):

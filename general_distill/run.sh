@@ -3,14 +3,14 @@
 # sentences. Writes pretrain/model_STEP. What follows the two arguments goes to general_distill.py and wins over what is
 # set here; on several GPUs: NPROC=8 sh run.sh ... (--batch_size is per process).
 set -e
-. "$(dirname -- "$0")/../launcher.sh"
+. "$(dirname -- "$0")/../common/launcher.sh"
 usage 2 $# "sh run.sh INPUT_DIR STUDENT [more arguments of general_distill.py]
   STUDENT: 6L768H, 4L256H or 2L128H from random weights, a built-in name, or a model directory of 6 layers"
 input=$1 student=$2
 shift 2
 case $student in
     6L768H | 4L256H | 2L128H)
-        set -- --init_config "$here/students/$(lower "${student%L*}l-${student#*L}").json" \
+        set -- --init_config "$root/configs/ppminilm-$(lower "${student%L*}l-${student#*L}").json" \
             --student_layer_index $((${student%L*} - 1)) "$@"
         ;;
     *) set -- --student_model_name_or_path "$student" --student_layer_index 5 "$@" ;;

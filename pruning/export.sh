@@ -1,7 +1,7 @@
 #!/bin/sh
 # Exports every width of a task that is found under DIR/TASK; what follows the two arguments goes to export_model.py.
 set -e
-. "$(dirname -- "$0")/../launcher.sh"
+. "$(dirname -- "$0")/../common/launcher.sh"
 usage 2 $# "sh export.sh DIR TASK [more arguments of export_model.py], e.g. sh export.sh pruned_models TNEWS"
 dir=$1 task=$(task_name "$2")
 shift 2

@@ -2,7 +2,7 @@
 # Exports every task and width under DIR (default: pruned_models). Goes on after a failure, and lists the failures.
 # With the best.json of a grid search in place of DIR: exports the fine-tuned model that it names for each task.
 set -e
-. "$(dirname -- "$0")/../launcher.sh"
+. "$(dirname -- "$0")/../common/launcher.sh"
 dir=${1:-pruned_models}
 [ $# -eq 0 ] || shift
 case $dir in

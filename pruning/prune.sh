@@ -2,7 +2,7 @@
 # Prunes a fine-tuned model; what follows the eight arguments goes to prune.py. Writes pruned_models/TASK/WIDTH/best_model/.
 # With the best.json of a grid search in place of seven of them: the best cell of every task, with that cell's settings.
 set -e
-. "$(dirname -- "$0")/../launcher.sh"
+. "$(dirname -- "$0")/../common/launcher.sh"
 case ${1-} in
     *.json)
         usage 2 $# "sh prune.sh BEST_JSON WIDTHS [more arguments of prune.py]"

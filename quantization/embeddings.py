@@ -1,14 +1,13 @@
-"""Stores the word embeddings of an exported graph in INT8, with one scale a row.
+"""Stores the word embeddings of an exported graph in INT8, with one scale per row.
 
 Calibrated quantization leaves them in FP32, and they are two thirds of a quantized file: 65 of 99 MB for 21128 x 768.
 """
 
 import os
 
-import compat  # noqa: F401  before Paddle
-
 import numpy as np
-import paddle
+
+from common.compat import paddle
 
 
 def quantize_rows(weight):
@@ -47,29 +46,27 @@ def store_in_int8(prefix, target):
 
             rows, scales = quantize_rows(np.array(scope.find_var(name).get_tensor()))
             rows, scales = constant(".rows", rows), constant(".row_scales", scales)
-            picked, cast, scale = (
-                variable(".row", "int8"),
-                variable(".row_cast", "float32"),
-                variable(".row_scale", "float32"),
-            )
+            picked, cast = variable(".row", "int8"), variable(".row_cast", "float32")
+            scale = variable(".row_scale", "float32")
             types = {"in_dtype": int(rows.dtype), "out_dtype": int(scales.dtype)}
             block._remove_op(position)
-            for i, (kind, inputs, outputs, attributes) in enumerate(
-                (
-                    ("lookup_table_v2", {"W": rows, "Ids": ids}, picked.name, {"padding_idx": -1}),
-                    ("cast", {"X": picked}, cast.name, types),
-                    ("lookup_table_v2", {"W": scales, "Ids": ids}, scale.name, {"padding_idx": -1}),
-                    ("elementwise_mul", {"X": cast, "Y": scale}, output, {"axis": -1}),
-                )
-            ):
+            # embedding = float(rows[id]) * scales[id]
+            operators = (
+                ("lookup_table_v2", {"W": rows, "Ids": ids}, picked.name, {"padding_idx": -1}),
+                ("cast", {"X": picked}, cast.name, types),
+                ("lookup_table_v2", {"W": scales, "Ids": ids}, scale.name, {"padding_idx": -1}),
+                ("elementwise_mul", {"X": cast, "Y": scale}, output, {"axis": -1}),
+            )
+            for i, (kind, inputs, outputs, attributes) in enumerate(operators):
                 inputs = {key: [getattr(value, "name", value)] for key, value in inputs.items()}
                 block._insert_op(position + i, type=kind, inputs=inputs, outputs={"Out": [outputs]}, attrs=attributes)
             block._remove_var(name)
             # Not save_inference_model: it appends a scale operator, whose output may take the name of an older one.
+            directory, name = os.path.split(target)
+            is_parameter = paddle.static.io.is_persistable
             paddle.static.io.save_vars(
-                executor, os.path.dirname(target), program, predicate=paddle.static.io.is_persistable,
-                filename=f"{os.path.basename(target)}.pdiparams",
-            )  # fmt: skip
+                executor, directory, program, predicate=is_parameter, filename=f"{name}.pdiparams"
+            )
             with open(f"{target}.pdmodel", "wb") as file:
                 file.write(program.desc.serialize_to_string())
     finally:

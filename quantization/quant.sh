@@ -1,7 +1,7 @@
 #!/bin/sh
 # Quantizes one exported model in all eight ways; what follows the two arguments goes to quant_post.py.
 set -e
-. "$(dirname -- "$0")/../launcher.sh"
+. "$(dirname -- "$0")/../common/launcher.sh"
 usage 2 $# "sh quant.sh TASK INPUT_DIR [more arguments of quant_post.py]"
 task=$(task_name "$1") input=$2
 shift 2

@@ -3,7 +3,7 @@
 # the failures at the end. Arguments go to quant_post.py. With the best.json of a grid search as the first one: quantizes
 # the fine-tuned model that it names for each task (pruning/export_all.sh BEST_JSON exports them).
 set -e
-. "$(dirname -- "$0")/../launcher.sh"
+. "$(dirname -- "$0")/../common/launcher.sh"
 MODEL_DIR=${MODEL_DIR:-$root/pruning/pruned_models}
 case ${1-} in
     *.json)

@@ -8,89 +8,40 @@ Reads a graph (its file prefix; tokenizer and stage.json lie beside it) and the 
     python infer.py --model_path ../../quantization/tnews_quant_models/mse4/int8 --int8 --text "今年的高考作文题"
 """
 
-import functools
 import json
 import os
 import sys
-import time
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
-import compat  # noqa: F401  before Paddle
-
-import numpy as np
-
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
+sys.path.insert(0, ROOT)
 import data
-import engine
-import measure
-import tokenization
-import records
-import texts
-import utils
+from common import UserError, batching, checkpoints, cli, engine, files, records, texts
 
 
 def parse_args(argv=None):
-    parser = utils.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     main = parser.add_argument_group("what to run")
-    main.add_argument(
-        "--model_path",
-        nargs="+",
-        required=True,
-        help="file prefix of a graph, without .pdmodel, or the directory with it; several of one task give a table",
-    )
+    help = "file prefix of a graph, without .pdmodel, or the directory with it; several of one task give a table"
+    main.add_argument("--model_path", nargs="+", required=True, help=help)
     main.add_argument("--task_name", help="default, and checked: the task in the model's stage.json")
+    help = "write the predictions for the task's test.json, as CLUE takes them, to DIR/<task>_predict.json"
+    main.add_argument("--predict_test", metavar="DIR", help=help)
     texts.add_text_arguments(parser.add_argument_group("your own texts, instead of dev"))
-    main.add_argument(
-        "--predict_test",
-        metavar="DIR",
-        help="write the predictions for the task's test.json, as CLUE takes them, to DIR/<task>_predict.json",
-    )
-    engine_group = parser.add_argument_group("engine")
-    engine_group.add_argument("--device", help="gpu or cpu (default: gpu if Paddle has one)")
-    engine_group.add_argument(
-        "--precision",
-        choices=("fp32", "bf16", "fp16", "int8"),
-        help="bf16 on a CPU, fp16 on a GPU with --use_trt, int8 for quantized models (default: fp32)",
-    )
-    engine_group.add_argument(
-        "--int8", nargs="?", const=True, default=False, type=utils.boolean, help="--precision int8"
-    )
-    engine_group.add_argument(
-        "--use_trt",
-        nargs="?",
-        const=True,
-        default=False,
-        type=utils.boolean,
-        help="TensorRT on a GPU; on a CPU oneDNN is used anyway",
-    )
-    engine_group.add_argument(
-        "--collect_shape",
-        nargs="?",
-        const=True,
-        default=False,
-        type=utils.boolean,
-        help="collect TensorRT's shape ranges anew and stop",
-    )
-    engine_group.add_argument("--threads", type=int, help="of the CPU, in all (default: all cores)")
-    engine_group.add_argument(
-        "--streams",
-        type=int,
-        help="batches that a CPU computes side by side, each on its share of the threads; each needs memory of its own "
-        "(default: one for each thread, at most 4)",
-    )
-    engine_group.add_argument("--batch_size", type=int, default=32, help="sequences per batch")
+    group = parser.add_argument_group("engine")
+    cli.add_device_argument(group)
+    help = "bf16 on a CPU, fp16 on a GPU with --use_trt, int8 for quantized models (default: fp32)"
+    group.add_argument("--precision", choices=("fp32", "bf16", "fp16", "int8"), help=help)
+    cli.add_flag(group, "--int8", "--precision int8")
+    cli.add_flag(group, "--use_trt", "TensorRT on a GPU; on a CPU oneDNN is used anyway")
+    cli.add_flag(group, "--collect_shape", "collect TensorRT's shape ranges again, and stop")
+    engine.add_cpu_arguments(group)
+    help = "sequences per batch; lower it if memory runs out"
+    cli.positive(group.add_argument("--batch_size", type=int, default=32, help=help))
     timing = parser.add_argument_group("timing")
-    timing.add_argument(
-        "--perf",
-        nargs="?",
-        const=True,
-        default=False,
-        type=utils.boolean,
-        help="time dev end to end, tokenizing included, in five runs",
-    )
-    timing.add_argument("--perf_warmup_steps", type=int, default=20, help="batches, at least, before the clock starts")
-    inputs = parser.add_argument_group("data")
-    utils.add_data_arguments(inputs)
-    utils.add_tokenizer_arguments(inputs)
+    cli.add_flag(timing, "--perf", "time dev end to end, tokenizing included, in five runs")
+    help = "batches, at least, before the clock starts"
+    timing.add_argument("--perf_warmup_steps", type=int, default=20, help=help)
+    inputs = cli.add_input_arguments(parser)
     for name in ("--model_type", "--model_name_or_path"):
         inputs.add_argument(name, help="accepted; both are known from stage.json")
     args = parser.parse_args(argv)
@@ -99,126 +50,151 @@ def parse_args(argv=None):
     if args.predict_test and len(args.model_path) > 1:
         parser.error("--predict_test takes one --model_path")
     args.precision = "int8" if args.int8 else args.precision or "fp32"
-    utils.check_positive(args, "threads", "streams", "batch_size", "max_eval_samples")
     engine.check_streams(args.streams, args.threads)
     return args
 
 
-def open_engine(args, prefix, device, tokenizer, features, streams=None):
-    streams = streams or args.streams or engine.default_streams(device, args.threads)
-    return engine.open_engine(
-        prefix, features, device, args.precision, args.threads, args.use_trt, args.batch_size, tokenizer.pad_id, streams
-    )
+class Model:
+    """A graph with all that is needed to run it: its record, its tokenizer, its maximum length.
 
-
-def classify(args, prefix, device, tokenizer, record, length):
-    """Prints one JSON line per text of the user: label and probabilities."""
-    examples = texts.read_texts(args, record["task"], record["data"]["dev"].get("pairs"))
-    features = data.convert(examples, tokenizer, length)
-    predictor = open_engine(args, prefix, device, tokenizer, features)
-    logits = predictor.predict(features, args.batch_size, tokenizer.pad_id)
-    for example, row in zip(examples, texts.probabilities(logits)):
-        print(json.dumps(texts.answer(example, record["labels"], row), ensure_ascii=False))
-
-
-def predict_test(args, prefix, device, tokenizer, record, length):
-    """--predict_test: writes CLUE's submission file for the task of a model."""
-    task = data.Task(record["task"], tuple(record["labels"]))
-    test = data.read_split(task, "test", args.data_dir)
-    features = data.convert(test.examples, tokenizer, length)
-    predictor = open_engine(args, prefix, device, tokenizer, features)
-    logits = predictor.predict(features, args.batch_size, tokenizer.pad_id)
-    os.makedirs(args.predict_test, exist_ok=True)
-    print(f"{len(features)} test records -> {texts.write_submission(task, test, logits, args.predict_test)}")
-
-
-def time_runs(args, predictor, tokenizer, examples, length, single, runs=5):
-    """Prints the time of dev end to end, tokenizing included, in every run and on average, and of single texts.
-
-    Args: single: a function that gives the engine for these, with all threads in one stream.
+    Nothing but the file prefix is asked of the user: task, labels and length are those of the stage.json beside it.
     """
-    measure.warm_up(predictor, tokenizer, examples, length, args.batch_size, args.perf_warmup_steps)
-    seconds = []
-    for number in range(1, runs + 1):
-        started = time.perf_counter()
-        predictor.classify(examples, tokenizer, length, args.batch_size)
-        seconds.append(time.perf_counter() - started)
-        print(f"run {number}: {seconds[-1]:.3f} s, {len(examples) / seconds[-1]:.1f} sentences/s", flush=True)
-    middle, spread = np.median(seconds), max(seconds) - min(seconds)
-    print(
-        f"mean of {runs} runs: {np.mean(seconds):.3f} s, {len(examples) / np.mean(seconds):.1f} sentences/s (median "
-        f"{middle:.3f} s, slowest less fastest {spread:.3f} s), batch size {args.batch_size}, maximum length {length}"
-    )
-    memory = measure.peak_memory() / 1e6
-    p50, p99 = measure.latency(single(), tokenizer, examples[:200], length)
-    print(f"one at a time: p50 {p50:.2f} ms, p99 {p99:.2f} ms; peak memory before that {memory:.0f} MB")
+
+    def __init__(self, args, path):
+        self.args, self.graph = args, checkpoints.open_graph(path)
+        self.record, self.labels = self.graph.record, self.graph.record["labels"]
+        # A quantized graph runs in INT8 only: in another precision the engine would simulate it, slower than FP32.
+        engine.check_precision(self.graph.prefix, args.device, args.precision)
+        if args.task_name:
+            records.check_task(self.record, args.task_name, self.graph.prefix)
+        self.tokenizer = self.graph.tokenizer(args.use_faster_tokenizer)
+        self.max_seq_length = records.sequence_length(args, self.record)
+        self.task = data.task_of(self.record)
+
+    def convert(self, examples):
+        return batching.convert(examples, self.tokenizer, self.max_seq_length)
+
+    def open_engine(self, features, streams=None):
+        """The engine for the user's options. Args: features: from which TensorRT learns its shapes."""
+        args = self.args
+        # A CPU computes one batch per thread side by side: two streams of one thread each are faster than one of two,
+        # because a thread never waits for another within a batch.
+        streams = streams or args.streams or engine.default_streams(args.device, args.threads)
+        return engine.open_engine(
+            self.graph.prefix,
+            features,
+            args.device,
+            args.precision,
+            args.threads,
+            args.use_trt,
+            args.batch_size,
+            self.tokenizer.pad_id,
+            streams,
+        )
+
+    def logits(self, features):
+        """float32 [n, labels] in the order of the features. Meanwhile they are sorted by length, so that a batch holds
+        little padding: 3 % of the tokens of TNEWS, 58 % unsorted."""
+        return self.open_engine(features).predict(features, self.args.batch_size, self.tokenizer.pad_id)
+
+
+def classify_texts(args, models):
+    """--text, --input_file: prints one JSON line per text, with label and probabilities."""
+    for model in models:
+        # Whether the task has sentence pairs is known from its dev data.
+        pairs = model.record["data"]["dev"].get("pairs")
+        examples = texts.read_texts(args, model.record["task"], pairs, data.texts_of)
+        probabilities = batching.softmax(model.logits(model.convert(examples)))
+        for example, row in zip(examples, probabilities):
+            print(json.dumps(texts.answer(example, model.labels, row), ensure_ascii=False))
+
+
+def write_test_predictions(args, model):
+    """--predict_test: writes the file that CLUE takes as a submission."""
+    test = data.read_split(model.task, "test", args.data_dir)
+    logits = model.logits(model.convert(test.examples))
+    os.makedirs(args.predict_test, exist_ok=True)
+    path = texts.write_submission(model.task.name, data.record_ids(test), model.labels, logits, args.predict_test)
+    print(f"{len(test.examples)} test records -> {path}")
+
+
+def collect_shapes(args, models):
+    """--collect_shape: TensorRT plans for the smallest, largest and most frequent shapes; dev shows which these are."""
+    if args.device == "cpu":
+        raise UserError("--collect_shape: shapes are collected for TensorRT, on a GPU")
+    dev = read_dev(args, models)
+    for model in models:
+        prefix, pad_id = model.graph.prefix, model.tokenizer.pad_id
+        features = model.convert(dev.examples)
+        engine.collect_shapes(prefix, features, f"{prefix}.shape_ranges.pbtxt", args.batch_size, pad_id)
+
+
+def time_models(args, models):
+    """--perf: prints seconds and sentences per second of dev end to end, and the latency of single texts."""
+    # The clock belongs to the benchmark, which nothing else here needs.
+    sys.path.append(os.path.join(ROOT, "deploy", "benchmark"))
+    import measure
+
+    dev = read_dev(args, models)
+    for model in models:
+        measure.time_runs(args, model, dev.examples)
+
+
+def score_dev(args, models):
+    """Without other options: the accuracy on dev, as one JSON line, or as a table of several models.
+
+    Returns: {file prefix: accuracy}.
+    """
+    dev = read_dev(args, models)
+    accuracies = {}
+    for model in models:
+        features = model.convert(dev.examples)
+        accuracy = batching.accuracy(model.logits(features), [feature.label for feature in features])
+        accuracies[model.graph.prefix] = round(accuracy, 6)
+    if len(models) == 1:
+        ((prefix, accuracy),) = accuracies.items()
+        result = {"task": models[0].task.name, "model": files.relative(prefix), "precision": args.precision}
+        print(json.dumps({**result, "accuracy": accuracy, **dev.describe()}, ensure_ascii=False))
+    else:
+        best = max(accuracies, key=accuracies.get)
+        print(f"| {models[0].task.name}, {args.precision}, {len(dev.examples)} dev records | accuracy |\n| --- | --- |")
+        for prefix, accuracy in accuracies.items():
+            # The last two directories: tnews_quant_models/mse4.
+            name = "/".join(os.path.abspath(prefix).split(os.sep)[-3:-1])
+            print(f"| {name} | {accuracy:.4f}{' (best)' if prefix == best else ''} |")
+    return accuracies
+
+
+def read_dev(args, models):
+    """The dev data of the task that all the models are of. Raises: UserError if they are of several tasks."""
+    task = models[0].task
+    for model in models:
+        if model.task.name != task.name:
+            raise UserError(
+                f"--model_path {model.graph.prefix}: a model of {model.task.name}; a table is of one task, {task.name}"
+            )
+    return data.read_split(task, "dev", args.data_dir, args.max_eval_samples)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    device = utils.set_device(args.device)
-    if args.use_trt and device == "cpu":
+    args.device = cli.set_device(args.device)
+    if args.use_trt and args.device == "cpu":
         print("--use_trt: no GPU here, oneDNN is used instead", file=sys.stderr)
-    exported = {prefix: engine.open_exported(prefix) for prefix in map(engine.find_prefix, args.model_path)}
-    for prefix in exported:
-        engine.check_precision(prefix, device, args.precision)
-    if engine.preflight(args.precision) and device == "cpu":
+    models = [Model(args, path) for path in args.model_path]
+    # What to expect of the precision on this CPU, before any time is spent: INT8 without VNNI is slow and may saturate.
+    if args.device == "cpu" and engine.preflight(args.precision):
         print(engine.preflight(args.precision), file=sys.stderr)
-
-    rows, examples = {}, None
-    for prefix, record in exported.items():
-        if args.task_name:
-            records.check_task(record, args.task_name, prefix)
-        tokenizer = tokenization.load_tokenizer(os.path.dirname(os.path.abspath(prefix)), args.use_faster_tokenizer)
-        length = records.sequence_length(args, record)
-        if args.text or args.input_file:
-            classify(args, prefix, device, tokenizer, record, length)
-            continue
-        if args.predict_test:
-            predict_test(args, prefix, device, tokenizer, record, length)
-            continue
-        if examples is None:
-            task = data.Task(record["task"], tuple(record["labels"]))
-            dev = data.read_split(task, "dev", args.data_dir, args.max_eval_samples)
-            examples = dev.examples
-        elif record["task"] != task.name:
-            raise utils.UserError(
-                f"--model_path {prefix}: a model of {record['task']}; a table is of one task, {task.name}"
-            )
-        features = data.convert(examples, tokenizer, length)
-        if args.collect_shape:
-            if device == "cpu":
-                raise utils.UserError("--collect_shape: shapes are collected for TensorRT, on a GPU")
-            engine.collect_shapes(prefix, features, f"{prefix}.shape_ranges.pbtxt", args.batch_size, tokenizer.pad_id)
-            continue
-        predictor = open_engine(args, prefix, device, tokenizer, features)
-        if args.perf:
-            one_stream = functools.partial(open_engine, args, prefix, device, tokenizer, features, 1)
-            time_runs(args, predictor, tokenizer, examples, length, one_stream)
-            continue
-        logits = predictor.predict(features, args.batch_size, tokenizer.pad_id)
-        rows[prefix] = round(data.accuracy(logits, [f.label for f in features]), 6)
-        if len(args.model_path) == 1:
-            print(
-                json.dumps(
-                    {
-                        "task": task.name,
-                        "model": records.relative(prefix),
-                        "precision": args.precision,
-                        "accuracy": rows[prefix],
-                        **dev.describe(),
-                    },
-                    ensure_ascii=False,
-                )
-            )
-    if len(rows) > 1:
-        best = max(rows, key=rows.get)
-        print(f"| {task.name}, {args.precision}, {len(examples)} dev records | accuracy |\n| --- | --- |")
-        for prefix, accuracy in rows.items():
-            name = "/".join(os.path.abspath(prefix).split(os.sep)[-3:-1])
-            print(f"| {name} | {accuracy:.4f}{' (best)' if prefix == best else ''} |")
-    return rows
+    if args.text or args.input_file:
+        return classify_texts(args, models)
+    if args.predict_test:
+        return write_test_predictions(args, models[0])
+    if args.collect_shape:
+        return collect_shapes(args, models)
+    if args.perf:
+        return time_models(args, models)
+    return score_dev(args, models)
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    cli.run(main)

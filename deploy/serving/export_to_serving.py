@@ -2,7 +2,7 @@
 
 Reads the directory of a fine-tuned, pruned or quantized export; writes --server_path (model, tokenizer, stage.json,
 serving_server_conf.prototxt) and --client_path (serving_client_conf.prototxt), each whole. The descriptions name the
-inputs and outputs, as paddle_serving_client's converter does, which does not run with the Paddle of today.
+inputs and outputs, as the converter of paddle_serving_client does, which needs paddle.fluid, gone since Paddle 2.5.
 
     python export_to_serving.py --dirname ../../quantization/tnews_quant_models/mse4 --model_filename int8.pdmodel \\
         --params_filename int8.pdiparams --server_path serving_server --client_path serving_client
@@ -13,13 +13,8 @@ import shutil
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
-import compat  # noqa: F401  before Paddle
-
-import engine
-import exporting
 import protocol
-import records
-import utils
+from common import UserError, checkpoints, cli, exporting, files, records
 
 # Paddle Serving's numbers for Paddle's types of variables, by the names of framework.proto.
 TYPES = {
@@ -37,7 +32,7 @@ TYPES = {
 
 
 def parse_args(argv=None):
-    parser = utils.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--dirname", required=True, help="directory of the exported model")
     parser.add_argument("--model_filename", help="name of its graph (default: the only .pdmodel there)")
     parser.add_argument("--params_filename", help="name of its parameters (default: that of the graph, .pdiparams)")
@@ -81,7 +76,7 @@ def describe(inputs, outputs, feed_alias_names=None, fetch_alias_names=None):
         aliases = given.split(",") if given else [name for name, _, _ in variables]
         if len(aliases) != len(variables):
             names = ", ".join(name for name, _, _ in variables)
-            raise utils.UserError(f"--{option} {given}: {len(aliases)} names for {len(variables)} ({names})")
+            raise UserError(f"--{option} {given}: {len(aliases)} names for {len(variables)} ({names})")
         for alias, (name, number, shape) in zip(aliases, variables):
             entry = add(name=name, alias_name=alias, is_lod_tensor=False, shape=shape)
             setattr(entry, kind, number)
@@ -101,29 +96,27 @@ def main(argv=None):
     with protocol.needs_paddle_serving():
         import paddle_serving_app  # noqa: F401
     model = os.path.join(args.dirname, args.model_filename) if args.model_filename else args.dirname
-    prefix = engine.find_prefix(model, "--dirname")
-    name = os.path.basename(prefix)
+    graph = checkpoints.open_graph(model, "--dirname")
+    prefix, name, record = graph.prefix, graph.name, graph.record
     if args.params_filename not in (None, f"{name}.pdiparams"):
-        raise utils.UserError(f"--params_filename {args.params_filename}: those of {name}.pdmodel are {name}.pdiparams")
-    record = engine.open_exported(prefix)
-    files = record["weights"] if record["stage"] == "quantize" else records.exported(record)
+        raise UserError(f"--params_filename {args.params_filename}: those of {name}.pdmodel are {name}.pdiparams")
+    graph_files = records.graph_files(record)
     config = describe(*read_variables(f"{prefix}.pdmodel"), args.feed_alias_names, args.fetch_alias_names)
     for path in (args.server_path, args.client_path):
         known = {"serving_server_conf.prototxt", "serving_client_conf.prototxt"}
         if os.path.exists(path) and os.listdir(path) and not known & set(os.listdir(path)):
-            raise utils.UserError(f"{path}: exists and holds something else; name another directory or remove it")
+            raise UserError(f"{path}: exists and holds something else; name another directory or remove it")
     paths = [os.path.abspath(path) for path in (args.server_path, args.client_path)]
     if os.path.commonpath(paths) in paths:
-        raise utils.UserError(f"--client_path {args.client_path}: must not be --server_path, nor one lie in the other")
-    source = os.path.dirname(os.path.abspath(prefix))
-    with utils.whole_directory(args.server_path) as server, utils.whole_directory(args.client_path) as client:
-        for file in {*files, "vocab.txt", "tokenizer_config.json", *record["files"], records.RECORD}:
-            shutil.copy2(os.path.join(source, file), server)
-        records.check_files(server, record, files)
+        raise UserError(f"--client_path {args.client_path}: must not be --server_path, nor one lie in the other")
+    with files.whole_directory(args.server_path) as server, files.whole_directory(args.client_path) as client:
+        for file in {*graph_files, "vocab.txt", "tokenizer_config.json", *record["files"], records.RECORD}:
+            shutil.copy2(os.path.join(graph.directory, file), server)
+        records.check_files(server, record, graph_files)
         write_description(server, "server", config)
         write_description(client, "client", config)
     print(f"{prefix} -> {args.server_path} (server), {args.client_path} (client)")
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    cli.run(main)

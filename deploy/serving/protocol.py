@@ -14,10 +14,10 @@ import importlib.util
 import json
 import os
 import sys
-from typing import List, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
-from utils import UserError
+from common import UserError
 
 SERVICE = "ppminilm"
 METHOD = "/baidu.paddle_serving.pipeline_serving.PipelineService/inference"
@@ -29,7 +29,7 @@ JSON_TYPES = {type(None): "null", bool: "true or false", int: "a number", float:
 
 
 class ServiceError(Exception):
-    """A request that gets no prediction."""
+    """A request is rejected. Args: err_no: one of the numbers above."""
 
     def __init__(self, err_no, message):
         super().__init__(message)
@@ -37,15 +37,15 @@ class ServiceError(Exception):
 
 
 class Query(NamedTuple):
-    texts: List[str]
-    pairs: Optional[List[str]]
+    texts: list[str]
+    pairs: Optional[list[str]]
     logid: int
-    expires: float  # time.monotonic() after which nobody waits for the answer any more
+    expires: float  # time.monotonic() after which the answer would come too late
 
 
 @contextlib.contextmanager
 def needs_paddle_serving():
-    """Says how to get what is missing. Raises: UserError instead of an ImportError."""
+    """Within this block, a missing package becomes a UserError that says how to install it."""
     try:
         yield
     except ImportError as error:
@@ -82,7 +82,7 @@ def parse_json(text, what):
 
 
 def check_name(name):
-    """Raises: ServiceError for the name of another service; none is as good as this one's."""
+    """Raises: ServiceError for the name of another service; the name may be empty."""
     if name not in ("", SERVICE):
         raise ServiceError(NO_SERVICE, f"there is no service of that name; this one is {SERVICE}")
 

@@ -13,9 +13,9 @@ import sys
 import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+import data
 import protocol
-import texts
-import utils
+from common import cli, texts
 
 PORTS = {"rpc": 8091, "http": 18083}
 
@@ -29,13 +29,13 @@ class Refused(Exception):
 
 
 def parse_args(argv=None):
-    parser = utils.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     texts.add_text_arguments(parser.add_argument_group("texts"))
     group = parser.add_argument_group("service")
     group.add_argument("--http", action="store_true", help="over HTTP instead of RPC")
     group.add_argument("--address", help="host:port (default: 127.0.0.1 and 8091, with --http 18083)")
-    group.add_argument("--batch_size", type=int, default=32, help="texts per request")
-    group.add_argument("--deadline", type=float, default=10.0, help="seconds for each request")
+    cli.positive(group.add_argument("--batch_size", type=int, default=32, help="texts per request"))
+    cli.positive(group.add_argument("--deadline", type=float, default=10.0, help="seconds for each request"))
     group.add_argument("--retries", type=int, default=3, help="how often to ask again if it is unreachable or full")
     group.add_argument(
         "--wait-ready", "--wait_ready", type=float, default=0.0, metavar="SECONDS", help="first wait until it is ready"
@@ -46,7 +46,6 @@ def parse_args(argv=None):
         parser.error("give either --text or --input_file")
     if args.text_pair and not args.text:
         parser.error("--text_pair goes with --text")
-    utils.check_positive(args, "batch_size", "deadline")
     if args.retries < 0:
         parser.error(f"--retries {args.retries}: must be 0 or more")
     host, _, port = (args.address or f"127.0.0.1:{PORTS['http' if args.http else 'rpc']}").rpartition(":")
@@ -153,7 +152,7 @@ def wait_ready(host, port, seconds):
 
 def main(argv=None):
     args = parse_args(argv)
-    examples = texts.read_texts(args, args.task_name, None)
+    examples = texts.read_texts(args, args.task_name, None, data.texts_of)
     with protocol.needs_paddle_serving():
         ask = (http if args.http else rpc)(args.host, args.port)
     for start in range(0, len(examples), args.batch_size):
@@ -174,4 +173,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    cli.run(main)

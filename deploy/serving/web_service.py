@@ -22,8 +22,7 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, "..", ".."))
 import protocol
-import utils
-from utils import UserError
+from common import UserError, cli
 
 # Every setting of config_nlp.yml by its path: default, then the smallest and largest number or the allowed values.
 SETTINGS = {
@@ -58,9 +57,9 @@ OPTIONS = {
 
 
 def parse_args(argv=None):
-    parser = utils.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--config", default=os.path.join(HERE, "config_nlp.yml"), help="settings")
-    over = parser.add_argument_group("settings that stand above those of the file")
+    over = parser.add_argument_group("overrides of the config file")
     over.add_argument(
         "--model", help="directory of the model: export_to_serving.py's, or any exported or quantized one"
     )
@@ -251,4 +250,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    cli.run(main)

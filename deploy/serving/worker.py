@@ -13,17 +13,10 @@ import time
 import traceback
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
-import compat  # noqa: F401  before Paddle
-
-import numpy as np
-
-import data
-import engine
 import fronts
+import numpy as np
 import protocol
-import texts
-import tokenization
-import utils
+from common import batching, checkpoints, cli, compat, engine
 from protocol import BAD_INPUT, OK, TIMEOUT, UNAVAILABLE, UNKNOWN, ServiceError
 
 pipeline = compat.paddle_serving()
@@ -46,17 +39,24 @@ class Model:
     """The exported model, in the place where Paddle Serving's operator expects a local service handler."""
 
     def __init__(self, path, device, precision, threads, use_trt=False):
-        prefix = engine.find_prefix(path, "--model")
-        self.record = engine.open_exported(prefix)
-        self.precision = precision or engine.default_precision(prefix)
+        graph = checkpoints.open_graph(path, "--model")
+        self.record, self.tokenizer = graph.record, graph.tokenizer()
+        self.precision = precision or engine.default_precision(graph.prefix)
         self.labels, self.pairs = self.record["labels"], bool(self.record["data"]["dev"].get("pairs"))
         self.longest = self.record["arguments"]["max_seq_length"]
-        self.tokenizer = tokenization.load_tokenizer(os.path.dirname(os.path.abspath(prefix)))
         self.rows, self.lengths = ROWS[device.partition(":")[0]], padded_lengths(self.longest)
         ids = [self.tokenizer.cls_id] + [self.tokenizer.sep_id] * (self.longest - 1)
-        shapes = [data.Feature(ids[:n], [0] * n, None) for n in self.lengths for _ in range(self.rows[0])]
-        self.engine = engine.open_engine(  # which learns TensorRT's ranges from batches of most rows, and one of one
-            prefix, [*shapes, shapes[-1]], device, self.precision, threads, use_trt, self.rows[0], self.tokenizer.pad_id
+        shapes = [batching.Feature(ids[:n], [0] * n, None) for n in self.lengths for _ in range(self.rows[0])]
+        # TensorRT collects its shape ranges from the largest batches and one single row.
+        self.engine = engine.open_engine(
+            graph.prefix,
+            [*shapes, shapes[-1]],
+            device,
+            self.precision,
+            threads,
+            use_trt,
+            batch_size=self.rows[0],
+            pad_id=self.tokenizer.pad_id,
         )
         self.last_run = time.monotonic()
 
@@ -69,7 +69,7 @@ class Model:
 
     def run_once(self, input_ids, token_type_ids):
         """Logits of one batch of a prepared shape, int64 [rows, length]."""
-        logits = self.engine.run(data.Batch(input_ids, token_type_ids, None, None))
+        logits = self.engine.run(batching.Batch(input_ids, token_type_ids, None, None))
         self.last_run = time.monotonic()
         return logits
 
@@ -84,7 +84,7 @@ class Model:
     def get_client(self, concurrency_idx):
         return self
 
-    def encode(self, query):
+    def tokenize(self, query):
         """(input_ids, token_type_ids, truncated) of a Query: int64 [texts, longest] twice, and a list of bool.
 
         Raises: ServiceError for a text of which no token is left, such as an empty one.
@@ -98,11 +98,11 @@ class Model:
         for number, (_, types) in enumerate(encoded, 1):
             if types.count(0) < 3 or (self.pairs and types.count(1) < 2):  # no more than [CLS], [SEP]
                 raise ServiceError(BAD_INPUT, f"text {number} is empty")
-        features = [data.Feature(ids, types, None) for ids, types in encoded]
+        features = [batching.Feature(ids, types, None) for ids, types in encoded]
         return *self.arrays(features), truncated
 
     def arrays(self, features):
-        batch = data.collate(features, range(len(features)), self.tokenizer.pad_id, self.longest)
+        batch = batching.collate(features, range(len(features)), self.tokenizer.pad_id, self.longest)
         return batch.input_ids, batch.token_type_ids
 
     def run(self, input_ids, token_type_ids):
@@ -138,10 +138,7 @@ class PPMiniLMOp(pipeline.Op):
 
     def __init__(self, request_op, model):
         super().__init__(
-            name=protocol.SERVICE,
-            input_ops=[request_op],
-            client_type="local_predictor",
-            local_service_handler=model,
+            name=protocol.SERVICE, input_ops=[request_op], client_type="local_predictor", local_service_handler=model
         )
         self.model = model
 
@@ -151,8 +148,11 @@ class PPMiniLMOp(pipeline.Op):
         return self.model
 
     def _auto_batching_generator(self, input_channel, op_name, batch_size, timeout, op_info_prefix):
-        """Yields what waits, at most batch_size texts or one request: a lone one at once, without a timer that ticks
-        while idle, and many large ones not all together, so that each is answered as soon as it can be."""
+        """Yields the waiting requests, up to batch_size texts in all, or one request that is larger.
+
+        A single request is passed on at once, without a timer that ticks while idle. Many large requests are not put
+        together, so that each is answered as soon as possible.
+        """
         held = None
         while True:
             batch = [held or input_channel.front(op_name)]
@@ -177,7 +177,7 @@ class PPMiniLMOp(pipeline.Op):
         if time.monotonic() > request["query"].expires:
             return None, False, TIMEOUT, "the service is too busy: the request waited longer than its time limit"
         try:
-            input_ids, token_type_ids, request["truncated"] = self.model.encode(request["query"])
+            input_ids, token_type_ids, request["truncated"] = self.model.tokenize(request["query"])
         except ServiceError as error:
             return None, False, error.err_no, str(error)
         return {"input_ids": input_ids, "token_type_ids": token_type_ids}, False, None, ""
@@ -190,7 +190,7 @@ class PPMiniLMOp(pipeline.Op):
         logits = fetch_data["logits"]
         answer = {
             "labels": [self.model.labels[i] for i in logits.argmax(-1)],
-            "probabilities": [[round(p, 6) for p in row] for row in texts.probabilities(logits).tolist()],
+            "probabilities": [[round(p, 6) for p in row] for row in batching.softmax(logits).tolist()],
             # Nine digits tell every float32 from its neighbours.
             "logits": [[float(f"{value:.9g}") for value in row] for row in logits],
             "classes": self.model.labels,
@@ -277,7 +277,7 @@ def serve(config, ready):
     """Loads the model, opens the ports, calls ready(), and answers until SIGTERM or SIGINT."""
     set_up_logs()
     op = config["op"][protocol.SERVICE]["local_service_conf"]
-    device = utils.set_device("cpu" if op["device_type"] == 0 else f"gpu:{op['devices'] or 0}")
+    device = cli.set_device("cpu" if op["device_type"] == 0 else f"gpu:{op['devices'] or 0}")
     model = Model(op["model_config"], device, op["precision"], op["thread_num"], use_trt=op["device_type"] == 2)
     service = Service(model, config)
     rpc, http = fronts.rpc_server(service, config), fronts.http_server(service, config)

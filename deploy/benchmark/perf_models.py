@@ -7,23 +7,15 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.join(HERE, "..", "..")
 sys.path[:0] = [ROOT, *(os.path.join(ROOT, name) for name in ("demo", "pruning", "quantization"))]
-import compat  # noqa: F401  before Paddle
-
 import data
-import engine
-import exporting
+import dynabert
 import generate_data
 import make_vocab
-import modeling
-import quant_post
-import records
 import summarize
-import supernet
-import tokenization
-import utils
+from common import UserError, batching, checkpoints, cli, engine, exporting, files, modeling, records, tokenization
 
 MODELS = ("bert", "finetuned", "pruned", "quantized", "both")
-RANDOM = {"bert": ("bert", "bert-base.json"), "finetuned": ("ppminilm", "6l-768h.json")}  # type, architecture
+RANDOM = {"bert": ("bert", "bert-base.json"), "finetuned": ("ppminilm", "ppminilm-6l-768h.json")}  # type, architecture
 
 
 def find_sentences(args):
@@ -31,7 +23,7 @@ def find_sentences(args):
     task = data.get_task("TNEWS")
     try:
         return args.data_dir, data.read_split(task, "dev", args.data_dir), None
-    except utils.UserError:
+    except UserError:
         if args.data_dir or os.environ.get("CLUE_DATA_DIR"):
             raise
     directory = os.path.join(args.output_dir, "data")
@@ -59,19 +51,19 @@ def find_models(args):
         named["pruned"] = named["pruned"] or (pruned if os.path.isdir(pruned) else None)
         for name, kind in (("quantized", "tnews_finetuned_quant_models"), ("both", "tnews_quant_models")):
             named[name] = named[name] or best_of(os.path.join(ROOT, "quantization", kind))
-    return {name: engine.find_prefix(path, f"--{name}") for name, path in named.items() if path}
+    return {name: checkpoints.open_graph(path, f"--{name}").prefix for name, path in named.items() if path}
 
 
 def check_model(name, prefix, precision, device, max_seq_length):
     """Raises: UserError for a model that the table cannot have in that place."""
-    record = engine.open_exported(prefix)
+    record = checkpoints.open_graph(prefix, f"--{name}").record
     records.check_task(record, "TNEWS", prefix)
     engine.check_precision(prefix, device, precision)
     records.check_sequence_length(max_seq_length, record["model"]["architecture"]["max_position_embeddings"])
     if tuple(record["labels"]) != data.get_task("TNEWS").labels:
-        raise utils.UserError(f"--{name} {prefix}: its labels are not CLUE's TNEWS labels in their order")
+        raise UserError(f"--{name} {prefix}: its labels are not CLUE's TNEWS labels in their order")
     if name == "bert" and record["export"].get("cls_only"):
-        raise utils.UserError(f"--bert {prefix}: the baseline is the usual graph; export it with --cls_only False")
+        raise UserError(f"--bert {prefix}: the baseline is the usual graph; export it with --cls_only False")
 
 
 def build_once(directory, made, build):
@@ -84,38 +76,39 @@ def build_once(directory, made, build):
         with open(marker, encoding="utf-8") as file:
             if json.load(file) == made:
                 return
-    with utils.whole_directory(directory) as scratch:
+    with files.whole_directory(directory) as scratch:
         build(scratch)
-        utils.write_whole(os.path.join(scratch, "made.json"), json.dumps(made))
+        files.write_whole(os.path.join(scratch, "made.json"), json.dumps(made))
 
 
 def build_random(directory, vocab_file, calibration, device="cpu"):
     """Writes the graphs with random weights to ``directory``/<model>/, unless they are there for this vocabulary."""
     tokenizer = tokenization.load_tokenizer(None, True, vocab_file)
     on_cpu = device == "cpu"  # TensorRT wants whole layers and tables in floating point
-    made = {"vocabulary": records.file_hash(vocab_file), "on_cpu": on_cpu, **records.describe_versions()}
+    made = {"vocabulary": files.file_hash(vocab_file), "on_cpu": on_cpu, **records.describe_versions()}
 
     def build(scratch):
         print("building BERT-base and PP-MiniLM with random weights", file=sys.stderr)
-        utils.set_seed(0)
+        cli.set_seed(0)
         prefix = {name: os.path.join(scratch, name, "float") for name in ("bert", "finetuned", "pruned", "pruned_full")}
         for name in (*prefix, "quantized", "both", "both_full"):
             os.makedirs(os.path.join(scratch, name))
             tokenizer.save(os.path.join(scratch, name))
         for name, (kind, config) in RANDOM.items():
-            config = modeling.random_config(kind, os.path.join(ROOT, "demo", config), len(tokenizer.vocab), 15)
+            config = modeling.random_config(kind, os.path.join(ROOT, "configs", config), len(tokenizer.vocab), 15)
             model = modeling.model_class(kind)(config)
             exporting.export_static(model, prefix[name], on_cpu and name != "bert")
         architecture = modeling.architecture_of(model)
         weights = {name: value.numpy() for name, value in model.state_dict().items()}
-        model = supernet.build_sub_model("ppminilm", architecture, 0.75, 15)
-        model.set_state_dict(supernet.slice_state(weights, 0.75, architecture["num_attention_heads"]))
+        whole = {"model": {"model_type": "ppminilm", "architecture": architecture}, "labels": range(15)}
+        model = dynabert.build_sub_model(whole, 0.75)
+        model.set_state_dict(dynabert.slice_state(weights, 0.75, architecture["num_attention_heads"]))
         exporting.export_static(model, prefix["pruned"], on_cpu)
         exporting.export_static(model, prefix["pruned_full"])
-        features = data.convert(calibration, tokenizer, 128)
+        features = batching.convert(calibration, tokenizer, 128)
         for name, source in (("quantized", "finetuned"), ("both", "pruned"), ("both_full", "pruned_full")):
             target = os.path.join(scratch, name)
-            quant_post.quantize(prefix[source], features, tokenizer.pad_id, "abs_max", target, int8_embeddings=on_cpu)
+            calibration.quantize(prefix[source], features, tokenizer.pad_id, "abs_max", target, int8_embeddings=on_cpu)
 
     build_once(directory, made, build)
 
@@ -132,5 +125,5 @@ def complete(args, models, needed, sentences, device="cpu"):
             make_vocab.write(vocab_file, [example.text for example in sentences])
         directory = os.path.join(args.output_dir, "models")
         build_random(directory, vocab_file, sentences[:4], device)
-        models.update({name: engine.find_prefix(os.path.join(directory, name)) for name in missing})
+        models.update({name: checkpoints.find_prefix(os.path.join(directory, name)) for name in missing})
     return missing

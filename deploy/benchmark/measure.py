@@ -9,30 +9,25 @@ import sys
 import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
-import compat  # noqa: F401  before Paddle
-
-import numpy as np
-
 import data
-import engine
-import tokenization
-import utils
+import numpy as np
+from common import batching, cli, engine, tokenization
 
-LEAST_SECONDS = 4  # of a measurement: a pass that takes less is repeated, and the mean counts
+LEAST_SECONDS = 4  # of a measurement: a shorter pass is repeated until the sum is above it, and the mean counts
 
 
 def file_order(examples, tokenizer, max_seq_length, batch_size):
-    """Yields the data.Batch of examples as a plain loop makes them: in the file's order, padded to the longest."""
+    """Yields the batches of examples as a plain loop makes them: in the order of the file, padded to the longest."""
     for start in range(0, len(examples), batch_size):
-        features = data.convert(examples[start : start + batch_size], tokenizer, max_seq_length)
-        batch = data.collate(features, range(len(features)), tokenizer.pad_id)
+        features = batching.convert(examples[start : start + batch_size], tokenizer, max_seq_length)
+        batch = batching.collate(features, range(len(features)), tokenizer.pad_id)
         yield batch._replace(index=batch.index + start)
 
 
 def plain(runner, examples, tokenizer, max_seq_length, batch_size):
     """Logits of examples, computed by a plain loop: tokenize a batch, run it, take the next."""
     batches = file_order(examples, tokenizer, max_seq_length, batch_size)
-    return data.gather(((batch, runner.run(batch)) for batch in batches), len(examples))
+    return batching.gather(((batch, runner.run(batch)) for batch in batches), len(examples))
 
 
 def warm_up(runner, tokenizer, examples, max_seq_length, batch_size, steps, batches=engine.window_batches):
@@ -52,20 +47,45 @@ def warm_up(runner, tokenizer, examples, max_seq_length, batch_size, steps, batc
 
 def latency(runner, tokenizer, examples, max_seq_length):
     """(p50, p99) in milliseconds of one text at a time, tokenizing included, each length prepared before."""
-    rows = [data.convert([example], tokenizer, max_seq_length) for example in examples]
+    rows = [batching.convert([example], tokenizer, max_seq_length) for example in examples]
     longest = max(len(row[0].input_ids) for row in rows)
 
     def alone(row):
-        return data.collate(row, [0], tokenizer.pad_id, data.round_up(len(row[0].input_ids), longest))
+        return batching.collate(row, [0], tokenizer.pad_id, batching.round_up(len(row[0].input_ids), longest))
 
     for batch in {alone(row).input_ids.shape: alone(row) for row in rows}.values():
         runner.run(batch)
     milliseconds = []
     for example in examples:
         started = time.perf_counter()
-        runner.run(alone(data.convert([example], tokenizer, max_seq_length)))
+        runner.run(alone(batching.convert([example], tokenizer, max_seq_length)))
         milliseconds.append(1000 * (time.perf_counter() - started))
     return [round(float(p), 3) for p in np.percentile(milliseconds, (50, 99))]
+
+
+def time_runs(args, model, examples, runs=5):
+    """infer.py --perf: prints the time of all examples end to end, in every run and on average, and of single texts.
+
+    Args: model: infer.Model.
+    """
+    features, length = model.convert(examples), model.max_seq_length
+    runner = model.open_engine(features)
+    warm_up(runner, model.tokenizer, examples, length, args.batch_size, args.perf_warmup_steps)
+    seconds = []
+    for number in range(1, runs + 1):
+        started = time.perf_counter()
+        runner.classify(examples, model.tokenizer, length, args.batch_size)
+        seconds.append(time.perf_counter() - started)
+        print(f"run {number}: {seconds[-1]:.3f} s, {len(examples) / seconds[-1]:.1f} sentences/s", flush=True)
+    middle, spread = np.median(seconds), max(seconds) - min(seconds)
+    print(
+        f"mean of {runs} runs: {np.mean(seconds):.3f} s, {len(examples) / np.mean(seconds):.1f} sentences/s (median "
+        f"{middle:.3f} s, slowest minus fastest {spread:.3f} s), batch size {args.batch_size}, maximum length {length}"
+    )
+    memory = peak_memory() / 1e6
+    # A single text is computed fastest in one stream that has all threads.
+    p50, p99 = latency(model.open_engine(features, streams=1), model.tokenizer, examples[:200], length)
+    print(f"one at a time: p50 {p50:.2f} ms, p99 {p99:.2f} ms; peak memory before that {memory:.0f} MB")
 
 
 def peak_memory():
@@ -96,7 +116,7 @@ def main(argv=None):
     size, length = spec["batch_size"], spec["max_seq_length"]
     tokenizers = {fast: tokenization.load_tokenizer(spec["tokenizer"], fast) for fast in spec["fast_tokenizer"]}
     tokenizer = tokenizers[spec["fast_tokenizer"][0]]
-    features = data.convert(examples, tokenizer, length)
+    features = batching.convert(examples, tokenizer, length)
     started = time.perf_counter()
     runner = open_runner(spec, features, tokenizer.pad_id)
     result = {"load_seconds": time.perf_counter() - started, "passes": []}
@@ -126,4 +146,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    cli.run(main)

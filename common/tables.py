@@ -3,40 +3,105 @@
 import itertools
 import os
 import tempfile
+from typing import NamedTuple, Optional
 
-from records import descendants
-from utils import UserError
+from common import UserError
+from common.records import descendants
 
-TASKS = ("AFQMC", "TNEWS", "IFLYTEK", "CMNLI", "OCNLI", "CLUEWSC2020", "CSL")
 
-# CLUE dev accuracy in the order of TASKS, their average, millions of parameters, 10^9 multiply-adds at 128 tokens, and
-# speed-up against BERT-base (T4, batch 32 x 128, INT8 for the quantized). Source: README of PaddleNLP's PP-MiniLM.
+class Published(NamedTuple):
+    accuracy: dict  # CLUE dev accuracy in %
+    average: float
+    params: float  # millions
+    flops: Optional[float]  # 10^9 multiply-adds at 128 tokens
+    speedup: float  # against BERT-base, with the fast tokenizer
+
+
+# Source: README of PaddleNLP's PP-MiniLM example (T4, batch 32 x 128 tokens, INT8 for the quantized models).
 PUBLISHED = {
-    "fine-tuned": ((74.14, 57.43, 61.75, 81.01, 76.17, 86.18, 79.17), 73.69, 59.7, 5.44, 2.15),
-    "pruned to 0.75": ((73.91, 57.44, 61.64, 81.10, 75.59, 85.86, 78.53), 73.44, 49.1, 4.08, 2.74),
-    "quantized": ((74.19, 57.13, 61.10, 81.20, 76.10, 85.20, 78.03), 73.28, 59.8, None, 7.34),
-    "pruned to 0.75 + quantized": ((74.00, 57.37, 61.33, 81.09, 75.56, 85.85, 78.57), 73.40, 49.2, None, 8.88),
+    "fine-tuned": Published(
+        {
+            "AFQMC": 74.14,
+            "TNEWS": 57.43,
+            "IFLYTEK": 61.75,
+            "CMNLI": 81.01,
+            "OCNLI": 76.17,
+            "CLUEWSC2020": 86.18,
+            "CSL": 79.17,
+        },
+        73.69,
+        59.7,
+        5.44,
+        2.15,
+    ),
+    "pruned to 0.75": Published(
+        {
+            "AFQMC": 73.91,
+            "TNEWS": 57.44,
+            "IFLYTEK": 61.64,
+            "CMNLI": 81.10,
+            "OCNLI": 75.59,
+            "CLUEWSC2020": 85.86,
+            "CSL": 78.53,
+        },
+        73.44,
+        49.1,
+        4.08,
+        2.74,
+    ),
+    "quantized": Published(
+        {
+            "AFQMC": 74.19,
+            "TNEWS": 57.13,
+            "IFLYTEK": 61.10,
+            "CMNLI": 81.20,
+            "OCNLI": 76.10,
+            "CLUEWSC2020": 85.20,
+            "CSL": 78.03,
+        },
+        73.28,
+        59.8,
+        None,
+        7.34,
+    ),
+    "pruned to 0.75 + quantized": Published(
+        {
+            "AFQMC": 74.00,
+            "TNEWS": 57.37,
+            "IFLYTEK": 61.33,
+            "CMNLI": 81.09,
+            "OCNLI": 75.56,
+            "CLUEWSC2020": 85.85,
+            "CSL": 78.57,
+        },
+        73.40,
+        49.2,
+        None,
+        8.88,
+    ),
 }
+# The columns of the CLUE table: the published ones.
+TASKS = tuple(PUBLISHED["fine-tuned"].accuracy)
 
 
 # The grid and the CLUE table
 
 
 def model_directory(record):
-    """Where a fine-tuned model belongs, absolute: MODEL of MODEL/models/TASK/LR_BATCH, else its own directory."""
+    """The absolute path of MODEL for a model in MODEL/models/TASK/LR_BATCH; elsewhere the model's own directory."""
     parts = os.path.abspath(record["path"]).split(os.sep)
     return os.sep.join(parts[:-3] if parts[-3] == "models" else parts)
 
 
 def remarks(record):
-    """What keeps a figure from being comparable with others: random weights, partial data."""
+    """What makes a figure incomparable with others, as a list: random weights, partial data."""
     data = record["data"]
     found = list(record["notes"]) + [f"partial {n} data: {d['partial']}" for n, d in data.items() if d.get("partial")]
     return list(dict.fromkeys(found))
 
 
 def best_cells(roots):
-    """{task: the fine-tuned record that is best on dev}; of equals the first by path."""
+    """{task: the fine-tuned record that is best on dev}; of equal ones the first by path."""
     best = {}
     for record in roots:
         if rank(record) > rank(best.get(record["task"])):
@@ -45,7 +110,7 @@ def best_cells(roots):
 
 
 def rank(record):
-    """What makes a record the better of two of its task: a whole dev set first, a larger one next, then accuracy."""
+    """The key by which two records of a task are compared: a whole dev set, then its size, then accuracy."""
     if record is None:
         return (-1,)
     dev = record["data"].get("dev") or {}
@@ -70,8 +135,10 @@ def kind_of(record):
 
 
 def clue_rows(roots, children, speedups):
-    """The CLUE table of one model directory: [{row, cells: {task: record}, present: [record], average, ...}], best on
-    dev in each cell. children: of records.children_among."""
+    """The CLUE table of one model directory: [{row, cells: {task: record}, present: [record], average, ...}].
+
+    Each cell holds the record that is best on dev. Args: children: of records.children_among.
+    """
     cells = {}
     for root in roots:
         for record in [root, *descendants(root, children)]:
@@ -104,7 +171,7 @@ def percent(value, sign=""):
 
 
 def clue_table(model, rows):
-    """The CLUE table as Markdown: per row measured, published where there is such a row, and the difference."""
+    """The CLUE table as Markdown lines: each row measured, and where it was published, that and the difference."""
     footnotes = Footnotes()
     lines = [
         f"**CLUE dev accuracy, %: {model}**", "",
@@ -137,10 +204,10 @@ def clue_table(model, rows):
 
 
 class Footnotes(dict):
-    """{remark: its number}, in the order in which a table comes to them."""
+    """{remark: its number}, numbered as they come up in a table."""
 
     def marked(self, record):
-        """A cell: the accuracy of a record with the numbers of its remarks."""
+        """The cell of a record: its accuracy with the numbers of its remarks."""
         if record is None:
             return "missing"
         numbers = sorted(self.setdefault(note, len(self) + 1) for note in remarks(record))
@@ -151,15 +218,19 @@ class Footnotes(dict):
 
 
 def beside_published(row):
-    values, average, params, flops, speed = PUBLISHED[row["row"]]
-    measured = [row["cells"].get(task) for task in TASKS]
-    apart = [percent(accuracy(m) - v / 100, "+") if m else "" for m, v in zip(measured, values)]
-    apart.append(percent(row["average"] - average / 100, "+") if row["average"] is not None else "")
-    flops = f"{flops:.2f} G" if flops else ""
-    shown = " | ".join(f"{value:.2f}" for value in (*values, average))
+    """The two lines below a measured one: the published figures, and the difference of measured and published."""
+    published = PUBLISHED[row["row"]]
+    differences = []
+    for task in TASKS:
+        record = row["cells"].get(task)
+        differences.append(percent(accuracy(record) - published.accuracy[task] / 100, "+") if record else "")
+    average = row["average"]
+    differences.append("" if average is None else percent(average - published.average / 100, "+"))
+    flops = f"{published.flops:.2f} G" if published.flops else ""
+    shown = " | ".join(f"{value:.2f}" for value in (*published.accuracy.values(), published.average))
     return [
-        f"| published | {shown} | {params:.1f} M | {flops} | | {speed:.2f}x |",
-        f"| difference | {' | '.join(apart)} | | | | |",
+        f"| published | {shown} | {published.params:.1f} M | {flops} | | {published.speedup:.2f}x |",
+        f"| difference | {' | '.join(differences)} | | | | |",
     ]
 
 
@@ -196,7 +267,7 @@ def long_rows(model, rows, roots):
         published = PUBLISHED.get(row["row"])
         for task in TASKS:
             record = row["cells"].get(task)
-            number = published[0][TASKS.index(task)] if published else None
+            number = published.accuracy[task] if published else None
             found.append({"table": "clue", "model": model, "row": row["row"], "task": task, **flat(record, number)})
         notes = [note for record in row["present"] for note in remarks(record)]
         if row["average"] is None:
@@ -204,8 +275,8 @@ def long_rows(model, rows, roots):
         average = None if row["average"] is None else round(row["average"] * 100, 4)
         found.append({
             "table": "clue", "model": model, "row": row["row"], "task": "average", "accuracy": average,
-            "published": published and published[1],
-            "difference": round(average - published[1], 4) if published and average is not None else None,
+            "published": published and published.average,
+            "difference": round(average - published.average, 4) if published and average is not None else None,
             "speedup": row["speedup"], "remarks": "; ".join(dict.fromkeys(notes)),
         })  # fmt: skip
     best = best_cells(roots).values()
@@ -247,9 +318,9 @@ def flat(record, published):
 
 
 def draw(path, families):
-    """Dev accuracy of every row against the size of its file, and its speed-up where known, into an image file.
+    """Draws the dev accuracy of every row against the size of its file, and its speed-up where known.
 
-    Raises: UserError for a kind of file that matplotlib does not write.
+    Raises: UserError if matplotlib cannot write such a file.
     """
     import matplotlib
 
@@ -278,7 +349,7 @@ def draw(path, families):
         axis.set_xlabel(label)
         axis.set_ylabel("dev accuracy, %")
         axis.grid(alpha=0.3)
-    # Colours tell tasks, shapes tell rows: one legend of both beside the last panel.
+    # A colour per task, a marker per row: one legend of both beside the last panel.
     keys = [pyplot.Line2D([], [], color=f"C{i % 10}", lw=4, label=task) for i, task in enumerate(tasks)]
     keys += [
         pyplot.Line2D([], [], color="grey", marker=marker, ls="", label=row)
@@ -318,7 +389,7 @@ def row_of(record):
 
 
 def family_table(root, family):
-    """The Markdown table of a fine-tuned model and its descendants, with what is random or partial below it."""
+    """The Markdown lines of a table of a fine-tuned model and its descendants, with their notes below it."""
     rows = [(record, row_of(record)) for record in [root, *family]]
     rows = [(record, row) for record, row in rows if row]
     quantized = [record for record, _ in rows if record["stage"] == "quantize"]

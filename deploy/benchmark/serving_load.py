@@ -3,7 +3,7 @@
 Reads a model directory; starts two services of it, one with batches (config_nlp.yml) and one with batch_size 1, and
 sends both the same requests, in rounds that alternate. Prints a table; with --output writes its figures as JSON.
 
-    python load_test.py --model ../../quantization/tnews_quant_models/mse4 --input_file texts.txt
+    python serving_load.py --model ../../quantization/tnews_quant_models/mse4 --input_file texts.txt
 
 Without --input_file the texts are random words of the vocabulary, of 4 to 120 characters.
 """
@@ -20,18 +20,13 @@ import tempfile
 import threading
 import time
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
-import compat  # noqa: F401  before Paddle
-
-import numpy as np
-
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
+SERVING = os.path.join(ROOT, "deploy", "serving")
+sys.path[:0] = [ROOT, SERVING]
 import data
-import engine
+import numpy as np
 import protocol
-import records
-import texts
-import tokenization
-import utils
+from common import UserError, batching, checkpoints, cli, engine, files, records, texts
 
 # How far a logit may be from infer.py's: both pad, but to other lengths and in batches of other sizes, so sums may
 # round differently; BF16 keeps 8 bits, and in INT8 a last bit may move an activation to the next of 255 steps.
@@ -39,17 +34,20 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2, "int8": 1e-2}
 
 
 def parse_args(argv=None):
-    parser = utils.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--model", required=True, help="directory of an exported or quantized model")
     parser.add_argument("--precision", choices=sorted(TOLERANCE), help="default: int8 if quantized, else fp32")
     parser.add_argument("--input_file", help="texts to send, as rpc_client.py takes them")
-    parser.add_argument("--requests", type=int, default=2000, help="per service and round, one text each")
-    parser.add_argument("--clients", type=int, default=50, help="each sends its next request when it has the answer")
-    parser.add_argument("--rounds", type=int, default=3)
+    cli.positive(parser.add_argument("--requests", type=int, default=2000, help="per service and round, one text each"))
+    cli.positive(
+        parser.add_argument(
+            "--clients", type=int, default=50, help="each sends its next request when it has the answer"
+        )
+    )
+    cli.positive(parser.add_argument("--rounds", type=int, default=3))
     parser.add_argument("--seed", type=int, default=0, help="of the random texts")
     parser.add_argument("--output", help="JSON file for the figures")
     args = parser.parse_args(argv)
-    utils.check_positive(args, "requests", "clients", "rounds")
     args.text = args.text_pair = None
     return args
 
@@ -61,7 +59,7 @@ def random_texts(vocab, pairs, count, seed):
     def text():
         return "".join(rng.choices(words, k=rng.randint(4, 120)))
 
-    return [data.Example(text(), text() if pairs else None, None, n) for n in range(1, count + 1)]
+    return [batching.Example(text(), text() if pairs else None, None, n) for n in range(1, count + 1)]
 
 
 def free_port():
@@ -73,18 +71,17 @@ def free_port():
 @contextlib.contextmanager
 def service(args, batch_size):
     """Runs web_service.py with that batch_size; gives its HTTP port."""
-    here = os.path.dirname(os.path.abspath(__file__))
     with tempfile.TemporaryDirectory() as directory:
         config, port = os.path.join(directory, "config.yml"), free_port()
         with open(config, "w", encoding="utf-8") as file:
             json.dump({"op": {protocol.SERVICE: {"batch_size": batch_size}}, "timeout_ms": 120_000}, file)
         options = ["--model", args.model, "--http_port", port, "--rpc_port", free_port(), "--log_dir", directory]
         options += ["--config", config, *(["--precision", args.precision] if args.precision else [])]
-        command = [sys.executable, os.path.join(here, "web_service.py"), *map(str, options)]
+        command = [sys.executable, os.path.join(SERVING, "web_service.py"), *map(str, options)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
             if "ready" not in process.stdout.readline():
-                raise utils.UserError(f"--model {args.model}: the service did not start")
+                raise UserError(f"--model {args.model}: the service did not start")
             yield port
         finally:
             process.terminate()
@@ -141,26 +138,23 @@ def count_right(answers, logits, labels, tolerance):
 
 def main(argv=None):
     args = parse_args(argv)
-    prefix = engine.find_prefix(args.model, "--model")
-    record = engine.open_exported(prefix)
-    args.model = os.path.dirname(os.path.abspath(prefix))
+    graph = checkpoints.open_graph(args.model, "--model")
+    prefix, record, tokenizer = graph.prefix, graph.record, graph.tokenizer()
+    args.model = graph.directory
     precision = args.precision or engine.default_precision(prefix)
-    tokenizer = tokenization.load_tokenizer(args.model)
     pairs = record["data"]["dev"].get("pairs")
     if args.input_file:
-        examples = texts.read_texts(args, record["task"], pairs)
+        examples = texts.read_texts(args, record["task"], pairs, data.texts_of)
         examples = [examples[i % len(examples)] for i in range(args.requests)]
     else:
         examples = random_texts(tokenizer.vocab, pairs, args.requests, args.seed)
-    features = data.convert(examples, tokenizer, record["arguments"]["max_seq_length"])
+    features = batching.convert(examples, tokenizer, record["arguments"]["max_seq_length"])
     # infer.py's engine, batch size and order: the numbers that every answer is compared with.
     logits = engine.Engine(prefix, "cpu", precision).predict(features, pad_id=tokenizer.pad_id)
 
     alike = confusable(logits, TOLERANCE[precision])
     if alike > 0.05:
-        raise utils.UserError(
-            f"--model {args.model}: gives {alike:.0%} of the texts the same logits; it checks nothing"
-        )
+        raise UserError(f"--model {args.model}: gives {alike:.0%} of the texts the same logits; it checks nothing")
 
     figures = {"batched": [], "one by one": []}
     with service(args, 32) as batched, service(args, 1) as single:
@@ -194,12 +188,12 @@ def main(argv=None):
     print(f"\nbatched / one by one, by round: {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
     if args.output:
         said = {"machine": machine, "requests": args.requests, "clients": args.clients, "rounds": figures}
-        utils.write_whole(args.output, json.dumps(said, indent=1) + "\n")
+        files.write_whole(args.output, json.dumps(said, indent=1) + "\n")
     wrong = sum(args.requests - row["right"] for rows in figures.values() for row in rows)
     if wrong:
-        print(f"load_test.py: {wrong} answers were wrong or missing", file=sys.stderr)
+        print(f"serving_load.py: {wrong} answers were wrong or missing", file=sys.stderr)
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    cli.run(main)

@@ -5,25 +5,39 @@ stays. Ranking and reordering heads and neurons by importance first means that a
 matrix (DynaBERT, arXiv 2004.04037); PaddleSlim's OFA (arXiv 1908.09791) trains several prefixes in one set of weights.
 """
 
-import json
 import os
 
-import compat  # before Paddle
-
 import numpy as np
-import paddle
 
-import modeling
-import tokenization
-import records
-import utils
-from utils import UserError
+from common import UserError, batching, checkpoints, cli, compat, exporting, files, modeling, records, tokenization
+from common.compat import paddle
 
 SUB_CONFIG = "model_config.json"
 
 
+def add_pruning_arguments(group):
+    help = "weight of the soft cross-entropy beside the hidden states' 0.1; raise it if the narrow model agrees too "
+    help += "rarely with the fine-tuned one"
+    group.add_argument("--lambda_logit", type=float, default=1.0, help=help)
+    help = "what ranks heads and neurons; dev is the published recipe, and shows the selection set to the ranking"
+    group.add_argument("--importance_split", choices=("train", "dev"), default="train", help=help)
+    help = "records that rank heads and neurons; lower it to start sooner"
+    cli.positive(group.add_argument("--importance_samples", type=int, default=2048, help=help))
+    cli.add_flag(group, "--do_train", "accepted; pruning always trains", default=None)
+    cli.add_flag(group, "--do_eval", "accepted; pruning always evaluates", default=None, changes_result=False)
+    help = "largest difference of a logit allowed between the fine-tuned model and the supernet made from it"
+    cli.without_effect(group.add_argument("--parity_tolerance", type=float, default=1e-3, help=help))
+
+
+def check_widths(widths, record):
+    """Raises: UserError if a width leaves no whole heads and neurons of the model that the record describes."""
+    architecture = record["model"]["architecture"]
+    for width in widths:
+        check_width(width, architecture["num_attention_heads"], architecture["intermediate_size"])
+
+
 def check_width(width, heads, neurons):
-    """The number of heads that ``width`` keeps. Raises: UserError, with the widths that leave whole units."""
+    """The number of heads that a width keeps. Raises: UserError, with the widths that leave whole heads and neurons."""
     allowed = [k for k in range(1, heads + 1) if neurons * k % heads == 0]
     kept = round(width * heads)
     if kept not in allowed or abs(width * heads - kept) > 1e-3:
@@ -41,13 +55,13 @@ def layers_of(model):
 
 
 def importance(model, batches):
-    """Importance of heads and FFN neurons, summed over ``batches`` of the cross-entropy loss L.
+    """Importance of heads and FFN neurons for the cross-entropy loss L, summed over batches.
 
-    Of a head: |dL/dg|, g = 1 a gate on its output (Michel et al., arXiv 1905.10650, as DynaBERT uses it). Of a neuron:
-    |sum over its incoming weights and bias of w dL/dw| + |sum over its outgoing weights of w dL/dw|. The model is in
-    eval mode and gradients are cleared between batches.
+    The importance of a head is |dL/dg| with a gate g = 1 on its output (Michel et al., arXiv 1905.10650, as DynaBERT
+    uses it). That of a neuron is |sum of w dL/dw over its incoming weights and bias| + |sum of w dL/dw over its
+    outgoing weights|. The model is in eval mode, and gradients are cleared between batches.
 
-    Args: batches: iterable of data.Batch with labels.
+    Args: batches: iterable of batching.Batch with labels.
     Returns: (float64 [layers, heads], float64 [layers, neurons]).
     """
     model.eval()
@@ -58,7 +72,7 @@ def importance(model, batches):
         gate.stop_gradient = False
 
     def gated(gate):
-        def hook(_, inputs):  # the heads' outputs, side by side: [batch, length, heads x head_dim]
+        def hook(_, inputs):  # the outputs of the heads, side by side: [batch_size, tokens, heads x head_dim]
             heads = inputs[0].reshape([0, 0, len(gate), -1])
             return (heads * gate.unsqueeze(-1)).reshape([0, 0, -1])
 
@@ -93,16 +107,36 @@ def reorder(model, head_importance, neuron_importance):
         ofa.reorder_neuron(layer.linear2, order, dim=0)
 
 
+def rank_and_reorder(model, features, pad_id, args):
+    """Ranks heads and neurons on --importance_samples of the features, and puts the important ones first."""
+    chosen = np.random.default_rng(args.seed).permutation(len(features))[: args.importance_samples]
+    chosen = [features[i] for i in chosen]
+    print(f"ranking heads and neurons on {len(chosen)} {args.importance_split} records")
+    # Batches of a fixed size: the ranking must not depend on --batch_size or on the number of processes.
+    batches = batching.batches(chosen, 32, pad_id, batching.by_length(chosen))
+    reorder(model, *importance(model, batches))
+
+
 def make_supernet(model, widths):
-    """Turns ``model`` (reordered) into PaddleSlim's OFA supernet, at width 1.0. The model itself is used up."""
+    """PaddleSlim's OFA supernet of a reordered model, at width 1.0. The model itself cannot be used afterwards."""
     ofa = compat.paddleslim_ofa()
     weights = {name: value.numpy() for name, value in model.state_dict().items()}
-    # Only the encoder's layers have a width; PaddleNLP's models read pooler.dense.weight, which wrapping would hide.
+    # Only the encoder's layers have a width. Converting the pooler would hide pooler.dense.weight from PaddleNLP.
     ofa.Convert(ofa.supernet(expand_ratio=sorted({*widths, 1.0}))).convert(modeling.encoder_of(model).encoder)
-    load_plain_state(model, weights)  # converting makes every layer anew
+    load_plain_state(model, weights)  # converting has made new layers with random weights
     supernet = ofa.OFA(model, elastic_order=["width"])
     set_width(supernet, 1.0)
     return supernet
+
+
+def check_reordered(teacher, supernet, features, tolerance):
+    """Raises: UserError if the supernet at full width does not compute what the model it was made from does.
+
+    Args: teacher: checkpoints.Classifier. tolerance: for the largest difference of a logit.
+    """
+    pad_id = teacher.tokenizer.pad_id
+    expected, found = (modeling.predict(model, features, pad_id) for model in (teacher.model, supernet))
+    exporting.check_parity(expected, found, f"{len(features)} dev records, reordered", tolerance)
 
 
 def plain_state(model):
@@ -115,13 +149,19 @@ def load_plain_state(model, weights):
         value.set_value(weights[name])
 
 
+def save_supernet(supernet, config, directory):
+    """Writes the weights of a supernet as those of an ordinary model of full width. Args: config: PaddleNLP's."""
+    config.save_pretrained(directory)
+    paddle.save(plain_state(supernet.model), os.path.join(directory, checkpoints.WEIGHTS))
+
+
 def set_width(supernet, width):
     """Makes the supernet compute with the first ``width`` of all heads and neurons."""
     layers = layers_of(supernet.model)
     full_heads = layers[0].self_attn.embed_dim // layers[0].self_attn.head_dim
     kept = check_width(width, full_heads, layers[0].linear1.fn.weight.shape[1])
     config = {name: {} for name in supernet.ofa_layers}
-    # Widths as numbers of columns ("channel"): PaddleSlim's ratios are cut to int after floating-point products.
+    # Widths are given as numbers of columns ("channel"), because PaddleSlim truncates ratio x columns to an integer.
     prefix = next(name for name in config if name.endswith("layers.0.linear1")).replace("0.linear1", "")
     for i, layer in enumerate(layers):
         layer.self_attn.num_heads = kept
@@ -149,10 +189,14 @@ def slice_state(weights, width, heads):
     return part
 
 
-def build_sub_model(model_type, architecture, width, num_labels):
-    """An ordinary dynamic model with the narrow layers of that width, its weights random."""
-    cls = modeling.model_class(model_type)
-    model = cls(cls.config_class(**architecture, num_labels=num_labels))
+def build_sub_model(record, width):
+    """An ordinary dynamic model with the narrow layers of that width and random weights.
+
+    Args: record: of the whole model, or another dict with its ``model`` and ``labels``.
+    """
+    architecture = record["model"]["architecture"]
+    cls = modeling.model_class(record["model"]["model_type"])
+    model = cls(cls.config_class(**architecture, num_labels=len(record["labels"])))
     heads, neurons, hidden = (architecture[k] for k in ("num_attention_heads", "intermediate_size", "hidden_size"))
     kept = check_width(width, heads, neurons)
     inner, ffn = hidden // heads * kept, neurons * kept // heads
@@ -165,18 +209,22 @@ def build_sub_model(model_type, architecture, width, num_labels):
     return model
 
 
+def count_width(record, width):
+    """(params, flops) of the sub-model of that width. Args: record: of the whole model."""
+    return modeling.count(build_sub_model(record, width))
+
+
 def save_sub_model(directory, weights, record, width):
     """Writes ``model_state.pdparams`` and ``model_config.json`` of a sub-model."""
-    paddle.save(
-        {name: paddle.to_tensor(value) for name, value in weights.items()}, os.path.join(directory, modeling.WEIGHTS)
-    )
+    tensors = {name: paddle.to_tensor(value) for name, value in weights.items()}
+    paddle.save(tensors, os.path.join(directory, checkpoints.WEIGHTS))
     config = {
         "model_type": record["model"]["model_type"],
         "architecture": record["model"]["architecture"],
         "width_mult": width,
         "num_labels": len(record["labels"]),
     }
-    utils.write_whole(os.path.join(directory, SUB_CONFIG), json.dumps(config, indent=1) + "\n")
+    files.write_json(os.path.join(directory, SUB_CONFIG), config)
 
 
 def load_sub_model(directory):
@@ -189,16 +237,14 @@ def load_sub_model(directory):
     if SUB_CONFIG not in record["weights"]:
         raise UserError(f"{directory}: no {SUB_CONFIG} there, so it is not a pruned model of pruning/export.sh")
     records.check_files(directory, record)
-    with open(os.path.join(directory, SUB_CONFIG), encoding="utf-8") as file:
-        config = json.load(file)
-    model = build_sub_model(config["model_type"], config["architecture"], config["width_mult"], config["num_labels"])
-    modeling.set_parameters(model, os.path.join(directory, modeling.WEIGHTS))
+    model = build_sub_model(record, record["model"]["width_mult"])
+    checkpoints.set_parameters(model, os.path.join(directory, checkpoints.WEIGHTS))
     model.eval()
     return model, tokenization.load_tokenizer(directory), record
 
 
 class HiddenStates:
-    """Runs a classification model (or a supernet) and hands out the outputs of its embeddings and of every layer."""
+    """Runs a classification model, or a supernet, and returns the outputs of its embeddings and of every layer, too."""
 
     def __init__(self, model):
         self.model, self.states, self.wanted = model, [], False
@@ -207,11 +253,11 @@ class HiddenStates:
             layer.register_forward_post_hook(self.keep)
 
     def keep(self, layer, inputs, output):
-        if self.wanted:  # evaluation runs the same model, and would pile up the states of all of dev
+        if self.wanted:  # evaluation runs the same model, and would accumulate the states of all of dev
             self.states.append(output)
 
     def run(self, inputs):
-        """(logits, list of hidden states, float [batch, tokens, hidden] each)."""
+        """(logits [batch_size, labels], list of hidden states, float [batch_size, tokens, hidden] each)."""
         self.states, self.wanted = [], True
         logits = self.model(*inputs)
         self.wanted = False
@@ -219,7 +265,7 @@ class HiddenStates:
 
 
 def distillation_loss(student_states, teacher_states, student_logits, teacher_logits, lambda_logit=1.0, lambda_rep=0.1):
-    """DynaBERT's loss: lambda_rep x sum over layers of the hidden states' MSE + lambda_logit x soft cross-entropy."""
+    """DynaBERT's loss: lambda_rep x sum over layers of the MSE of hidden states + lambda_logit x soft cross-entropy."""
     hidden = sum(paddle.nn.functional.mse_loss(s, t) for s, t in zip(student_states, teacher_states))
     soft = -(paddle.nn.functional.softmax(teacher_logits) * paddle.nn.functional.log_softmax(student_logits)).sum(-1)
     return lambda_rep * hidden + lambda_logit * soft.mean()

@@ -15,15 +15,9 @@ import threading
 import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
-import compat  # noqa: F401  before Paddle
-
-import data
-import engine
 import perf
 import perf_models
-import records
-import tokenization
-import utils
+from common import UserError, batching, checkpoints, cli, engine, files, records, tokenization
 
 CALIBRATION = 300  # NNCF's own default
 
@@ -61,7 +55,7 @@ class OpenVINO(engine.Streams):
         }
         compiled = openvino.Core().compile_model(path, "CPU", settings)
         requests = [compiled.create_infer_request() for _ in range(streams)]
-        starting = threading.Lock()  # two threads that hand over inputs at once wait for each other for ever (2026.4)
+        starting = threading.Lock()  # two threads that hand over inputs at once deadlock (2026.4)
 
         def infer(feed, request):
             with starting:
@@ -77,8 +71,11 @@ ENGINES = {"onnxruntime": OnnxRuntime, "openvino": OpenVINO}
 
 def convert(prefix, directory, features):
     """Writes model.int8.onnx and model.int8.xml from the FP32 graph ``prefix``, unless made from it before."""
-    made = {"weights": records.file_hash(f"{prefix}.pdiparams"), "graph": records.file_hash(f"{prefix}.pdmodel"),
-            **package_versions()}  # fmt: skip
+    made = {
+        "weights": files.file_hash(f"{prefix}.pdiparams"),
+        "graph": files.file_hash(f"{prefix}.pdmodel"),
+        **package_versions(),
+    }
     perf_models.build_once(
         directory, made, lambda scratch: convert_all(prefix, os.path.join(scratch, "model"), features)
     )
@@ -106,11 +103,14 @@ def convert_all(prefix, target, features):
     # Weights per head, of the [CLS]-only layer, have no scales per channel there.
     per_head = {constant.name for constant in graph.initializer if len(constant.dims) == 3}
     quantize_dynamic(
-        f"{target}.basic.onnx", f"{target}.int8.onnx", per_channel=True, op_types_to_quantize=["MatMul"],
+        f"{target}.basic.onnx",
+        f"{target}.int8.onnx",
+        per_channel=True,
+        op_types_to_quantize=["MatMul"],
         nodes_to_exclude=[n.name for n in graph.node if n.op_type == "MatMul" and n.input[1] in per_head],
         weight_type=QuantType.QInt8,
-    )  # fmt: skip
-    batches = [data.collate([feature], [0]) for feature in features]
+    )
+    batches = [batching.collate([feature], [0]) for feature in features]
     samples = nncf.Dataset([{"input_ids": b.input_ids, "token_type_ids": b.token_type_ids} for b in batches])
     model = openvino.Core().read_model(f"{target}.onnx")
     model = nncf.quantize(model, samples, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(features))
@@ -118,18 +118,18 @@ def convert_all(prefix, target, features):
 
 
 def parse_args(argv=None):
-    parser = utils.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--pruned", help="FP32 export of the pruned model (default: all three with random weights)")
     parser.add_argument("--both", help="the same, quantized")
     parser.add_argument("--full_graph", help="the FP32 export of the same model made with --cls_only False")
-    parser.add_argument("--rounds", type=int, default=5, help="each on its own part of TNEWS dev")
-    parser.add_argument("--sentences", type=int, default=2000, help="of a round; 2000 x 5 are all of TNEWS dev")
+    cli.positive(parser.add_argument("--rounds", type=int, default=5, help="each on its own part of TNEWS dev"))
+    cli.positive(
+        parser.add_argument("--sentences", type=int, default=2000, help="of a round; 2000 x 5 are all of TNEWS dev")
+    )
     parser.add_argument("--vocab_file", help="of a random model; default: a generated one")
     parser.add_argument("--data_dir", help="with TNEWS; default: $CLUE_DATA_DIR, else downloaded, else generated")
-    parser.add_argument("--output_dir", default=os.path.join(perf.HERE, "perf"), help="results, and models made here")
-    args = parser.parse_args(argv)
-    utils.check_positive(args, "rounds", "sentences")
-    return args
+    parser.add_argument("--output_dir", default=perf.OUTPUT, help="results, and models made here")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
@@ -139,27 +139,37 @@ def main(argv=None):
         import onnxruntime  # noqa: F401
         import openvino  # noqa: F401
     except ImportError as error:
-        raise utils.UserError(f"{error}; requirements/peers.txt lists what this comparison needs") from error
+        raise UserError(f"{error}; requirements/peers.txt lists what this comparison needs") from error
     given = {name: getattr(args, name) for name in ("pruned", "both", "full_graph")}
     if any(given.values()) and not all(given.values()):
-        raise utils.UserError("--pruned, --both and --full_graph are of one model: name all three, or none")
+        raise UserError("--pruned, --both and --full_graph are of one model: name all three, or none")
     options = ["--output_dir", args.output_dir, "--rounds", str(args.rounds), "--sentences", str(args.sentences)]
     for name in ("vocab_file", "data_dir"):
         options += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
     timing = perf.parse_args(options)
     os.makedirs(args.output_dir, exist_ok=True)
     data_dir, dev, notes = perf.find_sentences(timing)
-    models = {name: engine.find_prefix(path, f"--{name}") for name, path in given.items() if path}
+    models = {name: checkpoints.open_graph(path, f"--{name}").prefix for name, path in given.items() if path}
     models.update({"pruned_full": models.pop("full_graph")} if models else {})
     for name in perf_models.complete(timing, models, ("pruned", "both", "pruned_full"), dev.examples):
         notes.append(f"random weights: {name}")
     prefixes = {"cls": models["pruned"], "full": models["pruned_full"]}
     tokenizer = tokenization.load_tokenizer(os.path.dirname(models["pruned"]))
-    calibration = data.convert(dev.examples[-CALIBRATION:], tokenizer, timing.max_seq_length)
+    calibration = batching.convert(dev.examples[-CALIBRATION:], tokenizer, timing.max_seq_length)
 
     def specification(kind, path, streams, precision):
-        return perf.specification(timing, path, precision, "cpu", data_dir, engine=kind, streams=streams, latency=0,
-                                  tokenizer=os.path.dirname(models["pruned"]), fast_tokenizer=[True])  # fmt: skip
+        return perf.specification(
+            timing,
+            path,
+            precision,
+            "cpu",
+            data_dir,
+            engine=kind,
+            streams=streams,
+            latency=0,
+            tokenizer=os.path.dirname(models["pruned"]),
+            fast_tokenizer=[True],
+        )
 
     streams = engine.default_streams("cpu")
     specs = {"PP-MiniLM + pruning + quantization": specification("paddle", models["both"], streams, "int8")}
@@ -181,18 +191,33 @@ def main(argv=None):
     for name in specs:
         found = perf.summary(name, rounds, name, baseline_fast=True)
         ours = perf.summary("PP-MiniLM + pruning + quantization", rounds, name, baseline_fast=True)
-        rows.append({"row": name, "sentences_per_second": found["sentences_per_second"], **{
-            key: ours[key] for key in ("speedup", "median", "range")}})  # fmt: skip
-        print(f"{name} | {found['sentences_per_second']:.0f} | {ours['speedup']:.2f}x | "
-              f"{ours['median']:.2f}, {ours['range'][0]:.2f}-{ours['range'][1]:.2f}")  # fmt: skip
+        rows.append(
+            {
+                "row": name,
+                "sentences_per_second": found["sentences_per_second"],
+                **{key: ours[key] for key in ("speedup", "median", "range")},
+            }
+        )
+        print(
+            f"{name} | {found['sentences_per_second']:.0f} | {ours['speedup']:.2f}x | "
+            f"{ours['median']:.2f}, {ours['range'][0]:.2f}-{ours['range'][1]:.2f}"
+        )
     machine = records.describe_machine()
-    notes.append(f"{timing.rounds} rounds of {timing.sentences} TNEWS dev sentences, batch {timing.batch_size}; "
-                 f"{machine['cpu']}, {machine['cores']} cores")  # fmt: skip
+    notes.append(
+        f"{timing.rounds} rounds of {timing.sentences} TNEWS dev sentences, batch {timing.batch_size}; "
+        f"{machine['cpu']}, {machine['cores']} cores"
+    )
     print("\n".join(["", *(f"- {note}" for note in notes)]))
-    result = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine, "notes": notes, "rows": rows,
-              "data": dev.describe(), "versions": {**records.describe_versions(), **package_versions()}}  # fmt: skip
-    utils.write_whole(os.path.join(timing.output_dir, "peers.json"), json.dumps(result, indent=1) + "\n")
+    result = {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": machine,
+        "notes": notes,
+        "rows": rows,
+        "data": dev.describe(),
+        "versions": {**records.describe_versions(), **package_versions()},
+    }
+    files.write_whole(os.path.join(timing.output_dir, "peers.json"), json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    cli.run(main)

@@ -11,32 +11,38 @@ import tempfile
 import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
-import compat  # noqa: F401  before Paddle
-
 import numpy as np
-
-import data
-import engine
-import exporting
-import utils
+from common import UserError, batching, checkpoints, cli, engine, exporting
 
 # Operators that compute; the others move, cast or reshape.
-COMPUTING = {"fc", "matmul", "matmul_v2", "fused_matmul", "bmm", "softmax", "layer_norm", "elementwise_add",
-             "elementwise_mul", "fused_elementwise_add", "lookup_table_v2", "gelu", "relu", "tanh"}  # fmt: skip
+COMPUTING = {
+    "fc",
+    "matmul",
+    "matmul_v2",
+    "fused_matmul",
+    "bmm",
+    "softmax",
+    "layer_norm",
+    "elementwise_add",
+    "elementwise_mul",
+    "fused_elementwise_add",
+    "lookup_table_v2",
+    "gelu",
+    "relu",
+    "tanh",
+}
 
 
 def parse_args(argv=None):
-    parser = utils.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--model_path", required=True, help="file prefix of a graph, or the directory with it")
     parser.add_argument("--precision", choices=("fp32", "bf16", "int8"), help="default: int8 if quantized, else fp32")
-    parser.add_argument("--batch_size", type=int, default=32, help="sequences of the batch")
-    parser.add_argument("--length", type=int, default=24, help="tokens of each; TNEWS has 23 on average")
-    parser.add_argument("--threads", type=int, help="default: all cores")
-    parser.add_argument("--batches", type=int, default=30, help="of which the times are averaged")
+    cli.positive(parser.add_argument("--batch_size", type=int, default=32, help="sequences of the batch"))
+    cli.positive(parser.add_argument("--length", type=int, default=24, help="tokens of each; TNEWS has 23 on average"))
+    cli.positive(parser.add_argument("--threads", type=int, help="default: all cores"))
+    cli.positive(parser.add_argument("--batches", type=int, default=30, help="of which the times are averaged"))
     parser.add_argument("--timed", action="store_true", help="only run the batches, as the child process does")
-    args = parser.parse_args(argv)
-    utils.check_positive(args, "batch_size", "length", "threads", "batches")
-    return args
+    return parser.parse_args(argv)
 
 
 def operators(path):
@@ -70,7 +76,7 @@ def primitives(log):
 def run_batches(args, runner):
     """Milliseconds of each batch, after three to prepare; prints a line where the measured ones begin."""
     ids = np.random.default_rng(0).integers(1, 20, (args.batch_size, args.length))
-    batch = data.Batch(ids, np.zeros_like(ids), None, None)
+    batch = batching.Batch(ids, np.zeros_like(ids), None, None)
     for _ in range(3):
         runner.run(batch)
     print("measuring", flush=True)
@@ -84,30 +90,36 @@ def run_batches(args, runner):
 
 def main(argv=None):
     args = parse_args(argv)
-    prefix = engine.find_prefix(args.model_path)
+    prefix = checkpoints.find_prefix(args.model_path)
     precision = args.precision or engine.default_precision(prefix)
     if args.timed:
-        return run_batches(args, engine.Engine(prefix, "cpu", precision, args.threads))
+        run_batches(args, engine.Engine(prefix, "cpu", precision, args.threads))
+        return
     with tempfile.TemporaryDirectory() as directory:
         engine.Engine(prefix, "cpu", precision, args.threads, optimized_dir=directory)
         counts = operators(os.path.join(directory, "_optimized.pdmodel"))
     print(f"Operators of the optimized graph, {precision}:\n\noperator | INT8 | BF16 | FP32\n--- | --- | --- | ---")
     for name in sorted({name for name, _ in counts}):
         print(" | ".join([name, *(str(counts[name, kind] or "") for kind in ("INT8", "BF16", "FP32"))]))
-    options = [f"--{name}={getattr(args, name)}" for name in ("batch_size", "length", "threads", "batches")
-               if getattr(args, name)]  # fmt: skip
+    options = [
+        f"--{name}={getattr(args, name)}"
+        for name in ("batch_size", "length", "threads", "batches")
+        if getattr(args, name)
+    ]
     command = [sys.executable, os.path.abspath(__file__), "--model_path", prefix, "--precision", precision, "--timed"]
     done = subprocess.run(
         [*command, *options], env={**os.environ, "ONEDNN_VERBOSE": "1"}, capture_output=True, text=True
     )
     if done.returncode:
-        raise utils.UserError(
+        raise UserError(
             f"{prefix}: the timed run failed: {(done.stderr.strip().splitlines() or [done.returncode])[-1]}"
         )
     log, _, tail = done.stdout.partition("measuring\n")[2].rpartition("mean ")
     found, whole = primitives(log), float(tail)
-    print(f"\nA batch of {args.batch_size} x {args.length} tokens, {whole:.1f} ms on average with oneDNN's log on:\n\n"
-          "primitive | types | shape | a batch | ms | share\n--- | --- | --- | --- | --- | ---")  # fmt: skip
+    print(
+        f"\nA batch of {args.batch_size} x {args.length} tokens, {whole:.1f} ms on average with oneDNN's log on:\n\n"
+        "primitive | types | shape | a batch | ms | share\n--- | --- | --- | --- | --- | ---"
+    )
     rest = whole
     for (kind, types, shape), (count, milliseconds) in sorted(found.items(), key=lambda row: -row[1][1]):
         milliseconds /= args.batches
@@ -119,4 +131,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    cli.run(main)

@@ -5,7 +5,7 @@ them over the same sentences, the next round takes other sentences. The baseline
 runs it: batches in the file's order, Python tokenizer. Models that are not at hand are built with random weights,
 which changes no speed. Writes perf.json (for summarize.py --perf) and perf.png to --output_dir.
 
-    bash infer_perf.sh               # about half an hour; SHORT=1 takes about two minutes
+    bash ../python/infer_perf.sh               # about half an hour; SHORT=1 takes about two minutes
 """
 
 import json
@@ -18,16 +18,13 @@ from typing import NamedTuple, Optional
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, "..", ".."))
-import compat  # noqa: F401  before Paddle
-
+import data
 import numpy as np
+import perf_models
+from common import ROOT, UserError, batching, cli, engine, files, records
 from tqdm import tqdm
 
-import data
-import engine
-import perf_models
-import records
-import utils
+OUTPUT = os.path.join(ROOT, "deploy", "python", "perf")  # beside infer_perf.sh
 
 
 class Row(NamedTuple):
@@ -64,40 +61,57 @@ EFFECT_ROWS = (
 
 
 def parse_args(argv=None):
-    parser = utils.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     models = parser.add_argument_group("models: file prefixes or directories of exports; default: found, else random")
-    models.add_argument("--bert", help="BERT-base, fine-tuned and exported with --cls_only False")
-    models.add_argument("--finetuned", help="default: the best TNEWS cell of finetuning/ppminilm-6l-768h")
-    models.add_argument("--pruned", help="default: pruning/pruned_models/TNEWS/0.75/sub_static")
-    models.add_argument("--quantized", help="default: the best of quantization/tnews_finetuned_quant_models")
-    models.add_argument("--both", help="pruned and quantized; default: the best of quantization/tnews_quant_models")
+    models.add_argument(
+        "--bert", type=cli.PathArgument, help="BERT-base, fine-tuned and exported with --cls_only False"
+    )
+    models.add_argument(
+        "--finetuned", type=cli.PathArgument, help="default: the best TNEWS cell of finetuning/ppminilm-6l-768h"
+    )
+    models.add_argument("--pruned", type=cli.PathArgument, help="default: pruning/pruned_models/TNEWS/0.75/sub_static")
+    models.add_argument(
+        "--quantized", type=cli.PathArgument, help="default: the best of quantization/tnews_finetuned_quant_models"
+    )
+    models.add_argument(
+        "--both",
+        type=cli.PathArgument,
+        help="pruned and quantized; default: the best of quantization/tnews_quant_models",
+    )
     models.add_argument("--random", action="store_true", help="random weights for all that is not named here")
     models.add_argument(
-        "--vocab_file", help="of random models; default: that of the models found, else a generated one"
+        "--vocab_file",
+        type=cli.PathArgument,
+        help="of random models; default: that of the models found, else a generated one",
     )
     timing = parser.add_argument_group("timing")
     timing.add_argument(
         "--short", action="store_true", help="one round of 640 sentences, without BF16 and the sorted BERT-base"
     )
-    timing.add_argument("--rounds", type=int, help="each on its own part of dev (default: 5)")
-    timing.add_argument(
-        "--sentences", type=int, help="of a round (default: 1000; 2000 x 5 rounds are all of TNEWS dev)"
+    cli.positive(timing.add_argument("--rounds", type=int, help="each on its own part of dev (default: 5)"))
+    cli.positive(
+        timing.add_argument(
+            "--sentences", type=int, help="of a round (default: 1000; 2000 x 5 rounds are all of TNEWS dev)"
+        )
     )
     timing.add_argument("--perf_warmup_steps", type=int, default=20, help="batches, at least, before the clock starts")
-    timing.add_argument("--batch_size", type=int, default=32, help="sentences per batch")
-    timing.add_argument("--max_seq_length", type=int, default=128, help="longer texts are cut")
-    timing.add_argument("--threads", type=int, help="of the CPU, in all (default: all cores)")
-    timing.add_argument("--streams", type=int, help="as in infer.py; the plain loop has one")
+    cli.positive(timing.add_argument("--batch_size", type=int, default=32, help="sentences per batch"))
+    cli.positive(timing.add_argument("--max_seq_length", type=int, default=128, help="longer texts are cut"))
+    cli.positive(timing.add_argument("--threads", type=int, help="of the CPU, in all (default: all cores)"))
+    cli.positive(timing.add_argument("--streams", type=int, help="as in infer.py; the plain loop has one"))
     timing.add_argument(
         "--effects", action="store_true", help="the steps from a plain loop to the last row, one by one"
     )
     timing.add_argument("--check", action="store_true", help="also compare predictions with a plain loop's, row by row")
     other = parser.add_argument_group("other")
     other.add_argument("--device", help="gpu or cpu (default: gpu if Paddle has one)")
-    other.add_argument("--data_dir", help="with TNEWS; default: $CLUE_DATA_DIR, else downloaded, else generated")
-    other.add_argument("--output_dir", default=os.path.join(HERE, "perf"), help="results, and models built here")
+    other.add_argument(
+        "--data_dir", type=cli.PathArgument, help="with TNEWS; default: $CLUE_DATA_DIR, else downloaded, else generated"
+    )
+    other.add_argument(
+        "--output_dir", type=cli.PathArgument, default=OUTPUT, help="where results go, and models that are built here"
+    )
     args = parser.parse_args(argv)
-    utils.check_positive(args, "rounds", "sentences", "batch_size", "threads", "streams", "max_seq_length")
     engine.check_streams(args.streams, args.threads)
     if args.effects and any(getattr(args, name) for name in perf_models.MODELS):
         parser.error("--effects compares graphs of one model, which it makes itself; name none")
@@ -118,7 +132,7 @@ def run_round(specs, number, sentences, bar):
             bar.set_description(f"round {number + 1}, {name}")
             done = subprocess.run([sys.executable, os.path.join(HERE, "measure.py"), file.name], stdout=subprocess.PIPE)
         if done.returncode:
-            raise utils.UserError(
+            raise UserError(
                 f"measuring {name} failed with status {done.returncode} (-9: killed, as where memory is short)"
             )
         results[name] = json.loads(done.stdout.splitlines()[-1])
@@ -136,12 +150,25 @@ def specification(args, prefix, precision, device, data_dir, plain=False, stream
     """What measure.py needs to know about a row."""
     streams = 1 if plain else streams or args.streams or engine.default_streams(device, args.threads)
     return {
-        "engine": "paddle", "prefix": prefix, "precision": precision, "device": device, "threads": args.threads,
-        "streams": streams, "plain": plain, "task": "TNEWS", "labels": data.get_task("TNEWS").labels,
-        "data_dir": data_dir, "batch_size": args.batch_size, "check": args.check,
-        "max_seq_length": args.max_seq_length, "warmup_steps": args.perf_warmup_steps, "fast_tokenizer": [True, False],
-        "tokenizer": os.path.dirname(prefix), "latency": 8 if args.short else 200, **others,
-    }  # fmt: skip
+        "engine": "paddle",
+        "prefix": prefix,
+        "precision": precision,
+        "device": device,
+        "threads": args.threads,
+        "streams": streams,
+        "plain": plain,
+        "task": "TNEWS",
+        "labels": data.get_task("TNEWS").labels,
+        "data_dir": data_dir,
+        "batch_size": args.batch_size,
+        "check": args.check,
+        "max_seq_length": args.max_seq_length,
+        "warmup_steps": args.perf_warmup_steps,
+        "fast_tokenizer": [True, False],
+        "tokenizer": os.path.dirname(prefix),
+        "latency": 8 if args.short else 200,
+        **others,
+    }
 
 
 def find_sentences(args):
@@ -152,9 +179,7 @@ def find_sentences(args):
         args.sentences = len(dev.examples) // args.rounds
         notes.append(f"only {len(dev.examples)} dev records")
     if not args.sentences:
-        raise utils.UserError(
-            f"--rounds {args.rounds}: TNEWS dev has {len(dev.examples)} records, one a round is needed"
-        )
+        raise UserError(f"--rounds {args.rounds}: TNEWS dev has {len(dev.examples)} records, one a round is needed")
     return data_dir, dev, notes
 
 
@@ -181,16 +206,17 @@ def agreement(name, rounds):
     """Accuracy of a row, and with --check how its predictions differ from the plain loop's."""
     logits = np.concatenate([r[name]["logits"] for r in rounds])
     labels = np.concatenate([r[name]["labels"] for r in rounds])
-    found = {"accuracy": round(data.accuracy(logits, labels), 6)}
+    found = {"accuracy": round(batching.accuracy(logits, labels), 6)}
     if "plain_logits" in rounds[0][name]:
         plain = np.concatenate([r[name]["plain_logits"] for r in rounds])
         flipped = logits.argmax(-1) != plain.argmax(-1)
         best = np.sort(plain, -1)
         margins = (best[:, -1] - best[:, -2])[flipped]
         found.update(
-            flips=int(flipped.sum()), largest_margin=round(float(margins.max(initial=0)), 6),
-            plain_accuracy=round(data.accuracy(plain, labels), 6),
-        )  # fmt: skip
+            flips=int(flipped.sum()),
+            largest_margin=round(float(margins.max(initial=0)), 6),
+            plain_accuracy=round(batching.accuracy(plain, labels), 6),
+        )
     return found
 
 
@@ -202,34 +228,54 @@ def report(rows, rounds):
         slow = summary(row.name, rounds, rows[0].name, fast=False)
         both = len(first["passes"]) == 2
         fast = summary(row.name, rounds, rows[0].name) if both else slow
-        found.append({
-            "row": row.name, "title": row.title, "precision": row.precision, "published": row.published, **fast,
-            "fast_tokenizer": both, "python_tokenizer": slow, "latency_ms": first["latency"], "shapes": first["shapes"],
-            "peak_memory": max(r["peak_memory"] for r in every),
-            "load_seconds": round(float(np.median([r["load_seconds"] for r in every])), 2),
-            "prepare_seconds": round(float(np.median([r["prepare_seconds"] for r in every])), 2),
-            **agreement(row.name, rounds),
-        })  # fmt: skip
+        found.append(
+            {
+                "row": row.name,
+                "title": row.title,
+                "precision": row.precision,
+                "published": row.published,
+                **fast,
+                "fast_tokenizer": both,
+                "python_tokenizer": slow,
+                "latency_ms": first["latency"],
+                "shapes": first["shapes"],
+                "peak_memory": max(r["peak_memory"] for r in every),
+                "load_seconds": round(float(np.median([r["load_seconds"] for r in every])), 2),
+                "prepare_seconds": round(float(np.median([r["prepare_seconds"] for r in every])), 2),
+                **agreement(row.name, rounds),
+            }
+        )
     return found
 
 
 def table(found, trained):
     """The published table's form as lines, Markdown but for leading bars."""
-    lines = ["model | speed-up, fast tokenizer (Python's) | median, range | published | sentences/s | tokens/s | "
-             "p50, p99 at batch 1, ms | peak memory, MB | load + prepare, s | accuracy",
-             " | ".join(["---"] * 10)]  # fmt: skip
+    lines = [
+        "model | speed-up, fast tokenizer (Python's) | median, range | published | sentences/s | tokens/s | "
+        "p50, p99 at batch 1, ms | peak memory, MB | load + prepare, s | accuracy",
+        " | ".join(["---"] * 10),
+    ]
     for row in found:
         slow = row["python_tokenizer"]
         accuracy = f"{100 * row['accuracy']:.2f}" if trained[row["row"]] else "random weights"
         if "flips" in row:
             accuracy += f", {row['flips']} flips (margin {row['largest_margin']:.4f})"
-        lines.append(" | ".join([
-            row["title"], f"{row['speedup']:.2f}x " * row["fast_tokenizer"] + f"({slow['speedup']:.2f}x)",
-            f"{row['median']:.2f}, {row['range'][0]:.2f}-{row['range'][1]:.2f}", row["published"],
-            f"{row['sentences_per_second']:.0f}", f"{row['tokens_per_second']:.0f}",
-            "{:.1f}, {:.1f}".format(*row["latency_ms"]), f"{row['peak_memory'] / 1e6:.0f}",
-            f"{row['load_seconds']:.1f} + {row['prepare_seconds']:.1f}", accuracy,
-        ]))  # fmt: skip
+        lines.append(
+            " | ".join(
+                [
+                    row["title"],
+                    f"{row['speedup']:.2f}x " * row["fast_tokenizer"] + f"({slow['speedup']:.2f}x)",
+                    f"{row['median']:.2f}, {row['range'][0]:.2f}-{row['range'][1]:.2f}",
+                    row["published"],
+                    f"{row['sentences_per_second']:.0f}",
+                    f"{row['tokens_per_second']:.0f}",
+                    "{:.1f}, {:.1f}".format(*row["latency_ms"]),
+                    f"{row['peak_memory'] / 1e6:.0f}",
+                    f"{row['load_seconds']:.1f} + {row['prepare_seconds']:.1f}",
+                    accuracy,
+                ]
+            )
+        )
     return lines
 
 
@@ -259,7 +305,7 @@ def draw(path, found, baseline, machine):
 
 def main(argv=None):
     args = parse_args(argv)
-    device = utils.set_device(args.device)
+    device = cli.set_device(args.device)
     rows = EFFECT_ROWS if args.effects else CPU_ROWS if device == "cpu" else GPU_ROWS
     no_bf16 = (
         device == "cpu" and "avx512f" not in records.describe_machine()["flags"]
@@ -292,15 +338,26 @@ def main(argv=None):
         f"{args.max_seq_length}, on {device}: {machine['cpu']}, {machine['cores']} cores"
     )
     print("\n".join([*lines, "", *(f"- {note}" for note in notes)]))
-    utils.write_whole(
+    files.write_whole(
         os.path.join(args.output_dir, f"{name}.json"),
-        json.dumps({"date": time.strftime("%Y-%m-%d", time.gmtime(started)), "machine": machine, "notes": notes,
-                    "versions": records.describe_versions(), "arguments": records.describe_arguments(args),
-                    "data": dev.describe(), "rows": found}, indent=1, ensure_ascii=False) + "\n",
-    )  # fmt: skip
+        json.dumps(
+            {
+                "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
+                "machine": machine,
+                "notes": notes,
+                "versions": records.describe_versions(),
+                "arguments": cli.describe(args),
+                "data": dev.describe(),
+                "rows": found,
+            },
+            indent=1,
+            ensure_ascii=False,
+        )
+        + "\n",
+    )
     draw(os.path.join(args.output_dir, f"{name}.png"), found, rows[0].title, machine)
     return found
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    cli.run(main)

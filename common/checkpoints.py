@@ -1,0 +1,380 @@
+"""Loading models. There is one door for each kind of directory:
+
+    load_pretrained     what training starts from: a built-in name, a model directory, or --init_config
+    load_classifier     the model that fine-tuning or pruning wrote
+    open_graph          an exported or a quantized graph
+    load_sub_model      the narrow model that pruning/export_model.py cut out (pruning/dynabert.py)
+
+Weights are read by read_tensors, which takes nothing but tensors, and compared with the hashes in stage.json.
+"""
+
+import codecs
+import json
+import os
+import pickle
+import re
+import tempfile
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+
+from common import UserError, cli, compat, files, modeling, processes, records, tokenization
+
+WEIGHTS = "model_state.pdparams"
+
+
+def add_model_arguments(group):
+    group.add_argument(
+        "--model_type", default="ppminilm", choices=sorted(modeling.MODEL_TYPES), help="family of the encoder"
+    )
+    group.add_argument(
+        "--model_name_or_path",
+        type=cli.NameOrPathArgument,
+        help="built-in name, or directory that an earlier stage wrote; required unless --init_config is given",
+    )
+    group.add_argument(
+        "--init_config",
+        type=cli.PathArgument,
+        help="JSON file with an architecture (configs/ has some): start from random weights, where none can be "
+        "downloaded; stage.json notes it",
+    )
+    group.add_argument("--vocab_file", type=cli.PathArgument, help="vocabulary for --init_config, one token per line")
+
+
+# What training starts from
+
+
+class Pretrained(NamedTuple):
+    model: Any  # of PaddleNLP
+    tokenizer: Any
+    parent: Optional[dict]  # the directory that it was loaded from, as in stage.json; None if there is none
+    notes: list  # what is random or partial
+    fields: dict  # for stage.json: model, params, flops
+
+
+def load_pretrained(
+    name,
+    num_labels,
+    model_type="ppminilm",
+    init_config=None,
+    vocab_file=None,
+    use_faster_tokenizer=True,
+    kind="ForSequenceClassification",
+    option="--model_name_or_path",
+    tokenizer=None,
+    max_seq_length=None,
+):
+    """The model and the tokenizer that training starts from.
+
+    Args:
+        name: a built-in name or a directory; may be None if ``init_config`` is given.
+        init_config: path of a JSON architecture: random weights instead of ``name``.
+        vocab_file, tokenizer: the vocabulary for ``init_config``, one of the two.
+        kind: suffix of PaddleNLP's class.
+        option: the option by which the user gave ``name``, for messages.
+        max_seq_length: if given, the model must have that many positions.
+    Returns: Pretrained. Raises: UserError if nothing can be loaded.
+    """
+    cls = modeling.model_class(model_type, kind)
+    parent, notes = None, []
+    if init_config:
+        # Launchers pass a name for the results in any case, so a name that holds no weights is not a mistake.
+        if name and is_model_directory(name):
+            raise UserError(f"{option} {name} and --init_config: the first has weights; give one of them")
+        if vocab_file:
+            tokenizer = tokenization.load_tokenizer(None, use_faster_tokenizer, vocab_file)
+        if tokenizer is None:
+            raise UserError("--init_config needs --vocab_file, the vocabulary that the new embeddings are for")
+        model = cls(modeling.random_config(model_type, init_config, len(tokenizer.vocab), num_labels))
+        source, notes = "random weights", ["random weights, no pre-training"]
+    elif not name:
+        raise UserError(f"{option} is needed: a built-in name or a model directory (or --init_config)")
+    elif is_model_directory(name):
+        if os.path.isfile(os.path.join(name, records.RECORD)):
+            record = records.read_record(name)
+            check_hashes(name, record)
+            notes, parent = list(record["notes"]), records.parent_of(name, record)
+        check_model_type(name, model_type)
+        model, new_parameters = read_model(cls, name, num_labels, new_head=True)
+        if any("pooler" in parameter for parameter in new_parameters):
+            notes.append(f"random weights of the pooler, which {WEIGHTS} lacks")
+        source = files.relative(name)
+        tokenizer = tokenization.load_tokenizer(name, use_faster_tokenizer)
+    elif source := builtin_name(cls, name):
+        model, tokenizer = load_builtin(cls, source, num_labels, model_type, use_faster_tokenizer)
+    else:
+        builtin = [n for n in cls.pretrained_init_configuration if "uncased" not in n][:8]
+        raise UserError(
+            f"{option} {name}: no directory with {WEIGHTS}, and not a built-in "
+            f"{model_type} model ({', '.join(builtin)}, ...)"
+        )
+    if len(tokenizer.vocab) > model.config.vocab_size:
+        raise UserError(
+            f"{source}: the vocabulary has {len(tokenizer.vocab)} tokens, the model {model.config.vocab_size}"
+        )
+    if max_seq_length is not None:
+        records.check_sequence_length(max_seq_length, model.config.max_position_embeddings)
+    description = {
+        "model_type": model_type,
+        "architecture": modeling.architecture_of(model),
+        "width_mult": 1.0,
+        "initialized_from": source,
+    }
+    params, flops = modeling.count(model)
+    fields = {"model": description, "params": params, "flops": flops}
+    return Pretrained(model, tokenizer, parent, notes, fields)
+
+
+def builtin_name(cls, name):
+    """PaddleNLP's name for a built-in model, or None. HFL's RoBERTa models are published without the prefix hfl/."""
+    return next((n for n in (name, f"hfl/{name}") if n in cls.pretrained_init_configuration), None)
+
+
+def load_builtin(cls, name, num_labels, model_type, use_faster_tokenizer):
+    """Downloads a built-in model, or takes it from PaddleNLP's cache: (model, tokenizer over its vocabulary)."""
+    try:
+        with compat.away_from_directory(name):
+            model = cls.from_pretrained(name, num_labels=num_labels)
+            theirs = modeling.model_class(model_type, "Tokenizer").from_pretrained(name)
+    except Exception as error:  # without a network PaddleNLP raises half a dozen kinds
+        raise UserError(
+            f"{name} could not be downloaded ({type(error).__name__}); without a network, name a model "
+            "directory, or start from random weights with --init_config and --vocab_file (README, Data)"
+        ) from error
+    with tempfile.TemporaryDirectory() as directory:
+        theirs.save_resources(directory)
+        vocab_file = os.path.join(directory, "vocab.txt")
+        lower_case = getattr(theirs, "do_lower_case", True)  # False for cased vocabularies
+        return model, tokenization.load_tokenizer(None, use_faster_tokenizer, vocab_file, lower_case)
+
+
+def is_model_directory(path):
+    return os.path.isfile(os.path.join(path, WEIGHTS))
+
+
+def check_model_type(directory, model_type):
+    """Raises: UserError if a model directory is of another family, or of a pruned width."""
+    path = os.path.join(directory, "config.json")
+    if not os.path.isfile(path):
+        path = os.path.join(directory, "model_config.json")  # a pruned model's
+    if not os.path.isfile(path):
+        return
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = dict(json.load(file))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a JSON object ({error})") from error
+    if "width_mult" in config:
+        raise UserError(
+            f"{directory}: a pruned model; dynabert.load_sub_model loads it, these scripts start from whole ones"
+        )
+    for family, prefix in modeling.MODEL_TYPES.items():
+        is_family = any(re.match(f"{prefix}[A-Z]", name) for name in config.get("architectures") or [])
+        if is_family and family != model_type:
+            raise UserError(f"--model_type {model_type}: {directory} holds a model of type {family}")
+
+
+# What fine-tuning and pruning wrote
+
+
+def add_classifier_arguments(group, help):
+    """--task_name, --model_name_or_path and --model_type of a stage that starts from a fine-tuned or pruned model."""
+    cli.add_task_argument(group)
+    group.add_argument("--model_name_or_path", type=cli.NameOrPathArgument, required=True, help=help)
+    help = "checked against stage.json if given"
+    group.add_argument("--model_type", choices=sorted(modeling.MODEL_TYPES), help=help)
+
+
+class Classifier(NamedTuple):
+    model: Any  # in eval mode
+    tokenizer: Any
+    record: dict  # its stage.json
+    parent: dict  # the field ``parent`` of what is made from it
+
+
+def load_classifier(directory, use_faster_tokenizer=True, stage="finetune"):
+    """The classification model that a stage wrote.
+
+    Args: stage: finetune or prune.
+    Returns: Classifier. Raises: UserError if the directory is not a complete result of that stage.
+    """
+    record = records.read_record(directory, f"a model of stage {stage}")
+    if record["stage"] != stage:
+        raise UserError(f"{directory}: written by stage {record['stage']}, a model of stage {stage} is needed")
+    check_hashes(directory, record)
+    model, _ = read_model(modeling.model_class(record["model"]["model_type"]), directory, len(record["labels"]))
+    model.eval()
+    tokenizer = tokenization.load_tokenizer(directory, use_faster_tokenizer)
+    return Classifier(model, tokenizer, record, records.parent_of(directory, record))
+
+
+def load_classifier_for(args, directory, stage="finetune", model_type=None):
+    """As load_classifier, for the arguments of a stage: they are checked, and --max_seq_length gets its default.
+
+    Raises: UserError if the model is of another task than --task_name, or of another type, or too short.
+    """
+    classifier = load_classifier(directory, args.use_faster_tokenizer, stage)
+    records.check_task(classifier.record, args.task_name, directory, model_type)
+    if processes.is_first():
+        records.show_inherited(directory, classifier.record, args)
+    args.max_seq_length = records.sequence_length(args, classifier.record)
+    return classifier
+
+
+def check_hashes(directory, record):
+    """Raises: UserError unless the record names the weights and all files are as it says."""
+    if WEIGHTS not in record["weights"]:
+        raise UserError(f"{os.path.join(directory, records.RECORD)}: does not name {WEIGHTS}; it is not of this model")
+    records.check_files(directory, record)
+
+
+def read_model(cls, directory, num_labels, new_head=False):
+    """A model of PaddleNLP's class ``cls`` with the configuration and the weights of a directory.
+
+    ``cls.from_pretrained`` would execute code in a malicious file, and would silently start parameters at random that
+    the file lacks or has in another shape.
+
+    Args: new_head: whether the parameters behind the encoder, and a missing pooler, may start at random.
+    Returns: (model, names of the parameters that did). Raises: UserError if any other parameter does not fit.
+    """
+    try:
+        model = cls(cls.config_class.from_pretrained(directory, num_labels=num_labels))
+    except Exception as error:  # PaddleNLP checks nothing, so a wrong field may raise anything
+        raise UserError(f"{directory}: its config.json makes no model ({type(error).__name__}: {error})") from error
+    return model, set_parameters(model, os.path.join(directory, WEIGHTS), new_head)
+
+
+def set_parameters(model, path, new_head=False):
+    """Gives a model all its parameters from a file. Args, returns and raises: as read_model."""
+    prefix, new_parameters = f"{model.base_model_prefix}.", []
+
+    def in_encoder(name):  # a model without a head has no prefix in its names
+        return name[len(prefix) :] if name.startswith(prefix) else name
+
+    arrays = {in_encoder(name): array for name, array in read_tensors(path).items()}
+    for name, parameter in model.named_parameters():
+        array = arrays.get(in_encoder(name))
+        if array is not None and array.dtype.kind != "f":  # Paddle keeps BF16 as uint16
+            raise UserError(f"{path}: {name} is {array.dtype}; weights in FP32 or FP16 are needed")
+        if array is not None and list(array.shape) == parameter.shape:
+            parameter.set_value(array.astype("float32"))
+            continue
+        in_head = modeling.encoder_of(model) is not model and not name.startswith(prefix)
+        missing_pooler = array is None and in_encoder(name).startswith("pooler.")
+        if new_head and (in_head or missing_pooler):
+            new_parameters.append(name)
+            continue
+        found = "is not there" if array is None else f"has shape {list(array.shape)}, not {parameter.shape}"
+        raise UserError(f"{path}: {name} {found}: weights of another architecture, width or number of labels")
+    return new_parameters
+
+
+# Exported and quantized graphs
+
+
+class Graph(NamedTuple):
+    prefix: str  # path of the graph without .pdmodel and .pdiparams
+    record: dict  # the stage.json beside it
+
+    @property
+    def directory(self):
+        return os.path.dirname(os.path.abspath(self.prefix))
+
+    @property
+    def name(self):
+        return os.path.basename(self.prefix)
+
+    def tokenizer(self, use_faster_tokenizer=True):
+        return tokenization.load_tokenizer(self.directory, use_faster_tokenizer)
+
+
+def open_graph(path, option="--model_path"):
+    """A graph with the record beside it; all its files are checked.
+
+    Args: path: file prefix, .pdmodel file, or directory. option: the option by which the user gave it, for messages.
+    Returns: Graph. Raises: UserError if there is no graph, or if its files are not those of its record.
+    """
+    if os.path.isfile(os.path.join(path, records.RECORD)):
+        record = records.read_record(path)
+        names = [name[: -len(".pdmodel")] for name in records.graph_files(record) if name.endswith(".pdmodel")]
+        if not names:
+            raise UserError(f"{path}: not exported; run export_model.py (fine-tuned) or export.sh (pruned) first")
+        prefix = os.path.join(path, names[0])
+    else:
+        prefix = find_prefix(path, option)
+        record = records.read_record(os.path.dirname(os.path.abspath(prefix)), "an export or a quantized model")
+    graph = Graph(prefix, record)
+    if f"{graph.name}.pdiparams" not in records.graph_files(record):
+        place = os.path.join(graph.directory, records.RECORD)
+        raise UserError(f"{prefix}: {place} does not name these files; export them again")
+    records.check_files(graph.directory, record, records.graph_files(record))
+    return graph
+
+
+def find_prefix(path, option="--model_path"):
+    """The file prefix of a graph, with or without a record. Args and raises: as open_graph."""
+    prefix = path[: -len(".pdmodel")] if path.endswith(".pdmodel") else path
+    if os.path.isdir(path):
+        graphs = [name for name in sorted(os.listdir(path)) if name.endswith(".pdmodel")]
+        if len(graphs) != 1:
+            raise UserError(f"{option} {path}: a directory with {len(graphs)} graphs (*.pdmodel), one is needed")
+        prefix = os.path.join(path, graphs[0][: -len(".pdmodel")])
+    for suffix in (".pdmodel", ".pdiparams"):
+        if not os.path.isfile(prefix + suffix):
+            raise UserError(f"{option} {path}: no {prefix}{suffix}")
+    return prefix
+
+
+# .pdparams files. They are pickles, which may execute any code when they are loaded; here only tensors are taken.
+
+# All that paddle.save needs for a state dictionary: arrays, each alone or in a tuple with its name.
+ALLOWED_CLASSES = {
+    ("builtins", "tuple"),
+    ("collections", "OrderedDict"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),  # NumPy 2's name
+}
+
+
+def _latin1_bytes(text, encoding):
+    """What pickles of protocol 2 call for the bytes of an array."""
+    return codecs.latin_1_encode(text)[0]
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        if (module, name) == ("_codecs", "encode"):
+            return _latin1_bytes
+        if (module, name) not in ALLOWED_CLASSES:
+            raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no part of a tensor")
+        return super().find_class(module, name)
+
+
+def read_tensors(path):
+    """{name: array of numbers} of a state dictionary that paddle.save wrote.
+
+    Raises: UserError if the file is damaged, or holds anything but tensors, or numbers that are not finite.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = _TensorUnpickler(file).load()
+    except OSError:
+        raise
+    except Exception as error:  # damaged bytes make pickle and NumPy raise almost anything
+        raise UserError(f"{path}: not a file of tensors, or damaged ({error}); it was not loaded") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds {type(content).__name__}, not tensors with their names")
+    arrays = {}
+    for name, value in content.items():
+        if name == "StructuredToParameterName@@":  # Paddle's own table of names
+            continue
+        array = value[1] if isinstance(value, tuple) and len(value) == 2 else value
+        if not isinstance(name, str) or not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
+            kind = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+            raise UserError(f"{path}: {name!r} is {kind}, not a tensor of numbers")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise UserError(f"{path}: {name!r} holds numbers that are not finite")
+        arrays[name] = array
+    return arrays

@@ -1,0 +1,233 @@
+"""The command line of every script: errors, arguments that several scripts have, device, seed."""
+
+import argparse
+import contextlib
+import errno
+import os
+import random
+import sys
+import tempfile
+
+from common import UserError, files
+
+
+def run(main):
+    """Runs a script's ``main``: a mistake of the user becomes one clear line and exit status 2, not a stack trace."""
+    script = os.path.basename(sys.argv[0])
+    try:
+        main()
+    except UserError as error:
+        print(f"{script}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # `... | head`: the reader has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        if error.errno is None:  # not from the file system, so the user cannot mend it
+            raise
+        advice = "; make room, then rerun the same command" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        print(f"{script}: error: {error.filename or 'the output'}: {error.strerror}{advice}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted; rerun the same command to resume from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+# Parsing
+
+
+class Arguments(argparse.Namespace):
+    """Parsed arguments. ``without_effect``: the names of those that were declared not to change the result."""
+
+    __slots__ = ("without_effect",)  # a slot, so that vars() gives the arguments and nothing else
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults in the help and one-line errors."""
+
+    class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):
+            return action.help if action.default is None else super()._get_help_string(action)
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=self.Formatter)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")
+
+    def parse_args(self, argv=None):
+        args = super().parse_args(argv, Arguments())
+        args.without_effect = {action.dest for action in self._actions if getattr(action, "without_effect", False)}
+        for action in self._actions:
+            value = getattr(args, action.dest, None)
+            if getattr(action, "positive", False) and value is not None and value <= 0:
+                raise UserError(f"--{action.dest} {value}: must be above 0")
+        return args
+
+
+class PathArgument(str):
+    """``type=PathArgument``: records write this argument relative to the repository (files.relative)."""
+
+    def described(self):
+        return files.relative(self)
+
+
+class NameOrPathArgument(PathArgument):
+    """``type=NameOrPathArgument``: the name of a built-in model, which records keep as it is, or a path."""
+
+    def described(self):
+        return files.relative(self) if os.sep in self else str(self)
+
+
+def without_effect(action):
+    """Declares that an argument does not change the result: ``without_effect(group.add_argument(...))``.
+
+    A run that differs from a finished one in such arguments alone finds its result there already (runs.Run).
+    """
+    action.without_effect = True
+    return action
+
+
+def positive(action):
+    """Declares that an argument, if given, must be above 0: ``positive(group.add_argument(...))``."""
+    action.positive = True
+    return action
+
+
+def boolean(text):
+    """argparse type: true or false."""
+    values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if str(text).lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of true, false")
+    return values[str(text).lower()]
+
+
+def add_flag(group, name, help, default=False, changes_result=True):
+    """Adds a flag that takes an optional value: ``--int8``, ``--int8 True``, ``--int8 False``.
+
+    Args: default: None lets the script decide. changes_result: False as without_effect.
+    """
+    action = group.add_argument(name, nargs="?", const=True, default=default, type=boolean, help=help)
+    if not changes_result:
+        without_effect(action)
+
+
+def describe(args):
+    """The arguments as records keep them: sorted, paths relative to the repository."""
+    described = dict(sorted(vars(args).items()))
+    for name, value in described.items():
+        if isinstance(value, PathArgument):
+            described[name] = value.described()
+    return described
+
+
+# Arguments that several scripts have
+
+
+def add_task_argument(group):
+    # It does not make a result: model and data say which task it is, and it may be typed in any case.
+    help = "a CLUE task in any case, or a name for the data in --data_dir"
+    without_effect(group.add_argument("--task_name", required=True, help=help))
+
+
+def add_output_argument(group, help, required=False):
+    without_effect(group.add_argument("--output_dir", type=PathArgument, required=required, help=help))
+
+
+def add_overwrite_argument(group):
+    help = "replace the result of a run with other arguments"
+    without_effect(group.add_argument("--overwrite", action="store_true", help=help))
+
+
+def add_device_argument(group):
+    group.add_argument("--device", help="gpu or cpu (default: gpu if Paddle has one)")
+
+
+def add_data_arguments(group):
+    """--data_dir and the sample limits."""
+    help = "directory with the task's train.json and dev.json; default: $CLUE_DATA_DIR, else PaddleNLP downloads the "
+    help += "CLUE task"
+    # A record knows the data by its md5, wherever it lies.
+    without_effect(group.add_argument("--data_dir", type=PathArgument, help=help))
+    for split in ("train", "eval"):
+        help = f"use only this many {split} records, for a quick trial; the result is marked as partial"
+        positive(group.add_argument(f"--max_{split}_samples", type=int, help=help))
+
+
+def add_tokenizer_arguments(group):
+    """--use_faster_tokenizer and --max_seq_length."""
+    help = (
+        "tokenize in Rust: same ids as PaddleNLP's Python tokenizer, about seven times faster; False takes PaddleNLP's"
+    )
+    add_flag(group, "--use_faster_tokenizer", help, default=True)
+    help = (
+        "tokens per sequence, longer ones are cut; lower it to save time and memory if your texts are short (default: "
+    )
+    help += "the length that the model was fine-tuned with, else 128)"
+    group.add_argument("--max_seq_length", type=int, help=help)
+
+
+def add_input_arguments(parser):
+    """The group of arguments that say what a stage reads and how it is tokenized."""
+    group = parser.add_argument_group("data")
+    add_data_arguments(group)
+    add_tokenizer_arguments(group)
+    return group
+
+
+# The process
+
+
+def set_device(device=None):
+    """Selects the device in Paddle. Returns: its name.
+
+    Args: device: gpu, gpu:N or cpu (default: gpu if this Paddle has one). Raises: UserError if it is not there.
+    """
+    from common.compat import paddle
+
+    available = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
+    if device is None:
+        device = "gpu" if available else "cpu"
+    if device.startswith("gpu") and not available:
+        raise UserError(f"--device {device}: this Paddle sees no GPU; use --device cpu")
+    if device.split(":")[0] not in ("cpu", "gpu"):
+        raise UserError(f"--device {device}: must be gpu or cpu")
+    paddle.set_device(device)
+    return device
+
+
+def set_seed(seed):
+    """Seeds Python, NumPy and Paddle."""
+    import numpy as np
+
+    from common.compat import paddle
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    paddle.seed(seed)
+
+
+@contextlib.contextmanager
+def quiet():
+    """Hides what libraries print, their C++ code included, unless the block ends with an error."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(1), os.dup(2)]
+    with tempfile.TemporaryFile() as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        shown = b""
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, UserError):
+                log.seek(0)
+                shown = log.read()
+            raise
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, copy in enumerate(kept, 1):
+                os.dup2(copy, number)
+                os.close(copy)
+            os.write(2, shown)

@@ -1,0 +1,197 @@
+"""Files and directories that appear whole or not at all, locks, hashes, JSON lines."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+
+from common import ROOT, UserError
+
+
+def relative(path):
+    """The name of a path in records: relative to the repository; outside of it, its last two components (only the
+    last one if the other could be a user name)."""
+    path = os.path.abspath(path)
+    if path == ROOT or path.startswith(ROOT + os.sep):
+        return os.path.relpath(path, ROOT)
+    parent = os.path.dirname(path)
+    in_home = parent == os.path.expanduser("~") or os.path.dirname(parent) == "/home"
+    kept = 1 if in_home else 2
+    return os.path.join("...", *path.split(os.sep)[-kept:])
+
+
+class Lock:
+    """Held by one process at a time while it writes ``target``. The kernel releases it when the process ends.
+
+    Args:
+        target: the directory that is going to be written.
+        path: the file to lock (default: a hidden file beside the target).
+        wait: whether to wait until another process releases the lock.
+    Raises: UserError if another process holds the lock and ``wait`` is False.
+    """
+
+    def __init__(self, target, path=None, wait=False):
+        (beside,) = leftovers_of(target, "lock")
+        parent = os.path.dirname(beside)
+        if os.path.isdir(target) and not os.access(parent, os.W_OK):
+            beside = os.path.join(target, ".lock")
+        self.path, self.made_directories = path or beside, []
+        while not os.path.isdir(parent):
+            self.made_directories.append(parent)
+            parent = os.path.dirname(parent)
+        while True:
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            self.file = open(self.path, "w")  # noqa: SIM115  kept open: the lock lasts as long as the file is open
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except OSError as error:
+                self.file.close()
+                if isinstance(error, BlockingIOError):
+                    raise UserError(f"{target}: another run is writing there") from None
+                raise UserError(f"{target}: its file system has no locks ({error.strerror}); write elsewhere") from None
+            if self.is_current():
+                return
+            self.file.close()  # the process that held the lock has removed the file by now: make a new one
+
+    def is_current(self):
+        """Whether the locked file is still the one at its path."""
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
+        return False
+
+    def release(self):
+        if self.file.closed:
+            return
+        with contextlib.suppress(OSError):  # the disk may be read-only by now; the first error is the one to report
+            if self.is_current():
+                os.remove(self.path)
+        self.file.close()
+        for directory in self.made_directories:
+            try:
+                os.rmdir(directory)
+            except FileNotFoundError:
+                continue
+            except OSError:  # not empty: the output is in it
+                break
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.release()
+
+
+@contextlib.contextmanager
+def empty_directory(path):
+    """Makes the directory ``path``, removing an earlier one, and removes it again when the block ends."""
+    shutil.rmtree(path, ignore_errors=True)
+    os.makedirs(path)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def leftovers_of(target, *states):
+    """The paths that kill -9 may leave beside a directory: hidden, so that no launcher's glob matches them."""
+    parent, name = os.path.split(os.path.realpath(target))
+    return [os.path.join(parent, f".{name}.{state}") for state in states]
+
+
+@contextlib.contextmanager
+def whole_directory(target, wait=False):
+    """A temporary directory beside ``target`` that takes its place when the block ends without an error.
+
+    An existing ``target`` is replaced. So it is there whole or not at all, also after kill -9.
+
+    Args: wait: whether to wait until another process that writes the same target has finished.
+    Raises: UserError if another process is writing the target and ``wait`` is False.
+    """
+    target = os.path.realpath(target)  # if it is a link, the directory that it points to is replaced
+    temporary, old = leftovers_of(target, "writing", "old")
+    with Lock(target, wait=wait):
+        if os.path.isdir(old) and not os.path.exists(target):  # killed between the two renames below
+            os.rename(old, target)
+        shutil.rmtree(old, ignore_errors=True)
+        with empty_directory(temporary):
+            yield temporary
+            if os.path.isdir(target):
+                os.rename(target, old)
+            try:
+                os.rename(temporary, target)
+            except BaseException:
+                if os.path.isdir(old) and not os.path.exists(target):
+                    os.rename(old, target)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def clear_leftovers(target):
+    """Removes what a run left beside ``target`` if it was killed after ``target`` was complete."""
+    lock, *directories = leftovers_of(target, "lock", "writing", "old")
+    if any(map(os.path.exists, (lock, *directories))):
+        with Lock(target, wait=True):
+            for path in directories:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def write_whole(path, text):
+    """Writes a text file under a temporary name beside its path, then renames it."""
+    temporary = f"{path}.writing-{os.getpid()}"
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
+def write_json(path, content):
+    write_whole(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+
+
+def write_json_lines(path, rows):
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_json_lines(path):
+    """Yields (line number, JSON object) of a file with one object per line. Raises: UserError naming file and line."""
+    with open(path, "rb") as file:  # in bytes: text mode would also end lines at U+2028, which occurs in texts
+        for number, line in enumerate(file, 1):
+            if line.endswith(b"\r\n"):
+                raise UserError(f"{path}:{number}: the line ends in CRLF, not LF; sed -i 's/\\r$//' mends the file")
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start})") from error
+            except ValueError as error:
+                raise UserError(f"{path}:{number}: not a JSON object ({error})") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number}: a JSON object is needed, not {type(row).__name__}")
+            yield number, row
+
+
+def copy_files(source, target):
+    for name in os.listdir(source):
+        shutil.copy2(os.path.join(source, name), target)
+
+
+def file_hash(path):
+    """sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_files(directory, names):
+    """{file name: sha256}"""
+    return {name: file_hash(os.path.join(directory, name)) for name in names}

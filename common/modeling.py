@@ -1,0 +1,105 @@
+"""Encoders with a classification head: families, architectures, sizes, predictions. checkpoints.py loads them."""
+
+import json
+import math
+import os
+
+from common import UserError, batching
+from common.compat import paddle
+
+# --model_type: the beginning of the names of PaddleNLP's classes.
+MODEL_TYPES = {"ppminilm": "PPMiniLM", "bert": "Bert", "ernie": "Ernie", "roberta": "Roberta"}
+
+# What an --init_config file may set. The defaults are ppminilm-6l-768h's values.
+ARCHITECTURE = {
+    "hidden_size": 768,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "hidden_act": "relu",
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "vocab_size": None,  # default: the size of the vocabulary
+    "initializer_range": 0.02,
+    "layer_norm_eps": 1e-12,
+    "pad_token_id": 0,
+}
+# ERNIE alone has these. They are recorded only where a configuration sets them.
+ERNIE_ARCHITECTURE = ("use_task_id", "task_id", "task_type_vocab_size", "pool_act")
+
+
+def model_class(model_type, kind="ForSequenceClassification"):
+    """PaddleNLP's class for a model type. Args: kind: its suffix, such as ``Model`` or ``Tokenizer``."""
+    from paddlenlp import transformers
+    from paddlenlp.utils.log import logger
+
+    logger.set_level("ERROR")  # below that it names every file that it reads and warns that a new head is new
+    return getattr(transformers, MODEL_TYPES[model_type] + kind)
+
+
+def encoder_of(model):
+    """The encoder (embeddings, layers, pooler) inside a model with a head, or the model itself."""
+    return getattr(model, model.base_model_prefix, model)
+
+
+def architecture_of(model):
+    names = (*ARCHITECTURE, *ERNIE_ARCHITECTURE)
+    return {name: getattr(model.config, name) for name in names if getattr(model.config, name, None) is not None}
+
+
+def random_config(model_type, init_config, vocab_size, num_labels):
+    """PaddleNLP's configuration for the JSON architecture in a file. Raises: UserError if no model can be built."""
+    option = f"--init_config {init_config}"
+    if not os.path.isfile(init_config):
+        raise UserError(f"{option}: no such file")
+    try:
+        with open(init_config, encoding="utf-8") as file:
+            given = json.load(file)
+    except ValueError as error:
+        raise UserError(f"{option}: not JSON ({error})") from error
+    if not isinstance(given, dict):
+        raise UserError(f"{option}: must be a JSON object")
+    unknown = sorted(set(given) - {*ARCHITECTURE, *ERNIE_ARCHITECTURE})
+    if unknown:
+        raise UserError(f"{option}: unknown {', '.join(unknown)}; it may set {', '.join(ARCHITECTURE)}")
+    fields = {**ARCHITECTURE, **given}
+    fields["vocab_size"] = fields["vocab_size"] or vocab_size
+    if fields["vocab_size"] != vocab_size:
+        raise UserError(f"{option}: vocab_size {fields['vocab_size']}, but --vocab_file has {vocab_size} tokens")
+    hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
+    if hidden % heads:
+        raise UserError(f"{option}: hidden_size {hidden} is not divisible by num_attention_heads {heads}")
+    return model_class(model_type).config_class(**fields, num_labels=num_labels)
+
+
+def count(model):
+    """(params, flops): all parameters; multiply-adds of the encoder's linear layers at 128 tokens.
+
+    FLOPs as in the published table: layers x 128 x (4 x hidden x attention width + 2 x hidden x FFN width).
+    """
+    params = sum(math.prod(p.shape) for p in model.parameters())
+    matrices = [p for p in encoder_of(model).encoder.parameters() if len(p.shape) == 2]
+    return params, 128 * sum(math.prod(p.shape) for p in matrices)
+
+
+@paddle.no_grad()
+def predict(model, features, pad_id=0, batch_size=128):
+    """Logits of a model in eval mode: float32 [n, classes] in the order of the features. Keeps the model's mode."""
+    training = model.training
+    model.eval()
+
+    def run(batch):
+        return model(paddle.to_tensor(batch.input_ids), paddle.to_tensor(batch.token_type_ids)).numpy()
+
+    sorted_batches = batching.batches(features, batch_size, pad_id, batching.by_length(features))
+    logits = batching.gather(((batch, run(batch)) for batch in sorted_batches), len(features))
+    if training:
+        model.train()
+    return logits
+
+
+def score(model, features, pad_id=0):
+    """{accuracy, loss} of a model on features with labels; see batching.scores."""
+    return batching.scores(predict(model, features, pad_id), [feature.label for feature in features])

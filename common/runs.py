@@ -1,0 +1,331 @@
+"""One run of a stage: it never mixes results, resumes after a kill, and writes each output whole with its stage.json.
+
+    with ResumableRun("finetune", args, [args.output_dir], parent, data, task=...) as run:
+        if run.finished:
+            return
+        state = run.restore(model, optimizer, schedule, best=None)
+        ...                                                      # train from state["step"] on, and now and then
+        run.save_state(step, model, optimizer, state)
+        with run.output(args.output_dir, metrics=...) as directory:
+            model.save_pretrained(directory)                     # appears as args.output_dir, with stage.json
+
+Run is the same for short work, which has no state to save.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import time
+import zipfile
+
+import numpy as np
+
+from common import UserError, cli, files, processes, records
+from common.checkpoints import WEIGHTS
+from common.compat import paddle
+
+
+def identity(arguments, parent, data, without_effect):
+    """What makes a result, as a flat dict: arguments, the weights it was made from, the md5 of each data file.
+
+    Args:
+        arguments, parent, data: as in a record.
+        without_effect: names of arguments that do not count (cli.Arguments).
+    """
+    made_from = {name: value for name, value in arguments.items() if name not in without_effect}
+    made_from["weights made from"] = None
+    if parent:
+        hashes = sorted(digest[:12] for digest in records.parameter_hashes(parent["weights"]))
+        made_from["weights made from"] = " ".join(hashes)
+    for name, split in (data or {}).items():
+        made_from[f"md5 of {name}"] = split["md5"]
+    return made_from
+
+
+def difference(before, now):
+    """In what two identities differ, as text; "" if they are equal."""
+    names = sorted(set(before) | set(now))
+    return ", ".join(f"{n} {before.get(n)} -> {now.get(n)}" for n in names if before.get(n) != now.get(n))
+
+
+def check_replaceable(directory, stage, inside=()):
+    """Raises: UserError unless a directory is absent, empty or a result of that stage.
+
+    Args: inside: paths that must not lie in the directory, as replacing it would remove them.
+    """
+    for path in (os.getcwd(), *inside):
+        if os.path.commonpath([os.path.abspath(directory), os.path.abspath(path)]) == os.path.abspath(directory):
+            raise UserError(f"{directory}: cannot be the output, {path} lies in it")
+    if os.path.exists(directory) and os.listdir(directory):
+        found = None
+        path = os.path.join(directory, records.RECORD)
+        # Not read_record: a record of another version will do.
+        with contextlib.suppress(OSError, ValueError, AttributeError), open(path, encoding="utf-8") as file:
+            found = json.load(file).get("stage")
+        if found != stage:
+            raise UserError(f"{directory}: exists and holds something else; name another directory or remove it")
+
+
+class Run:
+    """One run of a stage.
+
+    Args:
+        stage: its name in stage.json.
+        args: cli.Arguments. They are recorded; ``--overwrite``, where a script has it, replaces other results.
+        parent: {path, weights} of the directory that the run starts from (records.parent_of), or None.
+        data: {name of a split: its description with ``md5``}.
+        notes: of what the run starts from: what was random or partial. The run adds which of its own data are partial;
+            ``run.notes`` can be extended until the output is written.
+        noted_by: what stands before the notes of this run, such as "pruning: ".
+        fields: what the records of all outputs say besides: task, labels, model, params, flops.
+    """
+
+    waits_for_readers = False  # whether output() waits for a process that holds the lock of its directory
+
+    def __init__(self, stage, args, parent=None, data=None, notes=(), noted_by="", **fields):
+        self.stage, self.arguments = stage, cli.describe(args)
+        self.without_effect, self.overwrite = args.without_effect, getattr(args, "overwrite", False)
+        self.fields = {"parent": parent, "data": data or {}, **fields}
+        partial = {name: split["partial"] for name, split in self.fields["data"].items() if split.get("partial")}
+        self.notes = [*notes, *(f"{noted_by}partial {name} data: {why}" for name, why in partial.items())]
+        self.identity = identity(self.arguments, parent, data, self.without_effect)
+
+    def has_made(self, record, ignoring=()):
+        """Whether a record is that of exactly this run. Args: ignoring: names of arguments that may differ."""
+        before = identity(record["arguments"], record["parent"], record["data"], self.without_effect)
+        return all(before.get(name) == value for name, value in self.identity.items() if name not in ignoring)
+
+    def has_finished(self, directory):
+        """Whether a directory holds the result of exactly this run, so that there is nothing to do.
+
+        Raises: UserError if it holds something else. ``--overwrite`` allows to replace another result of this project,
+        and nothing but that.
+        """
+        if not os.path.exists(directory) or not os.listdir(directory):
+            return False
+        if not os.path.isfile(os.path.join(directory, records.RECORD)):
+            raise UserError(
+                f"{directory}: exists and is not this project's; name another output directory or remove it"
+            )
+        if self.overwrite:
+            return False
+        record = records.read_record(directory)
+        before = identity(record["arguments"], record["parent"], record["data"], self.without_effect)
+        changed = difference(before, self.identity)
+        if changed:
+            raise UserError(
+                f"{directory}: holds the result of something else ({changed}); "
+                "--overwrite replaces it, or name another output directory"
+            )
+        records.check_files(directory, record)
+        files.clear_leftovers(directory)
+        return True
+
+    @contextlib.contextmanager
+    def output(self, directory, weights=(WEIGHTS,), **fields):
+        """A temporary directory that becomes ``directory``, with a stage.json, when the block ends without an error.
+
+        Args:
+            weights: names of the files whose hashes tell this model from others.
+            fields: what this record says besides the run's. They are read when the block ends, so that a dict such as
+                ``metrics`` can be filled in within the block.
+        """
+        started = time.time()
+        with files.whole_directory(directory, wait=self.waits_for_readers) as scratch:
+            yield scratch
+            hashes = files.hash_files(scratch, weights)
+            notes = list(dict.fromkeys(self.notes))  # each once: a note of this run may be one of its parent's, too
+            fields = {**self.fields, "notes": notes, "weights": hashes, **fields}
+            record = records.make_record(self.stage, self.arguments, self.seconds(started), **fields)
+            records.write_record(scratch, record)
+
+    def seconds(self, started):
+        """The seconds that a record reports, given the time when the writing of its output began."""
+        return time.time() - started
+
+
+ADAM_STATE = ("moment1_0", "moment2_0", "beta1_pow_acc_0", "beta2_pow_acc_0")
+
+
+class ResumableRun(Run):
+    """A context manager: a run that saves its state in ``<output_dir>.unfinished``, so that it can be resumed.
+
+    While it lasts, no other run can write there. If it ends early, the state stays; if it has written all its outputs,
+    or has saved no state, the working directory is removed.
+
+    Args: outputs: the directories whose results the run is to make. The others are Run's.
+    """
+
+    waits_for_readers = True
+
+    def __init__(self, stage, args, outputs, *others, **fields):
+        super().__init__(stage, args, *others, **fields)
+        self.is_first = processes.is_first()  # of several processes, the one that logs, evaluates and writes
+        self.outputs, self.written = outputs, set()
+        self.work = os.path.abspath(args.output_dir) + ".unfinished"
+        self.identity_file = os.path.join(self.work, "identity.json")
+        self.finished, self.lock = False, None
+        self.seconds_before, self.started = 0.0, time.time()
+
+    def __enter__(self):
+        # Of several processes the first one holds the lock and writes.
+        if self.is_first:
+            self.lock = files.Lock(self.work, os.path.join(self.work, "lock"))
+        try:
+            processes.wait_for_all()
+            # All outputs are looked at, also after one that is missing: each look clears leftovers or refuses.
+            have_finished = [self.has_finished(directory) for directory in self.outputs]
+            self.finished = all(have_finished)
+            if self.finished:
+                self._forget()
+                if self.is_first:
+                    print(f"{', '.join(self.outputs)}: already finished with these arguments, nothing to do")
+            else:
+                self._begin()
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if kind is None:
+            processes.wait_for_all()  # the launcher would take one that ends early for one that failed
+            if self.lock and not self.finished and self.written >= set(self.outputs):
+                self._remove()
+        self._leave()
+
+    def _leave(self):
+        if not self.lock or self.lock.file.closed:  # closed: removed, and what has its name by now is another run's
+            return
+        if self.newest_state() is None:
+            self._remove()
+        self.lock.release()
+
+    def _begin(self):
+        """Makes sure that what lies in the working directory is of this very run. Raises: UserError if it is not."""
+        if self.lock:
+            before = self._read_identity()
+            changed = difference(before, self.identity) if before is not None else ""
+            if changed and not self.overwrite and self.newest_state() is not None:
+                raise UserError(
+                    f"{self.work}: an unfinished run of something else ({changed}); repeat its "
+                    "command, remove the directory, or pass --overwrite"
+                )
+            if before != self.identity:
+                self._remove_all_but([])
+            files.write_whole(self.identity_file, json.dumps(self.identity, ensure_ascii=False))
+        processes.wait_for_all()  # before the others look for a state
+
+    def _read_identity(self):
+        if not os.path.isfile(self.identity_file):
+            return None
+        try:
+            with open(self.identity_file, encoding="utf-8") as file:
+                return dict(json.load(file))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{self.identity_file}: damaged ({error}); remove {self.work}") from error
+
+    def _forget(self):
+        """Removes the working directory of a finished run that was killed before it could do so itself."""
+        with contextlib.suppress(UserError):  # a damaged identity is not this run's
+            if self.lock and self._read_identity() == self.identity:
+                self._remove()
+
+    def _remove_all_but(self, kept):
+        for name in set(os.listdir(self.work)) - {"lock", "identity.json", *kept}:
+            path = os.path.join(self.work, name)
+            if os.path.isdir(path):
+                shutil.rmtree(path)
+            else:
+                os.remove(path)
+
+    def _remove(self):
+        # Renamed first, at once: half a working directory must never be taken for a state.
+        parent, name = os.path.split(self.work)
+        gone = os.path.join(parent, f".{name}")
+        shutil.rmtree(gone, ignore_errors=True)
+        os.rename(self.work, gone)
+        shutil.rmtree(gone)
+        self.lock.release()
+
+    @contextlib.contextmanager
+    def output(self, directory, weights=(WEIGHTS,), checkpoint=None, evaluations=None, **fields):
+        """As Run.output.
+
+        Args: checkpoint: name of the checkpoint whose files are copied there. evaluations: rows of evaluations.jsonl.
+        """
+        with super().output(directory, weights, **fields) as scratch:
+            if checkpoint:
+                files.copy_files(self.path(checkpoint), scratch)
+            if evaluations:
+                files.write_json_lines(os.path.join(scratch, "evaluations.jsonl"), evaluations)
+            yield scratch
+        self.written.add(directory)
+
+    def seconds(self, started):
+        return self.seconds_before + time.time() - self.started
+
+    def path(self, name):
+        return os.path.join(self.work, name)
+
+    def newest_state(self):
+        """The directory of the newest complete state, or None."""
+        names = [name for name in os.listdir(self.work) if re.fullmatch(r"state-\d+", name)]
+        newest = max(names, key=lambda name: int(name.split("-")[1]), default=None)
+        return newest and self.path(newest)
+
+    def checkpoint(self, name):
+        """A context manager as files.whole_directory, for a directory of that name in the working directory."""
+        return files.whole_directory(self.path(name))
+
+    def save_state(self, step, model, optimizer, state, checkpoints=()):
+        """Writes all that training needs to go on after ``step``, then removes the states and checkpoints before it.
+
+        Args: state: what JSON can hold. checkpoints: names of the checkpoints that the state refers to.
+        """
+        optimizer_state = optimizer.state_dict()
+        with self.checkpoint(f"state-{step}") as directory:
+            np.savez(os.path.join(directory, "model.npz"), **{k: v.numpy() for k, v in model.state_dict().items()})
+            # Paddle names the optimizer's entries by a counter of all layers that the process ever made. The place of
+            # the parameter in the model stays the same from process to process.
+            arrays = {}
+            for place, parameter in model.named_parameters():
+                for kind in ADAM_STATE:
+                    if f"{parameter.name}_{kind}" in optimizer_state:
+                        arrays[f"{place}/{kind}"] = optimizer_state[f"{parameter.name}_{kind}"].numpy()
+            np.savez(os.path.join(directory, "optimizer.npz"), **arrays)
+            whole_state = {**state, "step": step, "seconds": self.seconds(None)}
+            files.write_whole(os.path.join(directory, "state.json"), json.dumps(whole_state))
+        self._remove_all_but({f"state-{step}", *checkpoints})
+
+    def restore(self, model, optimizer, schedule, **initial):
+        """Loads the newest state into model, optimizer and schedule.
+
+        Returns: its ``state``, with ``step``; ``initial`` with step 0 if there is none.
+        Raises: UserError if the state is damaged.
+        """
+        self.started = time.time()  # loading models and data does not count as training
+        directory = self.newest_state()
+        if directory is None:
+            return {"step": 0, **initial}
+        names, entries = {place: parameter.name for place, parameter in model.named_parameters()}, {}
+        try:
+            with open(os.path.join(directory, "state.json"), encoding="utf-8") as file:
+                state = json.load(file)
+            with np.load(os.path.join(directory, "model.npz")) as arrays:
+                parameters = {key: paddle.to_tensor(arrays[key]) for key in arrays.files}
+            with np.load(os.path.join(directory, "optimizer.npz")) as arrays:
+                for key in arrays.files:
+                    place, kind = key.rsplit("/", 1)
+                    entries[f"{names[place]}_{kind}"] = paddle.to_tensor(arrays[key])
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{directory}: damaged ({error}); remove {self.work}, and training begins anew") from error
+        model.set_state_dict(parameters)
+        schedule.step(state["step"])
+        optimizer.set_state_dict({**entries, "LR_Scheduler": schedule.state_dict()})
+        self.seconds_before = state["seconds"]
+        if self.is_first:
+            print(f"going on after step {state['step']}")
+        return state

@@ -1,0 +1,94 @@
+"""The user's own texts: read from arguments, a file or standard input; answered by one JSON line each."""
+
+import os
+import sys
+
+import numpy as np
+
+from common import UserError, batching, files
+
+
+def add_text_arguments(group):
+    group.add_argument("--text", nargs="+", help="classify these texts")
+    group.add_argument("--text_pair", nargs="+", help="the second text of each, for sentence-pair tasks")
+    group.add_argument(
+        "--input_file",
+        help="classify a file: one text per line (a tab before the second text of a pair), or .json with one record "
+        "of the task per line; - is standard input",
+    )
+
+
+def read_texts(args, task_name, pairs, texts_of):
+    """The texts that the options of add_text_arguments name.
+
+    Args:
+        pairs: whether the model takes sentence pairs; None if that is not known.
+        texts_of: function (task name, JSON record) -> (text, second text or None), for .json files: data.texts_of.
+    Returns: list of batching.Example. Raises: UserError for an empty text, or a pair where none is wanted.
+    """
+    if args.text:
+        if args.text_pair and len(args.text_pair) != len(args.text):
+            raise UserError(f"--text_pair: {len(args.text_pair)} texts for {len(args.text)} of --text")
+        rows = list(zip(args.text, args.text_pair or [None] * len(args.text)))
+    elif args.input_file.endswith((".json", ".jsonl")):
+        rows = list(_read_json(args.input_file, task_name, texts_of))
+    else:
+        rows = list(_read_lines(args.input_file))
+    for number, (text, pair) in enumerate(rows, 1):
+        if not text.strip() or (pair is not None and not pair.strip()):
+            raise UserError(f"text {number} is empty")
+        if pairs is not None and pairs != (pair is not None):
+            wanted = "sentence pairs (--text A --text_pair B; in a file, a tab between)" if pairs else "single texts"
+            raise UserError(f"text {number}: {task_name} takes {wanted}")
+    if len({pair is None for _, pair in rows}) > 1:
+        raise UserError("some texts are single, others sentence pairs")
+    if not rows:
+        raise UserError(f"--input_file {args.input_file}: no text in it")
+    return [batching.Example(text, pair, None, number) for number, (text, pair) in enumerate(rows, 1)]
+
+
+def _read_json(path, task_name, texts_of):
+    for number, row in files.read_json_lines(path):
+        try:
+            yield texts_of(task_name, row)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}:{number}: not a record of {task_name}: {error}") from error
+
+
+def _read_lines(path):
+    try:
+        with sys.stdin if path == "-" else open(path, encoding="utf-8") as file:
+            for line in file:
+                text, tab, pair = line.rstrip("\r\n").partition("\t")
+                yield text, pair if tab else None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--input_file {path}: not UTF-8 ({error.reason})") from error
+
+
+def answer(example, labels, probabilities):
+    """The JSON object that answers a text. Args: probabilities: float [classes], of ``labels``."""
+    best = int(np.argmax(probabilities))
+    said = {
+        "text": example.text,
+        "label": labels[best],
+        "probability": round(float(probabilities[best]), 6),
+        "probabilities": {label: round(float(p), 6) for label, p in zip(labels, probabilities)},
+    }
+    if example.text_pair is not None:
+        said["text_pair"] = example.text_pair
+    return said
+
+
+def submission_path(task_name, directory):
+    return os.path.join(directory, f"{task_name.lower()}_predict.json")
+
+
+def write_submission(task_name, ids, labels, logits, directory):
+    """Writes the predictions for a test file as CLUE takes them: one {"id", "label"} per line, in the file's order.
+
+    Args: ids: of the records. labels: names of the classes. logits: [records, classes]. Returns: path of the file.
+    """
+    best = np.asarray(logits).argmax(-1)
+    path = submission_path(task_name, directory)
+    files.write_json_lines(path, [{"id": i, "label": labels[k]} for i, k in zip(ids, best)])
+    return path

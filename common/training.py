@@ -1,0 +1,256 @@
+"""What the trainings share: their arguments, AdamW, the order of the data, the log.
+
+The order of an epoch is a function of seed and epoch, and dropout is seeded anew from seed and step. So a killed run
+resumes exactly as if it had not been killed, with no state of a random generator to save.
+"""
+
+import math
+import sys
+
+import numpy as np
+from tqdm import tqdm
+
+from common import UserError, batching, cli, processes
+from common.compat import paddle
+
+
+def add_training_arguments(parser, **defaults):
+    """Adds the group of optimization arguments. Args: defaults: those of this script that differ from fine-tuning's."""
+    group = parser.add_argument_group("training")
+    cli.positive(
+        group.add_argument(
+            "--learning_rate",
+            type=float,
+            default=5e-5,
+            help="peak of AdamW's schedule; 3e-5 to 1e-4 for pre-trained weights, about 1e-3 for a small model from "
+            "random weights; lower it if the loss rises or becomes NaN",
+        )
+    )
+    help = "sequences per step and device; lower it if memory runs out"
+    cli.positive(group.add_argument("--batch_size", type=int, default=32, help=help))
+    help = "passes over the train data; raise it for small data sets (CLUEWSC2020: 50)"
+    cli.positive(group.add_argument("--num_train_epochs", type=int, default=3, help=help))
+    help = "if above 0: this many steps instead of epochs"
+    group.add_argument("--max_steps", type=int, default=-1, help=help)
+    help = "AdamW's decay of all weights but biases and layer norms"
+    group.add_argument("--weight_decay", type=float, default=0.01, help=help)
+    help = "steps of linear warm-up; 0 takes --warmup_proportion"
+    group.add_argument("--warmup_steps", type=int, default=0, help=help)
+    help = "warm-up as a share of all steps; raise it if training diverges at the start"
+    group.add_argument("--warmup_proportion", type=float, default=0.1, help=help)
+    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon")
+    help = "clips the global norm of the gradients; 0 does not clip"
+    group.add_argument("--max_grad_norm", type=float, default=1.0, help=help)
+    help = (
+        "put records of similar length into a batch: less padding, up to twice as fast on a CPU, a little less random"
+    )
+    cli.add_flag(group, "--group_by_length", help)
+    help = "steps between loss lines"
+    cli.without_effect(cli.positive(group.add_argument("--logging_steps", type=int, default=100, help=help)))
+    help = "steps between two evaluations, each with a checkpoint; raise it if evaluating takes longer than training"
+    cli.positive(group.add_argument("--save_steps", type=int, default=100, help=help))
+    group.add_argument("--seed", type=int, default=42, help="seeds weights, order of the data, dropout")
+    cli.add_device_argument(group)
+    help = "also write scalars for VisualDL there"
+    cli.without_effect(group.add_argument("--visualdl_dir", type=cli.PathArgument, help=help))
+    cli.add_overwrite_argument(group)
+    group.set_defaults(**defaults)
+    return group
+
+
+def start(args):
+    """Begins a training: device, processes that paddle.distributed.launch started, seed. Sets args.device."""
+    args.device = cli.set_device(args.device)
+    processes.start()
+    cli.set_seed(args.seed)
+
+
+def total_steps(args, examples):
+    """Steps of the whole training: --max_steps, or epochs x batches (the last batch of an epoch may be smaller)."""
+    return args.max_steps if args.max_steps > 0 else args.num_train_epochs * steps_per_epoch(args, examples)
+
+
+def steps_per_epoch(args, examples):
+    return math.ceil(examples / (args.batch_size * processes.world_size()))
+
+
+def convert(args, run, splits, tokenizer, labels):
+    """Texts to token ids, once for all epochs: {name of the split: list of batching.Feature}.
+
+    Prints three samples and the plan of the training: what is wrong with them is wrong in everything that follows.
+    Notes in the run if the vocabulary does not fit the data.
+
+    Args: run: runs.ResumableRun. splits: {name: data.Split} with ``train``. labels: names of the classes.
+    """
+    features = {}
+    for name, split in splits.items():
+        features[name] = batching.convert(split.examples, tokenizer, args.max_seq_length)
+    if not run.is_first:
+        return features
+    train = features["train"]
+    batching.show_samples(splits["train"].examples, train, tokenizer, labels)
+    show_plan(args, len(train))
+    unknown = sum(feature.input_ids.count(tokenizer.unk_id) for feature in train)
+    unknown /= max(1, sum(len(feature.input_ids) for feature in train))
+    if unknown > 0.05:
+        run.notes.append(f"{unknown:.0%} of train's tokens are unknown to the vocabulary")
+        print(f"warning: {run.notes[-1]}: does it fit?", file=sys.stderr)
+    return features
+
+
+def show_plan(args, examples):
+    """Prints the steps and evaluations of a training on so many examples, with the arithmetic."""
+    steps, per_epoch, world = total_steps(args, examples), steps_per_epoch(args, examples), processes.world_size()
+    size = f"{args.batch_size}" if world == 1 else f"({args.batch_size} x {world} processes)"
+    epochs = "--max_steps" if args.max_steps > 0 else f"x {args.num_train_epochs} epochs"
+    warmup = args.warmup_steps or int(args.warmup_proportion * steps)
+    print(
+        f"plan: {examples:,} train records / {size} = {per_epoch:,} steps an epoch, {epochs} = {steps:,} steps; "
+        f"the learning rate rises to {args.learning_rate:g} in the first {warmup:,}; every {args.save_steps} steps an "
+        f"evaluation, {math.ceil(steps / args.save_steps):,} in all"
+    )
+
+
+def make_optimizer(model, args, steps):
+    """(AdamW that decays matrices only, its schedule of linear warm-up and linear decay)."""
+    from paddlenlp.transformers import LinearDecayWithWarmup
+
+    schedule = LinearDecayWithWarmup(args.learning_rate, steps, args.warmup_steps or args.warmup_proportion)
+    decayed = {p.name for name, p in model.named_parameters() if "bias" not in name and "norm" not in name}
+    clip = paddle.nn.ClipGradByGlobalNorm(args.max_grad_norm) if args.max_grad_norm > 0 else None
+    optimizer = paddle.optimizer.AdamW(
+        learning_rate=schedule,
+        epsilon=args.adam_epsilon,
+        weight_decay=args.weight_decay,
+        apply_decay_param_fun=decayed.__contains__,
+        parameters=model.parameters(),
+        grad_clip=clip,
+    )
+    return optimizer, schedule
+
+
+# Order of the data
+
+
+def epoch_order(features, batch_size, seed, epoch, group):
+    """The order of an epoch: int [len(features)]. Args: group: whether batches hold records of similar length."""
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(features))
+    if group:
+        order = group_by_length(order, [len(feature.input_ids) for feature in features], batch_size, random)
+    return order
+
+
+def group_by_length(order, lengths, batch_size, random):
+    """A shuffled order, changed so that each batch holds records of similar length, and the batches shuffled again.
+
+    Records are sorted within windows of 100 batches, which are far shorter than an epoch, so that epochs differ. A
+    smaller last batch stays last.
+
+    Args: order: int [n]. lengths: of all records. random: numpy.random.Generator. Returns: int [n].
+    """
+    lengths = np.asarray(lengths)
+    windows = np.array_split(order, max(1, len(order) // (100 * batch_size)))
+    order = np.concatenate([window[np.argsort(lengths[window], kind="stable")] for window in windows])
+    whole = len(order) // batch_size * batch_size
+    shuffled = random.permutation(order[:whole].reshape(-1, batch_size)).reshape(-1)
+    return np.concatenate([shuffled, order[whole:]])
+
+
+def seed_step(seed, step):
+    """Seeds what a step draws, above all dropout, differently in each process."""
+    paddle.seed((seed * 1_000_003 + step) * processes.world_size() + processes.rank())
+
+
+def training_batches(features, args, first_step, steps, pad_id=0):
+    """Yields (step, Batch, share) for the steps after ``first_step``. An epoch takes each record once.
+
+    Several processes divide a joint batch of --batch_size x processes records among them. ``share`` is the size of
+    this process's part over that of the joint batch: its mean loss is multiplied by it, so that the gradients of all
+    processes add up to those of the joint batch. A process whose part is empty gets None instead of a Batch.
+    """
+    rank, joint_size = processes.rank(), args.batch_size * processes.world_size()
+    per_epoch = math.ceil(len(features) / joint_size)
+    order = None
+    for step in range(first_step + 1, steps + 1):
+        epoch, position = divmod(step - 1, per_epoch)
+        if order is None or position == 0:
+            order = epoch_order(features, joint_size, args.seed, epoch, args.group_by_length)
+        seed_step(args.seed, step)
+        joint = order[position * joint_size : (position + 1) * joint_size]
+        part = joint[rank * args.batch_size : (rank + 1) * args.batch_size]
+        length = max(
+            len(features[i].input_ids) for i in joint
+        )  # the same in all processes: pruning's loss sees padding
+        batch = batching.collate(features, part, pad_id, length) if len(part) else None
+        yield step, batch, len(part) / len(joint)
+
+
+def tensors(batch):
+    """(input_ids, token_type_ids) of a Batch as Paddle's int64 tensors [batch_size, tokens]."""
+    return paddle.to_tensor(batch.input_ids), paddle.to_tensor(batch.token_type_ids)
+
+
+# The update and the log
+
+
+def update(model, optimizer, schedule):
+    """One step of the optimizer with the gradients of all processes, which are cleared afterwards."""
+    processes.sum_gradients(model.parameters())
+    optimizer.step()
+    schedule.step()
+    optimizer.clear_grad()
+
+
+def check_loss(loss, step):
+    """Raises: UserError if the loss became NaN or infinite, from which no training recovers."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss of step {step} is {loss}; try a lower --learning_rate or --max_grad_norm, with --overwrite"
+        )
+
+
+class Progress:
+    """Progress bar, loss lines and VisualDL scalars of a training; silent in all processes but the first.
+
+    Args: examples: number of train records. The steps of the whole training are the attribute ``steps``.
+    """
+
+    def __init__(self, args, examples):
+        self.args, self.steps = args, total_steps(args, examples)
+        self.losses, self.progress_bar, self.writer = [], None, None
+        if args.visualdl_dir and processes.is_first():
+            from visualdl import LogWriter
+
+            self.writer = LogWriter(args.visualdl_dir)
+
+    def bar(self, iterable, first_step, description):
+        """Yields what the iterable does; shows a bar on a terminal. Args: first_step: number of steps done before."""
+        disable = None if processes.is_first() else True  # None: only where there is no terminal
+        self.progress_bar = tqdm(
+            iterable, total=self.steps, initial=first_step, desc=description, mininterval=1, disable=disable
+        )
+        return self.progress_bar
+
+    def loss(self, step, loss, schedule):
+        """Takes this process's part of a step's loss; prints the mean every --logging_steps steps.
+
+        Raises: UserError if the loss became NaN or infinite.
+        """
+        self.losses += processes.sum_over_processes(float(loss))
+        check_loss(self.losses[-1], step)
+        if step % self.args.logging_steps == 0:
+            mean, learning_rate = sum(self.losses) / len(self.losses), schedule.get_lr()
+            self.write(f"step {step}/{self.steps} loss {mean:.4f} lr {learning_rate:.2e}")
+            self.scalars(step, {"train/loss": mean, "train/learning_rate": learning_rate})
+            self.losses.clear()
+
+    def write(self, line):
+        if processes.is_first():
+            self.progress_bar.write(line)
+
+    def scalars(self, step, values):
+        """Writes {tag: value} for VisualDL, if the user asked for it."""
+        if self.writer:
+            for tag, value in values.items():
+                self.writer.add_scalar(tag, value, step)

@@ -1,0 +1,150 @@
+"""What quant_post.py needs beside the stage itself: its options, PaddleSlim's calibration, the comparison with FP32."""
+
+import os
+
+import embeddings
+from common import UserError, batching, cli, compat, exporting, files
+from common.compat import paddle
+
+
+def add_quantization_arguments(group, algorithms, samples):
+    help = "how to choose the activation scales; weights always have one scale per channel"
+    cli.without_effect(
+        group.add_argument("--algorithms", nargs="+", choices=algorithms, default=list(algorithms), help=help)
+    )
+    help = "sizes of the calibration batch, one variant for each; raise it if INT8 agrees with FP32 too rarely"
+    cli.without_effect(group.add_argument("--calib_samples", nargs="+", type=int, default=list(samples), help=help))
+    help = "what calibrates; dev is the published recipe, and shows the selection set to the calibration"
+    group.add_argument("--calib_split", choices=("train", "dev"), default="train", help=help)
+    help = "share of dev predictions that must equal FP32's; a variant below it is reported and not written"
+    cli.without_effect(group.add_argument("--min_agreement", type=float, default=0.9, help=help))
+    help = "largest difference allowed between the FP32 graph's accuracy and the one that training recorded in "
+    help += "stage.json, if both are on the same dev data; a difference of two records is always allowed"
+    cli.without_effect(group.add_argument("--accuracy_tolerance", type=float, default=0.005, help=help))
+    help = (
+        "also store the word embeddings in INT8, with one scale per row: about half the file (default: on for a CPU; "
+    )
+    help += "TensorRT takes no such table)"
+    cli.add_flag(group, "--int8_embeddings", help, default=None)
+    group.add_argument("--seed", type=int, default=42, help="chooses the calibration samples")
+    cli.add_device_argument(group)
+    cli.add_overwrite_argument(group)
+
+
+def add_file_name_arguments(group):
+    group.add_argument("--input_model_filename", help="default: the one that stage.json names")
+    group.add_argument("--input_param_filename", help="default: the one that stage.json names")
+    group.add_argument("--save_model_filename", default="int8.pdmodel", help="file name of the quantized graph")
+    group.add_argument("--save_params_filename", default="int8.pdiparams", help="file name of its parameters")
+    help = "accepted; the tokenizer lies beside the model"
+    group.add_argument("--model_name_or_path", type=cli.NameOrPathArgument, help=help)
+
+
+def check_file_names(args, graph):
+    """Raises: UserError for file names that are not those of the graph, or that do not belong together."""
+    if min(args.calib_samples) < 1:
+        raise UserError(f"--calib_samples {min(args.calib_samples)}: must be above 0")
+    for given, suffix in ((args.input_model_filename, ".pdmodel"), (args.input_param_filename, ".pdiparams")):
+        if given not in (None, graph.name + suffix):
+            raise UserError(f"{given}: {args.input_dir} holds {graph.name}{suffix}")
+    if os.path.splitext(args.save_model_filename)[0] != os.path.splitext(args.save_params_filename)[0]:
+        raise UserError("--save_model_filename and --save_params_filename: must be alike but for their endings")
+
+
+class CalibrationBatch(paddle.io.IterableDataset):
+    """All calibration samples in one batch, as PaddleSlim's DataLoader wants it."""
+
+    def __init__(self, features, pad_id):
+        self.batch = batching.collate(features, range(len(features)), pad_id)
+
+    def __iter__(self):
+        yield self.batch.input_ids, self.batch.token_type_ids
+
+
+def quantize(
+    prefix,
+    features,
+    pad_id,
+    algorithm,
+    directory,
+    int8_embeddings,
+    model_filename="int8.pdmodel",
+    params_filename="int8.pdiparams",
+):
+    """Writes the quantized graph of ``prefix`` into ``directory``.
+
+    Args:
+        features: what calibrates, in one batch.
+        algorithm: mse, avg, abs_max or hist; how the activation scales are chosen.
+        int8_embeddings: whether the word embeddings are stored in INT8, too.
+    """
+    with files.empty_directory(os.path.join(directory, ".float")) as scratch:
+        if int8_embeddings:
+            embeddings.store_in_int8(prefix, os.path.join(scratch, "float"))
+            prefix = os.path.join(scratch, "float")
+        paddle.enable_static()
+        try:
+            # Names as in a new process, whatever was quantized before in this one.
+            names, program = paddle.utils.unique_name.guard(), paddle.static.program_guard(paddle.static.Program())
+            with cli.quiet(), names, paddle.static.scope_guard(paddle.static.Scope()), program:
+                call_paddleslim(prefix, features, pad_id, algorithm, directory, model_filename, params_filename)
+        finally:
+            paddle.disable_static()
+    exporting.remove_call_stacks(os.path.join(directory, model_filename))
+
+
+def call_paddleslim(prefix, features, pad_id, algorithm, directory, model_filename, params_filename):
+    feeds = [paddle.static.data(name, [None, None], "int64") for name in ("input_ids", "token_type_ids")]
+    # The only kind of input that PaddleSlim 2.6.0 takes here is a loader over an iterable data set with a feed list.
+    loader = paddle.io.DataLoader(
+        CalibrationBatch(features, pad_id),
+        feed_list=feeds,
+        places=paddle.CPUPlace(),
+        return_list=False,
+        batch_size=None,
+    )
+    compat.quant_post_static(
+        executor=paddle.static.Executor(paddle.CPUPlace()),
+        model_dir=os.path.dirname(prefix),
+        model_filename=f"{os.path.basename(prefix)}.pdmodel",
+        params_filename=f"{os.path.basename(prefix)}.pdiparams",
+        quantize_model_path=directory,
+        save_model_filename=model_filename,
+        save_params_filename=params_filename,
+        data_loader=loader,
+        batch_size=len(features),
+        batch_nums=1,
+        algo=algorithm,
+        hist_percent=0.9999,  # of hist: the scale covers this share of the activations
+        quantizable_op_type=["matmul", "matmul_v2"],
+        weight_quantize_type="channel_wise_abs_max",
+        onnx_format=True,  # weights are stored as int8, half the file
+    )
+
+
+def compare(logits, fp32_logits, features):
+    """{accuracy, fp32_accuracy, agreement} of INT8 and FP32 logits, [n, classes], on features with labels."""
+    labels = [feature.label for feature in features]
+    return {
+        "accuracy": round(batching.accuracy(logits, labels), 6),
+        "fp32_accuracy": round(batching.accuracy(fp32_logits, labels), 6),
+        "agreement": round(float((logits.argmax(-1) == fp32_logits.argmax(-1)).mean()), 6),
+    }
+
+
+def check_accuracy(found, record, dev, args):
+    """Compares the FP32 graph's accuracy with the one that training recorded, if data and length are the same.
+
+    So the graph is the model that was trained, whatever stages and files lie between.
+
+    Args: record: of the graph. dev: description of the dev split. Raises: UserError past --accuracy_tolerance.
+    """
+    before, recorded = record["data"]["dev"], record["metrics"]["accuracy"]
+    length = record["metrics"].get("max_seq_length")  # unknown in records of the first version
+    if (dev["md5"], dev["examples"], args.max_seq_length) != (before["md5"], before["examples"], length):
+        return
+    if not abs(found - recorded) <= max(args.accuracy_tolerance, 2.01 / dev["examples"]):
+        raise UserError(
+            f"{args.input_dir}: accuracy {found:.4f} on the same dev data on which training recorded {recorded:.4f}; "
+            f"at most {args.accuracy_tolerance:g} apart is allowed (--accuracy_tolerance)"
+        )
