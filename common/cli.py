@@ -42,7 +42,34 @@ class Arguments(argparse.Namespace):
     __slots__ = ("without_effect",)  # a slot, so that vars() gives the arguments and nothing else
 
 
-class Parser(argparse.ArgumentParser):
+class _Declarations:
+    """add_argument with two more options, and add_flag, for the parser and its groups."""
+
+    def add_argument(self, *names, positive=False, without_effect=False, **options):
+        """As argparse's.
+
+        Args:
+            positive: the argument, if given, must be above 0.
+            without_effect: it does not change the result. A run that differs from a finished one in such arguments
+                alone finds its result there already (runs.Run).
+        """
+        action = super().add_argument(*names, **options)
+        action.positive, action.without_effect = positive, without_effect
+        return action
+
+    def add_flag(self, name, help, default=False, **options):
+        """A flag that takes an optional value: ``--int8``, ``--int8 True``, ``--int8 False``.
+
+        Args: default: None lets the script decide.
+        """
+        return self.add_argument(name, nargs="?", const=True, default=default, type=boolean, help=help, **options)
+
+
+class _Group(_Declarations, argparse._ArgumentGroup):
+    pass
+
+
+class Parser(_Declarations, argparse.ArgumentParser):
     """argparse with defaults in the help and one-line errors."""
 
     class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -52,15 +79,20 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=self.Formatter)
 
+    def add_argument_group(self, *args, **options):
+        group = _Group(self, *args, **options)
+        self._action_groups.append(group)
+        return group
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")
 
     def parse_args(self, argv=None):
         args = super().parse_args(argv, Arguments())
-        args.without_effect = {action.dest for action in self._actions if getattr(action, "without_effect", False)}
+        args.without_effect = {action.dest for action in self._actions if action.without_effect}
         for action in self._actions:
             value = getattr(args, action.dest, None)
-            if getattr(action, "positive", False) and value is not None and value <= 0:
+            if action.positive and value is not None and value <= 0:
                 raise UserError(f"--{action.dest} {value}: must be above 0")
         return args
 
@@ -79,37 +111,12 @@ class NameOrPathArgument(PathArgument):
         return files.relative(self) if os.sep in self else str(self)
 
 
-def without_effect(action):
-    """Declares that an argument does not change the result: ``without_effect(group.add_argument(...))``.
-
-    A run that differs from a finished one in such arguments alone finds its result there already (runs.Run).
-    """
-    action.without_effect = True
-    return action
-
-
-def positive(action):
-    """Declares that an argument, if given, must be above 0: ``positive(group.add_argument(...))``."""
-    action.positive = True
-    return action
-
-
 def boolean(text):
     """argparse type: true or false."""
     values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if str(text).lower() not in values:
         raise argparse.ArgumentTypeError(f"{text!r} is not one of true, false")
     return values[str(text).lower()]
-
-
-def add_flag(group, name, help, default=False, changes_result=True):
-    """Adds a flag that takes an optional value: ``--int8``, ``--int8 True``, ``--int8 False``.
-
-    Args: default: None lets the script decide. changes_result: False as without_effect.
-    """
-    action = group.add_argument(name, nargs="?", const=True, default=default, type=boolean, help=help)
-    if not changes_result:
-        without_effect(action)
 
 
 def describe(args):
@@ -127,16 +134,16 @@ def describe(args):
 def add_task_argument(group):
     # It does not make a result: model and data say which task it is, and it may be typed in any case.
     help = "a CLUE task in any case, or a name for the data in --data_dir"
-    without_effect(group.add_argument("--task_name", required=True, help=help))
+    group.add_argument("--task_name", required=True, help=help, without_effect=True)
 
 
 def add_output_argument(group, help, required=False):
-    without_effect(group.add_argument("--output_dir", type=PathArgument, required=required, help=help))
+    group.add_argument("--output_dir", type=PathArgument, required=required, help=help, without_effect=True)
 
 
 def add_overwrite_argument(group):
     help = "replace the result of a run with other arguments"
-    without_effect(group.add_argument("--overwrite", action="store_true", help=help))
+    group.add_argument("--overwrite", action="store_true", help=help, without_effect=True)
 
 
 def add_device_argument(group):
@@ -148,10 +155,10 @@ def add_data_arguments(group):
     help = "directory with the task's train.json and dev.json; default: $CLUE_DATA_DIR, else PaddleNLP downloads the "
     help += "CLUE task"
     # A record knows the data by its md5, wherever it lies.
-    without_effect(group.add_argument("--data_dir", type=PathArgument, help=help))
+    group.add_argument("--data_dir", type=PathArgument, help=help, without_effect=True)
     for split in ("train", "eval"):
         help = f"use only this many {split} records, for a quick trial; the result is marked as partial"
-        positive(group.add_argument(f"--max_{split}_samples", type=int, help=help))
+        group.add_argument(f"--max_{split}_samples", type=int, help=help, positive=True)
 
 
 def add_tokenizer_arguments(group):
@@ -159,7 +166,7 @@ def add_tokenizer_arguments(group):
     help = (
         "tokenize in Rust: same ids as PaddleNLP's Python tokenizer, about seven times faster; False takes PaddleNLP's"
     )
-    add_flag(group, "--use_faster_tokenizer", help, default=True)
+    group.add_flag("--use_faster_tokenizer", help, default=True)
     help = (
         "tokens per sequence, longer ones are cut; lower it to save time and memory if your texts are short (default: "
     )

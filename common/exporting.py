@@ -15,12 +15,12 @@ def add_export_arguments(parser, group):
     help = "checked against stage.json if given"
     group.add_argument("--model_type", choices=sorted(modeling.MODEL_TYPES), help=help)
     help = "largest difference of a logit allowed between the model and its graph"
-    cli.without_effect(group.add_argument("--parity_tolerance", type=float, default=1e-4, help=help))
+    group.add_argument("--parity_tolerance", type=float, default=1e-4, help=help, without_effect=True)
     help = (
         "compute the last layer for the [CLS] position alone, which is all that the classifier reads: the same logits "
     )
     help += "in less time (default: on for a CPU, off for a GPU, where TensorRT fuses whole layers)"
-    cli.add_flag(group, "--cls_only", help, default=None)
+    group.add_flag("--cls_only", help, default=None)
     cli.add_device_argument(group)
     cli.add_input_arguments(parser)
 

@@ -17,19 +17,18 @@ from common.compat import paddle
 def add_training_arguments(parser, **defaults):
     """Adds the group of optimization arguments. Args: defaults: those of this script that differ from fine-tuning's."""
     group = parser.add_argument_group("training")
-    cli.positive(
-        group.add_argument(
-            "--learning_rate",
-            type=float,
-            default=5e-5,
-            help="peak of AdamW's schedule; 3e-5 to 1e-4 for pre-trained weights, about 1e-3 for a small model from "
-            "random weights; lower it if the loss rises or becomes NaN",
-        )
+    group.add_argument(
+        "--learning_rate",
+        type=float,
+        default=5e-5,
+        help="peak of AdamW's schedule; 3e-5 to 1e-4 for pre-trained weights, about 1e-3 for a small model from "
+        "random weights; lower it if the loss rises or becomes NaN",
+        positive=True,
     )
     help = "sequences per step and device; lower it if memory runs out"
-    cli.positive(group.add_argument("--batch_size", type=int, default=32, help=help))
+    group.add_argument("--batch_size", type=int, default=32, help=help, positive=True)
     help = "passes over the train data; raise it for small data sets (CLUEWSC2020: 50)"
-    cli.positive(group.add_argument("--num_train_epochs", type=int, default=3, help=help))
+    group.add_argument("--num_train_epochs", type=int, default=3, help=help, positive=True)
     help = "if above 0: this many steps instead of epochs"
     group.add_argument("--max_steps", type=int, default=-1, help=help)
     help = "AdamW's decay of all weights but biases and layer norms"
@@ -44,15 +43,15 @@ def add_training_arguments(parser, **defaults):
     help = (
         "put records of similar length into a batch: less padding, up to twice as fast on a CPU, a little less random"
     )
-    cli.add_flag(group, "--group_by_length", help)
+    group.add_flag("--group_by_length", help)
     help = "steps between loss lines"
-    cli.without_effect(cli.positive(group.add_argument("--logging_steps", type=int, default=100, help=help)))
+    group.add_argument("--logging_steps", type=int, default=100, help=help, positive=True, without_effect=True)
     help = "steps between two evaluations, each with a checkpoint; raise it if evaluating takes longer than training"
-    cli.positive(group.add_argument("--save_steps", type=int, default=100, help=help))
+    group.add_argument("--save_steps", type=int, default=100, help=help, positive=True)
     group.add_argument("--seed", type=int, default=42, help="seeds weights, order of the data, dropout")
     cli.add_device_argument(group)
     help = "also write scalars for VisualDL there"
-    cli.without_effect(group.add_argument("--visualdl_dir", type=cli.PathArgument, help=help))
+    group.add_argument("--visualdl_dir", type=cli.PathArgument, help=help, without_effect=True)
     cli.add_overwrite_argument(group)
     group.set_defaults(**defaults)
     return group
@@ -90,12 +89,17 @@ def convert(args, run, splits, tokenizer, labels):
     train = features["train"]
     batching.show_samples(splits["train"].examples, train, tokenizer, labels)
     show_plan(args, len(train))
-    unknown = sum(feature.input_ids.count(tokenizer.unk_id) for feature in train)
-    unknown /= max(1, sum(len(feature.input_ids) for feature in train))
+    unknown = unknown_share(train, tokenizer.unk_id)
     if unknown > 0.05:
         run.notes.append(f"{unknown:.0%} of train's tokens are unknown to the vocabulary")
         print(f"warning: {run.notes[-1]}: does it fit?", file=sys.stderr)
     return features
+
+
+def unknown_share(features, unk_id):
+    """The share of unknown tokens in a list of Feature; it is high if the vocabulary does not fit the data."""
+    unknown = sum(feature.input_ids.count(unk_id) for feature in features)
+    return unknown / max(1, sum(len(feature.input_ids) for feature in features))
 
 
 def show_plan(args, examples):

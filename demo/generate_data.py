@@ -217,7 +217,7 @@ def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     parser.add_argument("--output_dir", required=True, help="gets <task>_public/, corpus/ and vocab.txt")
     parser.add_argument("--seed", type=int, default=0, help="another one gives other records")
-    cli.positive(parser.add_argument("--corpus_lines", type=int, default=24000, help="sentences without labels"))
+    parser.add_argument("--corpus_lines", type=int, default=24000, help="sentences without labels", positive=True)
     return parser.parse_args(argv)
 
 

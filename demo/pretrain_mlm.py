@@ -28,7 +28,7 @@ def parse_args(argv=None):
     checkpoints.add_model_arguments(main)
     main.set_defaults(model_type="roberta")
     help = "directory of text files, one sentence per line"
-    cli.without_effect(main.add_argument("--input_dir", type=cli.PathArgument, required=True, help=help))
+    main.add_argument("--input_dir", type=cli.PathArgument, required=True, help=help, without_effect=True)
     cli.add_output_argument(main, "where the pre-trained model goes", required=True)
     help = "share of the tokens that are to be predicted"
     main.add_argument("--mlm_probability", type=float, default=0.15, help=help)

@@ -60,25 +60,20 @@ def parse_args(argv=None):
     parser.add_argument("--tasks", nargs="+", default=tasks, help="CLUE tasks, or names of your own data")
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=BATCH_SIZES, help="one axis of the grid")
     parser.add_argument("--learning_rates", nargs="+", default=LEARNING_RATES, help="the other axis")
-    cli.positive(
-        parser.add_argument(
-            "--num_train_epochs", type=int, help="for every task (default: the published one of the task)"
-        )
+    parser.add_argument(
+        "--num_train_epochs", type=int, help="for every task (default: the published one of the task)", positive=True
     )
-    cli.positive(
-        parser.add_argument(
-            "--max_seq_length", type=int, help="for every task (default: the published one of the task)"
-        )
+    parser.add_argument(
+        "--max_seq_length", type=int, help="for every task (default: the published one of the task)", positive=True
     )
     parser.add_argument("--gpus", help="ids to use, such as 0,1 (default: all that Paddle sees)")
     parser.add_argument("--device", help="gpu or cpu (default: gpu if Paddle has one)")
-    cli.positive(
-        parser.add_argument(
-            "--workers",
-            type=int,
-            help="cells at once on a CPU, which share its cores (default: one for every 4 cores; "
-            "more for a small model, as many as cores for a tiny one; mind the memory)",
-        )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help="cells at once on a CPU, which share its cores (default: one for every 4 cores; "
+        "more for a small model, as many as cores for a tiny one; mind the memory)",
+        positive=True,
     )
     parser.add_argument("--dry_run", action="store_true", help="print the plan, and its time where cells are recorded")
     parser.add_argument("more", nargs="*", metavar="...", help="after --: arguments of run_clue.py")

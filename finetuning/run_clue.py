@@ -28,11 +28,11 @@ def parse_args(argv=None):
     checkpoints.add_model_arguments(main)
     cli.add_output_argument(main, "where the best model goes; required for training")
     help = "train and evaluate (what happens if neither this nor --do_eval is given)"
-    cli.add_flag(main, "--do_train", help, default=None)
-    cli.add_flag(main, "--do_eval", "given alone: only score the model", default=None, changes_result=False)
+    main.add_flag("--do_train", help, default=None)
+    main.add_flag("--do_eval", "given alone: only score the model", default=None, without_effect=True)
     help = "write the best model's predictions for test.json, as CLUE takes them, into its directory as "
     help += "<task>_predict.json; given alone: only that"
-    cli.add_flag(main, "--do_predict", help, default=None, changes_result=False)
+    main.add_flag("--do_predict", help, default=None, without_effect=True)
     training.add_training_arguments(parser)
     cli.add_input_arguments(parser)
     args = parser.parse_args(argv)
@@ -49,7 +49,9 @@ def fine_tune(args):
     task = data.get_task(args.task_name, args.data_dir)
     if args.do_predict:
         data.split_path(task.name, "test", args.data_dir)  # if it is missing, say so before the training, not after
+    # dev chooses the checkpoint; test.json, whose labels CLUE keeps to itself, is only ever predicted.
     splits = data.read_train_and_dev(task, args)
+    # For stage.json, with the md5 of each file: with other data it is another run.
     described = {name: split.describe() for name, split in splits.items()}
 
     # The model: a pre-trained encoder, and a classifier [hidden_size, labels] whose weights are random so far.
@@ -88,8 +90,10 @@ def train(args, run, model, features, pad_id):
     # AdamW. The learning rate rises over the first tenth of the steps, because the new classifier's gradients are large
     # at first and would damage the pre-trained weights, and then falls to 0.
     optimizer, schedule = training.make_optimizer(model, args, progress.steps)
+    # After a kill: weights, AdamW's moments and the step of the last evaluation. A new run starts with these values.
     state = run.restore(model, optimizer, schedule, best=None, evaluations=[])
 
+    # Dropout is on while training, and off in modeling.score.
     model.train()
     batches = training.training_batches(features["train"], args, state["step"], progress.steps, pad_id)
     for step, batch, share in progress.bar(batches, state["step"], args.task_name):
@@ -101,6 +105,7 @@ def train(args, run, model, features, pad_id):
             # For another objective (several labels per text, a score) change this line, and the metrics in evaluate.
             loss = paddle.nn.functional.cross_entropy(logits, paddle.to_tensor(batch.labels)) * share
             loss.backward()
+        # Clips the gradients (--max_grad_norm), takes one step of AdamW and one of the schedule, clears the gradients.
         training.update(model, optimizer, schedule)
         progress.loss(step, loss, schedule)
 

@@ -42,13 +42,13 @@ def parse_args(argv=None):
     )
     help = "micro-batches of --batch_size per step and process; raise it, and lower --batch_size, if memory runs out: "
     help += "16 x 32 is the published 512 (sample relations stay within a micro-batch)"
-    cli.positive(optimization.add_argument("--gradient_accumulation_steps", type=int, default=1, help=help))
-    cli.add_flag(optimization, "--use_amp", "compute in FP16 where possible, on a GPU")
+    optimization.add_argument("--gradient_accumulation_steps", type=int, default=1, help=help, positive=True)
+    optimization.add_flag("--use_amp", "compute in FP16 where possible, on a GPU")
     help = "initial loss scaling of --use_amp"
     optimization.add_argument("--scale_loss", type=float, default=2**15, help=help)
     inputs = parser.add_argument_group("data")
     help = "directory of text files, one sentence per line"
-    cli.without_effect(inputs.add_argument("--input_dir", type=cli.PathArgument, required=True, help=help))
+    inputs.add_argument("--input_dir", type=cli.PathArgument, required=True, help=help, without_effect=True)
     cli.add_output_argument(inputs, "where model_<step> directories go", required=True)
     cli.add_tokenizer_arguments(inputs)
     args = parser.parse_args(argv)
@@ -115,12 +115,14 @@ def train(args, run, corpus, teacher, student):
     expected_rows = float(args.num_relation_heads * args.batch_size * args.max_seq_length)
     started, tokens, interval = time.time(), 0, state["interval"]
     for step in progress.bar(range(state["step"] + 1, progress.steps + 1), state["step"], "distil"):
+        # Dropout of the student is a function of seed and step, so a resumed run repeats it exactly.
         training.seed_step(args.seed, step)
         loss_sum, rows_sum = 0.0, 0.0
         for number in range(accumulation * world):
             _, texts = next(micro_batches)
             if number % world != rank:
                 continue
+            # Tokenized here, not beforehand: the corpus may be larger than memory.
             batch, count = make_batch(texts, tokenizer, args.max_seq_length)
             inputs = training.tensors(batch)
             mask = (inputs[0] != tokenizer.pad_id).astype("float32")
@@ -135,6 +137,7 @@ def train(args, run, corpus, teacher, student):
             scaler.scale(loss / expected_rows).backward()
             loss_sum, rows_sum = loss_sum + float(loss), rows_sum + rows
             tokens += count
+        # Sums over all micro-batches of all processes, then one division: the mean over all rows of the step.
         loss_sum, rows_sum = processes.sum_over_processes(loss_sum, rows_sum)
         processes.sum_gradients(model.parameters(), factor=expected_rows / rows_sum)
         scaler.step(optimizer)
@@ -160,6 +163,8 @@ def train(args, run, corpus, teacher, student):
 
 def save_model(args, run, step, student, losses):
     """Writes model_<step>, a directory that every later stage takes as a model."""
+    # There is no dev set: the loss shows that training goes on, and only fine-tuning shows what the student is worth. So
+    # several steps are kept, to be compared on a task.
     directory = os.path.join(args.output_dir, f"model_{step}")
     with run.output(directory, metrics={"step": step, "loss": losses[-1][1]}, losses=losses) as target:
         student.model.save_pretrained(target)

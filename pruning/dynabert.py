@@ -22,11 +22,11 @@ def add_pruning_arguments(group):
     help = "what ranks heads and neurons; dev is the published recipe, and shows the selection set to the ranking"
     group.add_argument("--importance_split", choices=("train", "dev"), default="train", help=help)
     help = "records that rank heads and neurons; lower it to start sooner"
-    cli.positive(group.add_argument("--importance_samples", type=int, default=2048, help=help))
-    cli.add_flag(group, "--do_train", "accepted; pruning always trains", default=None)
-    cli.add_flag(group, "--do_eval", "accepted; pruning always evaluates", default=None, changes_result=False)
+    group.add_argument("--importance_samples", type=int, default=2048, help=help, positive=True)
+    group.add_flag("--do_train", "accepted; pruning always trains", default=None)
+    group.add_flag("--do_eval", "accepted; pruning always evaluates", default=None, without_effect=True)
     help = "largest difference of a logit allowed between the fine-tuned model and the supernet made from it"
-    cli.without_effect(group.add_argument("--parity_tolerance", type=float, default=1e-3, help=help))
+    group.add_argument("--parity_tolerance", type=float, default=1e-3, help=help, without_effect=True)
 
 
 def check_widths(widths, record):

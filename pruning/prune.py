@@ -44,9 +44,11 @@ def prune(args):
     # 12 heads allow the widths k/12, which all leave whole neurons of 3072: 0.75 keeps 9 heads of 64 columns and 2304
     # neurons in each layer. 0.7 would be 8.4 heads and is refused.
     dynabert.check_widths(args.width_mult_list, teacher.record)
+    # The labels are those of the fine-tuned model, in the order of its logits.
     splits = data.read_train_and_dev(data.task_of(teacher.record), args)
     described = {name: split.describe() for name, split in splits.items()}
 
+    # What the fine-tuned model notes (random weights, partial data) is true of the pruned one as well.
     fields = {"task": teacher.record["task"], "labels": teacher.record["labels"]}
     fields.update(notes=teacher.record["notes"], noted_by="pruning: ")
     targets = {
@@ -80,6 +82,7 @@ def train(args, run, teacher, supernet, features):
     """Trains all widths and keeps the best checkpoint of each. Returns: the final state."""
     pad_id = teacher.tokenizer.pad_id
     progress = training.Progress(args, len(features["train"]))
+    # As in fine-tuning, and usually with the same learning rate and as many epochs: most of what was learnt is still there.
     optimizer, schedule = training.make_optimizer(supernet.model, args, progress.steps)
     state = run.restore(supernet.model, optimizer, schedule, best={}, evaluations=[])
     if not state["evaluations"] and run.is_first:
@@ -103,8 +106,9 @@ def train(args, run, teacher, supernet, features):
                 # before the optimizer makes one step.
                 dynabert.set_width(supernet, width)
                 logits, hidden = student_states.run(inputs)
-                # DynaBERT's loss compares with the teacher, not with the labels: MSE of the hidden states after every
-                # layer, and cross-entropy with the teacher's probabilities. Labels are not used.
+                # DynaBERT's loss compares with the teacher, not with the labels: 0.1 x MSE of the hidden states of every
+                # layer + lambda_logit x cross-entropy with the teacher's probabilities. The hidden size is not pruned,
+                # so hidden states of any width have the same shape.
                 loss = dynabert.distillation_loss(hidden, teacher_hidden, logits, teacher_logits, args.lambda_logit)
                 # Share of this process in the joint batch, as in run_clue.py.
                 loss = share * loss

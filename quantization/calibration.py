@@ -9,23 +9,23 @@ from common.compat import paddle
 
 def add_quantization_arguments(group, algorithms, samples):
     help = "how to choose the activation scales; weights always have one scale per channel"
-    cli.without_effect(
-        group.add_argument("--algorithms", nargs="+", choices=algorithms, default=list(algorithms), help=help)
+    group.add_argument(
+        "--algorithms", nargs="+", choices=algorithms, default=list(algorithms), help=help, without_effect=True
     )
     help = "sizes of the calibration batch, one variant for each; raise it if INT8 agrees with FP32 too rarely"
-    cli.without_effect(group.add_argument("--calib_samples", nargs="+", type=int, default=list(samples), help=help))
+    group.add_argument("--calib_samples", nargs="+", type=int, default=list(samples), help=help, without_effect=True)
     help = "what calibrates; dev is the published recipe, and shows the selection set to the calibration"
     group.add_argument("--calib_split", choices=("train", "dev"), default="train", help=help)
     help = "share of dev predictions that must equal FP32's; a variant below it is reported and not written"
-    cli.without_effect(group.add_argument("--min_agreement", type=float, default=0.9, help=help))
+    group.add_argument("--min_agreement", type=float, default=0.9, help=help, without_effect=True)
     help = "largest difference allowed between the FP32 graph's accuracy and the one that training recorded in "
     help += "stage.json, if both are on the same dev data; a difference of two records is always allowed"
-    cli.without_effect(group.add_argument("--accuracy_tolerance", type=float, default=0.005, help=help))
+    group.add_argument("--accuracy_tolerance", type=float, default=0.005, help=help, without_effect=True)
     help = (
         "also store the word embeddings in INT8, with one scale per row: about half the file (default: on for a CPU; "
     )
     help += "TensorRT takes no such table)"
-    cli.add_flag(group, "--int8_embeddings", help, default=None)
+    group.add_flag("--int8_embeddings", help, default=None)
     group.add_argument("--seed", type=int, default=42, help="chooses the calibration samples")
     cli.add_device_argument(group)
     cli.add_overwrite_argument(group)

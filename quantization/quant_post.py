@@ -28,7 +28,7 @@ def parse_args(argv=None):
     main = parser.add_argument_group("what to quantize")
     cli.add_task_argument(main)
     help = "directory with the exported FP32 graph"
-    cli.without_effect(main.add_argument("--input_dir", type=cli.PathArgument, required=True, help=help))
+    main.add_argument("--input_dir", type=cli.PathArgument, required=True, help=help, without_effect=True)
     help = "default: from the input's stage.json: <task>_quant_models (pruned to 0.75), <task>_finetuned_quant_models, "
     help += "<task>_<width>_quant_models"
     cli.add_output_argument(main, help)
@@ -47,7 +47,7 @@ def default_output_dir(record):
 
 def quantize_all(args):
     """Makes and scores the variants that are not there yet, and prints the table of all."""
-    # The exported FP32 graph, and the record of the model in it.
+    # The exported FP32 graph, and the record of the model in it: task, labels and length need not be typed again.
     record = records.read_record(args.input_dir, "an exported model")
     records.check_task(record, args.task_name, args.input_dir)
     graph = checkpoints.open_graph(args.input_dir, "--input_dir")
@@ -71,7 +71,8 @@ def quantize_all(args):
     run = Run("quantize", args, parent, described, noted_by="quantizing: ", **fields)
     # Two runs into one directory would each make every variant.
     with files.Lock(args.output_dir):
-        # FP32 in the same engine: what INT8 has to agree with, and, on the same dev data, what training recorded.
+        # FP32 in the same engine is what INT8 has to agree with. On the dev data of the training its accuracy has to be the
+        # recorded one, or the graph is not the model that was trained.
         features = batching.convert(dev.examples, tokenizer, args.max_seq_length)
         fp32 = engine.open_engine(graph.prefix, features, args.device)
         fp32_logits = fp32.predict(features, pad_id=tokenizer.pad_id)
@@ -92,6 +93,7 @@ def make_variants(args, run, graph, tokenizer, samples, features, fp32_logits):
     """
     # One order for all variants: the 4 samples of mse4 are the first 4 of mse8, and the same for every algorithm. So
     # variants differ in what their names say, and in nothing else.
+    # What to change if INT8 loses too much: more samples (--calib_samples 32), another --seed, or --int8_embeddings False.
     order = np.random.default_rng(args.seed).permutation(len(samples.examples))
     print("| variant | INT8 accuracy | agreement with FP32 | file, MB |\n| --- | --- | --- | --- |")
     kept, left_out = {}, []

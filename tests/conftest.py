@@ -14,16 +14,21 @@ sys.path[:0] = [
     ROOT,
     *(
         os.path.join(ROOT, d)
-        for d in ("finetuning", "pruning", "quantization", "deploy/python", "deploy/serving", "general_distill", "demo")
+        for d in (
+            "finetuning",
+            "pruning",
+            "quantization",
+            "deploy/python",
+            "deploy/serving",
+            "deploy/benchmark",
+            "general_distill",
+            "demo",
+        )
     ),
 ]
 
-import compat  # noqa: E402, F401  before Paddle
-
-import pytest  # noqa: E402
-
-import records  # noqa: E402
-import utils  # noqa: E402
+import pytest
+from common import cli, records
 
 FAULTS = os.environ.get("FAULTS")  # None, or how hard tests/faults.sh tries: short, long
 
@@ -117,7 +122,7 @@ def pytest_sessionfinish(session):
 def refused(capsys, out, words, function, *arguments):
     """Checks that a call is a user's mistake: one line with these words, status 2, and nothing written."""
     with pytest.raises(SystemExit) as stopped:
-        utils.run(functools.partial(function, *arguments))
+        cli.run(functools.partial(function, *arguments))
     said = capsys.readouterr().err
     errors = [line for line in said.splitlines() if ": error: " in line]
     assert stopped.value.code == 2 and len(errors) == 1 and "Traceback" not in said, said
@@ -242,7 +247,7 @@ class Service:
     """web_service.py as a process: ``http``, ``rpc`` are its ports, ``logs`` its directory of logs."""
 
     def __init__(self, directory, model, *options, settings=None, env=None, cwd=None):
-        from load_test import free_port
+        from serving_load import free_port
 
         self.http, self.rpc, self.directory = free_port(), free_port(), directory
         self.logs = directory / "PipelineServingLogs"

@@ -9,8 +9,8 @@ import paddle
 import pytest
 from conftest import ROOT
 
-import compat
-import modeling
+import common
+from common import modeling
 
 
 def python(code, **kwargs):
@@ -25,13 +25,13 @@ INFLATE = "import zlib; assert zlib.decompress(zlib.compress(b'x' * 100000)) == 
 )
 def test_zlib_survives_paddle():
     assert python(f"import paddle; {INFLATE}").returncode < 0, "the defect is gone: remove the cure"
-    assert python(f"import compat; {INFLATE}").stdout.strip() == "inflated"
+    assert python(f"import common, paddle; {INFLATE}").stdout.strip() == "inflated"
 
 
 def test_all_cores_are_used_for_training():
     code = "import os; os.environ.pop('OMP_NUM_THREADS', None); import {}; print(os.environ['OMP_NUM_THREADS'])"
     assert python(code.format("paddle")).stdout.strip() == "1"
-    assert python(code.format("compat")).stdout.strip() == str(compat._cores)
+    assert python(code.format("common, paddle")).stdout.strip() == str(common.CORES)
 
 
 def test_paddleslim_leaves_attention_as_it_was():
@@ -41,12 +41,12 @@ def test_paddleslim_leaves_attention_as_it_was():
     )
     broken = python(code.format("import zlib;", "from paddleslim.nas.ofa.utils import nlp_utils"))
     assert broken.stdout.strip() != "equal", "the defect is gone: remove the cure"
-    assert python(code.format("import compat;", "compat.paddleslim_ofa()")).stdout.strip() == "equal"
+    assert python(code.format("from common import compat;", "compat.paddleslim_ofa()")).stdout.strip() == "equal"
 
 
 def test_super_layer_norm_works():
     code = (
-        "import compat, paddle; from paddleslim.nas.ofa.layers import SuperLayerNorm; {}; "
+        "from common import compat; import paddle; from paddleslim.nas.ofa.layers import SuperLayerNorm; {}; "
         "print(SuperLayerNorm(8)(paddle.ones([2, 8])).shape)"
     )
     assert "ValueError" in python(code.format("pass")).stderr, "the defect is gone: remove the cure"
@@ -57,12 +57,13 @@ def test_avg_quantization_takes_0d_activations(tuned, tmp_path):
     """Without the cure the library's own call ends with an IndexError on the graph that we export."""
     quantize = f"""
 import sys; sys.path[:0] = [{ROOT!r}, {ROOT!r} + "/quantization"]
-import compat, numpy as np, data, quant_post
+from common import batching, compat
+import calibration
 if {{cured}} is False:
     from paddleslim.quant import quant_post_static
     compat.quant_post_static = quant_post_static
-features = [data.Feature([2, 5, 6, 3], [0] * 4, 0)] * 4
-quant_post.quantize({str(tuned / "inference")!r}, features, 0, "avg", {str(tmp_path)!r}, False)
+features = [batching.Feature([2, 5, 6, 3], [0] * 4, 0)] * 4
+calibration.quantize({str(tuned / "inference")!r}, features, 0, "avg", {str(tmp_path)!r}, False)
 """
     assert "IndexError" in python(quantize.replace("{cured}", "False")).stderr, "the defect is gone: remove the cure"
     done = python(quantize.replace("{cured}", "True"))
@@ -81,17 +82,16 @@ def test_built_in_name_loads_beside_a_directory_of_that_name(tmp_path):
     environment = {**os.environ, "PPNLP_HOME": str(tmp_path / "home")}
     load = f"""
 import os, sys; sys.path.insert(0, {ROOT!r}); os.chdir({str(work)!r})
-import compat, modeling
-from argparse import Namespace
-args = Namespace(model_type="ppminilm", model_name_or_path="ppminilm-6l-768h", init_config=None, vocab_file=None, use_faster_tokenizer=True)
+from common import checkpoints, modeling
+name = "ppminilm-6l-768h"
 """
-    plain = python(load + "modeling.model_class('ppminilm').from_pretrained(args.model_name_or_path)", env=environment)
+    plain = python(load + "modeling.model_class('ppminilm').from_pretrained(name)", env=environment)
     assert plain.returncode != 0, "the defect is gone: remove the cure"
     done = python(
         load
         + """
-model, tokenizer, provenance = modeling.load(args, 3)
-print(float(model.ppminilm.embeddings.word_embeddings.weight.sum()), tokenizer.encode(["二五"])[0][0], provenance["notes"], os.getcwd())
+start = checkpoints.load_pretrained(name, 3)
+print(float(start.model.ppminilm.embeddings.word_embeddings.weight.sum()), start.tokenizer.encode(["二五"])[0][0], start.notes, os.getcwd())
 """,
         env=environment,
     )
@@ -102,17 +102,17 @@ print(float(model.ppminilm.embeddings.word_embeddings.weight.sum()), tokenizer.e
 def test_mkl_uses_avx2_on_amd():
     """Seen by the bits of a product: its slow code has no fused multiply-add, so it rounds otherwise."""
     amd, intel = "vendor_id : AuthenticAMD\nflags : fpu fma avx2\n", "vendor_id : GenuineIntel\nflags : fpu fma avx2\n"
-    assert compat._mkl_cpu_type(amd) == "5" and compat._mkl_cpu_type(intel) is None
-    assert compat._mkl_cpu_type(amd.replace("avx2", "avx")) is None
+    assert common.mkl_cpu_type(amd) == "5" and common.mkl_cpu_type(intel) is None
+    assert common.mkl_cpu_type(amd.replace("avx2", "avx")) is None
     with open("/proc/cpuinfo", encoding="utf-8") as file:
-        if compat._mkl_cpu_type(file.read()) is None:
+        if common.mkl_cpu_type(file.read()) is None:
             pytest.skip("no AMD processor with AVX2")
     code = (
         "import os; {}; import paddle; paddle.seed(1); x = paddle.randn([64, 300]); "
         "print(paddle.matmul(x, x, transpose_y=True).numpy().tobytes().hex())"
     )
     unset = {name: value for name, value in os.environ.items() if name != "MKL_DEBUG_CPU_TYPE"}
-    plain, cured = python(code.format("import zlib"), env=unset), python(code.format("import compat"), env=unset)
+    plain, cured = python(code.format("import zlib"), env=unset), python(code.format("import common"), env=unset)
     asked = python(code.format("import zlib"), env={**unset, "MKL_DEBUG_CPU_TYPE": "5"})
     assert plain.stdout != asked.stdout, "the defect is gone: remove the cure"
     assert cured.stdout == asked.stdout and len(cured.stdout) > 1000
@@ -123,6 +123,8 @@ def test_paddle_servings_server_without_its_client(tmp_path):
     """Its import of a name from paddle_serving_client, which has no wheel here."""
     pytest.importorskip("paddle_serving_server", reason="needs Paddle Serving: bash setup_env.sh --serving")
     env = {**os.environ, "SERVING_LOG_PATH": str(tmp_path)}
-    without = python("import compat; from paddle_serving_server.pipeline import operator", env=env)
+    without = python("from common import compat; from paddle_serving_server.pipeline import operator", env=env)
     assert "No module named 'paddle_serving_client'" in without.stderr, "the defect is gone: remove the cure"
-    assert python("import compat; print(compat.paddle_serving().Op.__name__)", env=env).stdout.strip() == "Op"
+    assert (
+        python("from common import compat; print(compat.paddle_serving().Op.__name__)", env=env).stdout.strip() == "Op"
+    )

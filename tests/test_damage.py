@@ -13,12 +13,7 @@ import pytest
 from conftest import load_script, refused
 
 import data
-import engine
-import modeling
-import records
-import tensors
-import tokenization
-import utils
+from common import UserError, batching, checkpoints, modeling, records, runs, tokenization
 
 
 def cut(path, keep=0.7):
@@ -105,9 +100,7 @@ def test_damaged_models(kind, copies, workspace, capsys, fault):
         for damage, cause in DAMAGE.items():
             directory = copies(kind)
             cause(directory / name)
-            graph = name.endswith(".pdmodel") and damage == "missing" and stage == "infer"
-            words = ["a directory with 0 graphs"] if graph else [name]
-            refused(capsys, directory.parent / "out", words, read, stage, directory, workspace)
+            refused(capsys, directory.parent / "out", [name], read, stage, directory, workspace)
     fault(f"{kind} model: a file cut off, one bit wrong, missing, empty", ", ".join(f"`{name}`" for name in files),
           len(files) * len(DAMAGE), "refused by the name of the file, status 2, nothing written")  # fmt: skip
 
@@ -138,8 +131,8 @@ def test_weights_of_another_model(copies, pruned, tuned, quantized, workspace, c
 
 def test_without_a_record_shapes_are_compared(pruned, tuned, workspace, tmp_path, capsys, fault):
     """A model directory from elsewhere has no hashes; then every parameter has to be there, in its shape."""
-    out, arrays = tmp_path / "out", tensors.read(str(tuned / "model_state.pdparams"))
-    narrow = tensors.read(str(pruned / "0.5/sub/model_width_0.50000/model_state.pdparams"))
+    out, arrays = tmp_path / "out", checkpoints.read_tensors(str(tuned / "model_state.pdparams"))
+    narrow = checkpoints.read_tensors(str(pruned / "0.5/sub/model_width_0.50000/model_state.pdparams"))
     layer = "ppminilm.encoder.layers.1.linear1.weight"
     for weights, words in (
         ({name: value for name, value in arrays.items() if name != layer}, [layer, "is not there"]),
@@ -168,15 +161,13 @@ NEEDED = ("task", "labels", "model.model_type", "model.width_mult", "model.archi
           "parent.weights")  # fmt: skip
 
 
-def read_all(directory, exported):
+def read_all(directory):
     """What the stages read of a record, before they compute anything."""
     record = records.read_record(str(directory))
     records.check_task(record, "topics", "m", "ppminilm")
     records.sequence_length(type("Arguments", (), {"max_seq_length": None}), record)
-    records.identity(record["arguments"], record["parent"], record["data"])
-    if exported:
-        engine.static_prefix(str(directory), record)
-    engine.open_exported(engine.find_prefix(str(directory)))
+    runs.identity(record["arguments"], record["parent"], record["data"], set())
+    checkpoints.open_graph(str(directory))
 
 
 def test_wrong_records(copies, fault):
@@ -201,16 +192,16 @@ def test_wrong_records(copies, fault):
                 one_less = wrong is ... and place[:-1][-1:] in (("weights",), ("files",), ("labels",))
                 number = isinstance(right, float) and type(wrong) is int
                 try:
-                    read_all(directory, kind != "quantized")
+                    read_all(directory)
                     said = ""
-                except utils.UserError as error:
+                except UserError as error:
                     said = str(error)
                 if needed and type(wrong) is not type(right) and not one_less and not number:
                     assert f"stage.json: not a stage record: field '{name}' is" in said, (name, wrong, said)
                     by_name += 1
         for text in ("", "{", "[]", "null", "\ufeff{}", '{"schema": 1}', '{"schema": 7}'):
             path.write_text(text, encoding="utf-8")
-            with pytest.raises(utils.UserError, match="stage.json: (not JSON|not a stage record|written by another)"):
+            with pytest.raises(UserError, match="stage.json: (not JSON|not a stage record|written by another)"):
                 records.read_record(str(directory))
     fault("wrong `stage.json`", "each of its fields gone, null, true, a text, a negative number, a list, an object", tried,
           f"refused by the name of the field where a stage needs it ({by_name}); no stack trace for the others")  # fmt: skip
@@ -221,7 +212,7 @@ def test_records_of_the_first_version_are_read(copies):
     directory = copies("quantized")
     change_json(directory / "stage.json", lambda record: (record.update(schema=1), record.pop("files")))
     assert records.read_record(str(directory))["files"] == {}
-    read_all(directory, False)
+    read_all(directory)
 
 
 class Payload:
@@ -238,14 +229,14 @@ def test_a_pickle_that_is_more_than_tensors_runs_nothing(tuned, workspace, tmp_p
     directory, mark = tmp_path / "m", str(tmp_path / "it_ran")
     shutil.copytree(tuned, directory, ignore=shutil.ignore_patterns("stage.json", "inference.*"))
     weights = directory / "model_state.pdparams"
-    state = {name: array for name, array in tensors.read(str(weights)).items()}
+    state = {name: array for name, array in checkpoints.read_tensors(str(weights)).items()}
     weights.write_bytes(pickle.dumps({**state, "more": Payload(mark)}, protocol=4))
     with contextlib.suppress(NotImplementedError):  # an open file is no tensor; but it is open by then
         paddle.load(str(weights))
     assert os.path.exists(mark), "the payload is dead: this test shows nothing"
     os.remove(mark)
-    with pytest.raises(utils.UserError, match="model_state.pdparams: .*io.open.*it was not loaded"):
-        tensors.read(str(weights))
+    with pytest.raises(UserError, match="model_state.pdparams: .*io.open.*it was not loaded"):
+        checkpoints.read_tensors(str(weights))
     for stage in ("fine_tune", "prune"):
         shutil.copy(tuned / "stage.json", directory) if stage == "prune" else None
         refused(capsys, tmp_path / "out", ["model_state.pdparams"], read, stage, directory, workspace)
@@ -258,8 +249,8 @@ def test_a_pickle_that_is_more_than_tensors_runs_nothing(tuned, workspace, tmp_p
         (b"no pickle", "not a file of tensors"),
     ):
         weights.write_bytes(content)
-        with pytest.raises(utils.UserError, match=words):
-            tensors.read(str(weights))
+        with pytest.raises(UserError, match=words):
+            checkpoints.read_tensors(str(weights))
     fault("a `.pdparams` that holds code, or anything but tensors", "a pickle that makes a file when it is loaded, others", 8,
           "refused; nothing ran (`paddle.load` runs it)")  # fmt: skip
 
@@ -272,7 +263,7 @@ def test_our_reader_reads_what_paddle_saves(tuned, tmp_path):
             path = str(tmp_path / "other.pdparams")
             state = {name: paddle.to_tensor(value) for name, value in expected.items()}
             paddle.save({**state, "position_ids": paddle.arange(3)}, path, protocol=protocol)
-        found = tensors.read(path)
+        found = checkpoints.read_tensors(path)
         assert expected.keys() == found.keys() - {"position_ids"}
         assert all(np.array_equal(expected[name], found[name]) for name in expected)
 
@@ -288,10 +279,10 @@ def test_weights_in_bf16_are_refused(tuned, workspace, tmp_path, capsys):
 
 
 def test_a_model_is_the_one_that_paddlenlp_loads(tuned, workspace):
-    """from_directory against PaddleNLP's from_pretrained: the same logits."""
+    """read_model against PaddleNLP's from_pretrained: the same logits."""
     tokenizer = tokenization.load_tokenizer(str(tuned))
-    features = data.convert(data.read_split(data.get_task("topics", str(workspace / "data")), "dev",
+    features = batching.convert(data.read_split(data.get_task("topics", str(workspace / "data")), "dev",
                                             str(workspace / "data"), 20).examples, tokenizer, 64)  # fmt: skip
-    ours, _ = modeling.from_directory(modeling.model_class("ppminilm"), str(tuned), 4)
+    ours, _ = checkpoints.read_model(modeling.model_class("ppminilm"), str(tuned), 4)
     theirs = modeling.model_class("ppminilm").from_pretrained(str(tuned), num_labels=4)
     assert np.array_equal(modeling.predict(ours, features), modeling.predict(theirs, features))

@@ -6,8 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data
-import tokenization
-import utils
+from common import batching, cli, tokenization
 
 
 def broken(line):
@@ -18,7 +17,7 @@ def broken(line):
 LINES = {
     "broken line": b'{"sentence": "a", "label": "100"',
     "two records in a line": b'{"sentence": "a", "label": "100"} {"sentence": "a", "label": "100"}',
-    "wrong label": '{"sentence": "a", "label": "105"}'.encode(),
+    "wrong label": b'{"sentence": "a", "label": "105"}',
     "wrong encoding": '{"sentence": "甲乙", "label": "100"}'.encode("gb18030"),
     "byte order mark": b"\xef\xbb\xbf" + b'{"sentence": "a", "label": "100"}',
     "line ends of Windows (CRLF)": b'{"sentence": "a", "label": "100"}\r',
@@ -108,7 +107,7 @@ def test_any_text_any_span_any_length(task, tmp_path_factory, fault):
                 assert sorted(example.text) == sorted(text)
             else:
                 assert (example.text, example.text_pair) == (text, pair)
-        features = data.convert(examples, fast, length)
+        features = batching.convert(examples, fast, length)
         for feature, example in zip(features, examples):
             ids, types = feature.input_ids, feature.token_type_ids
             single = [
@@ -133,7 +132,7 @@ def test_a_loss_that_is_no_number_ends_the_training(workspace, tmp_path, capsys,
                  "--init_config", str(workspace / "tiny.json"), "--vocab_file", str(workspace / "vocab.txt"),
                  "--learning_rate", "1e30", "--max_grad_norm", "0", "--max_steps", "10"]  # fmt: skip
     with pytest.raises(SystemExit) as stopped:
-        utils.run(lambda: load_script("finetuning", "run_clue").main(arguments))
+        cli.run(lambda: load_script("finetuning", "run_clue").main(arguments))
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and "the loss of step" in said and "--learning_rate" in said
     assert not (tmp_path / "out").exists()

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data
-import tokenization
-from utils import UserError
+from common import UserError, batching, checkpoints, tokenization, training
 
 PLAIN = st.text(st.characters(blacklist_categories=("Cs",)), max_size=40)
 
@@ -36,7 +35,7 @@ def test_layouts_and_minus_labels(tmp_path, layout):
     rows = [{"sentence": "甲", "label": "101"}, {"sentence": "乙", "label": "-"}, {"sentence": "丙", "label": "100"}]
     write_rows(directory / "dev.json", rows)
     split = data.read_split(data.get_task("TNews"), "dev", str(tmp_path))
-    assert split.examples == [data.Example("甲", None, 1, 1), data.Example("丙", None, 0, 3)]
+    assert split.examples == [batching.Example("甲", None, 1, 1), batching.Example("丙", None, 0, 3)]
     assert split.describe()["majority_class"] == 0.5
 
 
@@ -62,7 +61,7 @@ def test_download_goes_through_paddlenlp(tmp_path, monkeypatch):
     monkeypatch.setitem(clue.Clue.BUILDER_CONFIGS["afqmc"]["splits"], "dev", ["afqmc_public/dev.json", md5])
     monkeypatch.setattr(clue, "DATA_HOME", str(tmp_path))
     monkeypatch.setattr(env, "DATA_HOME", str(tmp_path))
-    assert data.read_split(data.get_task("afqmc"), "dev").examples == [data.Example("甲", "乙", 1, 1)]
+    assert data.read_split(data.get_task("afqmc"), "dev").examples == [batching.Example("甲", "乙", 1, 1)]
 
 
 def test_own_task_takes_labels_from_file_or_train(tmp_path):
@@ -143,10 +142,7 @@ def test_span_that_is_not_where_its_index_says(tmp_path):
 
 @pytest.mark.parametrize(
     "name, directory, message",
-    [
-        ("nosuch", None, "nosuch: not one of AFQMC"),
-        ("tnews", "/nonexistent", "no dev.json for TNEWS"),
-    ],
+    [("nosuch", None, "nosuch: not one of AFQMC"), ("tnews", "/nonexistent", "no dev.json for TNEWS")],
 )
 def test_unknown_task_and_directory(name, directory, message):
     with pytest.raises(UserError, match=message):
@@ -174,16 +170,16 @@ def test_pairs_are_cut_longest_first(tokenizer, pairs, length):
 
 
 def test_padding_is_per_batch():
-    features = [data.Feature([2] * n, [1] * n, n % 2) for n in (5, 2, 9, 1)]
-    found = list(data.batches(features, 2, pad_id=7, order=[1, 3, 0, 2]))
+    features = [batching.Feature([2] * n, [1] * n, n % 2) for n in (5, 2, 9, 1)]
+    found = list(batching.batches(features, 2, pad_id=7, order=[1, 3, 0, 2]))
     assert [batch.input_ids.shape for batch in found] == [(2, 2), (2, 9)]
     assert found[0].input_ids.tolist() == [[2, 2], [2, 7]] and found[0].token_type_ids.tolist() == [[1, 1], [1, 0]]
     assert found[1].labels.tolist() == [1, 1] and found[1].index.tolist() == [0, 2]
-    assert data.by_length(features).tolist() == [3, 1, 0, 2]
+    assert batching.by_length(features).tolist() == [3, 1, 0, 2]
 
 
 def test_accuracy():
-    assert data.accuracy(np.array([[0.1, 0.9], [0.8, 0.2], [0.4, 0.6]]), [1, 1, 1]) == pytest.approx(2 / 3)
+    assert batching.accuracy(np.array([[0.1, 0.9], [0.8, 0.2], [0.4, 0.6]]), [1, 1, 1]) == pytest.approx(2 / 3)
 
 
 def test_a_vocabulary_of_ones_own_texts(workspace, tmp_path):
@@ -194,24 +190,24 @@ def test_a_vocabulary_of_ones_own_texts(workspace, tmp_path):
     task = data.get_task("topics", str(workspace / "data"))
     examples = data.read_split(task, "train", str(workspace / "data")).examples
     own = tokenization.load_tokenizer(None, True, vocab)
-    assert load_script("finetuning", "run_clue").unknown_share(data.convert(examples, own, 64), own.unk_id) == 0
+    assert training.unknown_share(batching.convert(examples, own, 64), own.unk_id) == 0
     (ids, _), (mixed, _) = own.encode(["iPhone 16", "IPHONE 16"])
     assert own.unk_id not in ids and ids == mixed
     (tmp_path / "other.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n一\n")
     other = tokenization.load_tokenizer(None, True, str(tmp_path / "other.txt"))
-    features = data.convert(examples, other, 64)
+    features = batching.convert(examples, other, 64)
     counted = sum(token == other.unk_id for f in features for token in f.input_ids) / sum(
         len(f.input_ids) for f in features
     )
-    assert load_script("finetuning", "run_clue").unknown_share(features, other.unk_id) == counted > 0.5
+    assert training.unknown_share(features, other.unk_id) == counted > 0.5
 
 
 def test_hfls_models_go_without_their_prefix():
     """The names that launchers and READMEs give are PaddleNLP's, or become so."""
-    import modeling
+    from common import modeling
 
     names = {"roberta": ["roberta-wwm-ext-large"], "ppminilm": ["ppminilm-6l-768h"], "bert": ["bert-base-chinese"]}
     for model_type, asked in names.items():
         cls = modeling.model_class(model_type)
-        assert all(modeling.builtin_name(cls, name) in cls.pretrained_init_configuration for name in asked)
-    assert modeling.builtin_name(modeling.model_class("roberta"), "no-such") is None
+        assert all(checkpoints.builtin_name(cls, name) in cls.pretrained_init_configuration for name in asked)
+    assert checkpoints.builtin_name(modeling.model_class("roberta"), "no-such") is None

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, load_script
 
 import data
-import records
+from common import records
 
 TASKS = {"tnews": 15, "afqmc": 2, "cluewsc2020": 2}
 

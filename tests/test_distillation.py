@@ -10,9 +10,8 @@ import paddle
 import pytest
 from conftest import FILLER, ROOT, load_script, record
 
-import modeling
 import relations
-import utils
+from common import UserError, checkpoints, modeling
 from corpus import Corpus
 
 
@@ -150,18 +149,10 @@ def test_the_student_learns_the_relations(distilled):
 
 
 def test_a_later_stage_takes_the_student(distilled, workspace):
-    from argparse import Namespace
-
-    args = Namespace(
-        model_type="ppminilm",
-        model_name_or_path=str(distilled / "model_30"),
-        init_config=None,
-        use_faster_tokenizer=True,
-    )
-    model, _, provenance = modeling.load(args, 4)
-    found = model.ppminilm.encoder.layers[1].linear1.weight.numpy()
+    start = checkpoints.load_pretrained(str(distilled / "model_30"), 4)
+    found = start.model.ppminilm.encoder.layers[1].linear1.weight.numpy()
     assert np.array_equal(found, weights(distilled / "model_30")["encoder.layers.1.linear1.weight"])
-    assert "student: random weights, no pre-training" in provenance["notes"]
+    assert "student: random weights, no pre-training" in start.notes
 
 
 def test_two_processes_equal_one_that_accumulates(distillation, tmp_path):
@@ -263,7 +254,7 @@ def test_batches_of_similar_length_hold_each_line_once(tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(distillation, tmp_path, changed, message):
     _, arguments = distillation
-    with pytest.raises(utils.UserError, match=message):
+    with pytest.raises(UserError, match=message):
         load_script("general_distill", "general_distill").main(
             [*map(str, arguments), "--output_dir", str(tmp_path / "o"), *changed]
         )
@@ -281,15 +272,15 @@ def test_published_students_take_the_teachers_vocabulary(distillation, student, 
         *arguments[:at],
         *arguments[at + 2 :],
         "--init_config",
-        f"{ROOT}/general_distill/students/{student}.json",
+        f"{ROOT}/configs/ppminilm-{student}.json",
         "--output_dir",
         "o",
     ]
-    model, teacher, tokenizer, _ = script.load_pair(script.parse_args(list(map(str, args))))
-    config = model.config
+    teacher, student = script.load_pair(script.parse_args(list(map(str, args))))
+    config = student.model.config
     assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (layers, hidden, heads)
     assert config.intermediate_size == 4 * hidden and config.hidden_act == "relu"
-    assert len(tokenizer.vocab) == config.vocab_size == teacher.config.vocab_size
+    assert len(student.tokenizer.vocab) == config.vocab_size == teacher.model.config.vocab_size
 
 
 def test_another_vocabulary_is_refused(distillation, tmp_path):
@@ -297,6 +288,6 @@ def test_another_vocabulary_is_refused(distillation, tmp_path):
     (tmp_path / "vocab.txt").write_text(
         (root / "teacher/vocab.txt").read_text(encoding="utf-8") + "more\n", encoding="utf-8"
     )
-    with pytest.raises(utils.UserError, match="vocabulary .* is not the teacher's"):
+    with pytest.raises(UserError, match="vocabulary .* is not the teacher's"):
         load_script("general_distill", "general_distill").main(
             [*map(str, arguments), "--output_dir", str(tmp_path / "o"), "--vocab_file", str(tmp_path / "vocab.txt")])  # fmt: skip

@@ -5,7 +5,7 @@ import os
 import pytest
 from conftest import load_script
 
-import utils
+from common import UserError, cli
 
 SCRIPTS = {
     "finetune": ("finetuning", "run_clue"),
@@ -118,7 +118,7 @@ def test_one_line_and_status_2(workspace, tuned, tmp_path, monkeypatch, capsys, 
     main = load_script(*SCRIPTS[script]).main
     before = sorted(os.listdir(tuned))
     with pytest.raises(SystemExit) as stopped:
-        utils.run(lambda: main(argv))
+        cli.run(lambda: main(argv))
     errors = [line for line in capsys.readouterr().err.splitlines() if "full speed" not in line]
     assert stopped.value.code == 2 and len(errors) == 1 and message in errors[0], errors
     assert os.listdir(tmp_path) == [] and sorted(os.listdir(tuned)) == before
@@ -139,5 +139,5 @@ def test_no_network_is_said(monkeypatch, tmp_path):
 
     monkeypatch.setattr(clue, "DATA_HOME", str(tmp_path))
     monkeypatch.setitem(clue.Clue.BUILDER_CONFIGS["afqmc"], "url", "http://127.0.0.1:1/afqmc_public.zip")
-    with pytest.raises(utils.UserError, match="AFQMC could not be downloaded .*--data_dir DIR or CLUE_DATA_DIR=DIR"):
+    with pytest.raises(UserError, match="AFQMC could not be downloaded .*--data_dir DIR or CLUE_DATA_DIR=DIR"):
         data.read_split(data.get_task("afqmc"), "dev")

@@ -3,7 +3,6 @@
 Once each; FAULTS=long (LONG=1 bash tests/faults.sh) tries more.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -22,12 +21,8 @@ from conftest import FAULTS, ROOT
 from test_distillation import distillation  # noqa: F401
 from test_training import finetune_command, prune_command
 
-import engine
-import exporting
-import modeling
-import records
-import supernet
-import utils
+import dynabert
+from common import UserError, checkpoints, exporting, records
 
 SEED = int(os.environ.get("FAULTS_SEED", time.time_ns() % 1_000_000))  # of the moments; printed, to try them again
 KILLS = {None: 1, "short": 1, "long": 20}[FAULTS]
@@ -185,25 +180,20 @@ def snapshot(directory):
 
 def accepted(directory):
     """Yields the names of the files of which a later stage would say that they are a whole result."""
-    model, tokenizer = [modeling.WEIGHTS, "config.json"], ["vocab.txt", "tokenizer_config.json"]
-    with contextlib.suppress(utils.UserError, FileNotFoundError):
-        arguments = {"model_type": "ppminilm", "init_config": None, "use_faster_tokenizer": True}
-        modeling.load(argparse.Namespace(model_name_or_path=directory, **arguments), 2, "Model")
+    model, tokenizer = [checkpoints.WEIGHTS, "config.json"], ["vocab.txt", "tokenizer_config.json"]
+    with contextlib.suppress(UserError, FileNotFoundError):
+        checkpoints.load_pretrained(directory, 2, kind="Model")
         yield model + tokenizer
     for stage in ("finetune", "prune"):
-        with contextlib.suppress(utils.UserError):
-            modeling.load_finished(directory, stage=stage)
+        with contextlib.suppress(UserError):
+            checkpoints.load_classifier(directory, stage=stage)
             yield model + tokenizer
-    with contextlib.suppress(utils.UserError):
-        supernet.load_sub_model(directory)
-        yield [modeling.WEIGHTS, supernet.SUB_CONFIG, *tokenizer]
-    with contextlib.suppress(utils.UserError):
-        prefix = engine.static_prefix(directory, records.read_record(directory))
-        yield [os.path.basename(prefix) + suffix for suffix in (".pdmodel", ".pdiparams")] + tokenizer
-    with contextlib.suppress(utils.UserError):
-        prefix = engine.find_prefix(directory)
-        engine.open_exported(prefix)
-        yield [os.path.basename(prefix) + suffix for suffix in (".pdmodel", ".pdiparams")] + tokenizer
+    with contextlib.suppress(UserError):
+        dynabert.load_sub_model(directory)
+        yield [checkpoints.WEIGHTS, dynabert.SUB_CONFIG, *tokenizer]
+    with contextlib.suppress(UserError):
+        graph = checkpoints.open_graph(directory)
+        yield [f"{graph.name}.pdmodel", f"{graph.name}.pdiparams", *tokenizer]
 
 
 def check_complete(directory, whole):

@@ -6,10 +6,8 @@ import paddle
 from conftest import refused
 from test_damage import change_json, copies, read  # noqa: F401
 
-import exporting
-import modeling
-import records
-import supernet
+import dynabert
+from common import exporting, modeling, records
 
 
 def spoil(model):
@@ -20,7 +18,7 @@ def spoil(model):
 
 def test_gates(copies, pruned, tuned, workspace, tmp_path, capsys, monkeypatch, fault):  # noqa: F811
     out = tmp_path / "out"
-    export_static, reorder, slice_state = exporting.export_static, supernet.reorder, supernet.slice_state
+    export_static, reorder, slice_state = exporting.export_static, dynabert.reorder, dynabert.slice_state
     little = ["--max_train_samples", "64", "--max_eval_samples", "64", "--max_steps", "1"]
 
     def other_graph(model, prefix, cls_only=False):
@@ -40,19 +38,19 @@ def test_gates(copies, pruned, tuned, workspace, tmp_path, capsys, monkeypatch, 
     monkeypatch.setattr(exporting, "export_static", export_static)
 
     directory = copies("pruned")
-    monkeypatch.setattr(supernet, "slice_state", other_width)
+    monkeypatch.setattr(dynabert, "slice_state", other_width)
     refused(capsys, out, ["--parity_tolerance", "logits differ"], read, "export_pruned", directory, workspace)
     read("export_pruned", directory, workspace, "--parity_tolerance", "1e9")
-    monkeypatch.setattr(supernet, "slice_state", slice_state)
+    monkeypatch.setattr(dynabert, "slice_state", slice_state)
     shutil.rmtree(out)
 
     directory = copies("fine-tuned")
-    monkeypatch.setattr(supernet, "reorder", lambda model, *rest: (reorder(model, *rest), spoil(model)))
+    monkeypatch.setattr(dynabert, "reorder", lambda model, *rest: (reorder(model, *rest), spoil(model)))
     refused(
         capsys, out, ["--parity_tolerance", "logits differ", "reordered"], read, "prune", directory, workspace, *little
     )
     read("prune", directory, workspace, "--parity_tolerance", "1e9", *little)
-    monkeypatch.setattr(supernet, "reorder", reorder)
+    monkeypatch.setattr(dynabert, "reorder", reorder)
     shutil.rmtree(out)
 
     directory = copies("width")

@@ -9,17 +9,13 @@ import pytest
 from conftest import load_script, sh
 
 import data
-import engine
-import exporting
-import modeling
 import summarize
-import tokenization
-import utils
+from common import UserError, batching, checkpoints, engine, exporting, modeling, tokenization
 
-measure = load_script("deploy/python", "measure")
-perf = load_script("deploy/python", "perf")
+measure = load_script("deploy/benchmark", "measure")
+perf = load_script("deploy/benchmark", "perf")
 perf_models = perf.perf_models
-peers = load_script("deploy/python", "peers")
+peers = load_script("deploy/benchmark", "peers")
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +32,12 @@ def test_last_layer_for_cls_alone(workspace, tmp_path, model_type):
     model.eval()
     rng = np.random.default_rng(0)
     ids = [[tokenizer.cls_id, *rng.integers(5, 90, n).tolist()] for n in (3, 9, 30)]
-    features = [data.Feature(row, [0] * len(row), None) for row in ids]
+    features = [batching.Feature(row, [0] * len(row), None) for row in ids]
     expected = modeling.predict(model, features, tokenizer.pad_id)  # together, so that two of them are padded
     last = modeling.encoder_of(model).encoder.layers[-1]
     with exporting.first_position_only(model):
         dynamic = modeling.predict(model, features, tokenizer.pad_id)
-        batch = data.collate(features, range(3), tokenizer.pad_id)
+        batch = batching.collate(features, range(3), tokenizer.pad_id)
         hidden = modeling.encoder_of(model)(*map(modeling.paddle.to_tensor, batch[:2]))[0]
         assert hidden.shape[1] == 1
     assert np.abs(dynamic - expected).max() < 1e-5
@@ -68,9 +64,9 @@ def test_fast_path_answers_as_a_plain_loop(pruned, quantized, dev, precision):
     examples = dev * 8
     assert len(examples) > engine.WINDOW * 16  # more than a window
     expected = measure.plain(
-        engine.Engine(engine.find_prefix(str(directory)), "cpu", precision), examples, tokenizer, 64, 16
+        engine.Engine(checkpoints.find_prefix(str(directory)), "cpu", precision), examples, tokenizer, 64, 16
     )
-    runner = engine.Engine(engine.find_prefix(str(directory)), "cpu", precision, streams=2)
+    runner = engine.Engine(checkpoints.find_prefix(str(directory)), "cpu", precision, streams=2)
     found = runner.classify(examples, tokenizer, 64, 16)
     flipped = found.argmax(-1) != expected.argmax(-1)
     if precision == "fp32":
@@ -92,14 +88,14 @@ class Recorder:
 
 
 def features_of(lengths):
-    return [data.Feature([1, number] + [2] * (n - 2), [0] * n, None) for number, n in enumerate(lengths)]
+    return [batching.Feature([1, number] + [2] * (n - 2), [0] * n, None) for number, n in enumerate(lengths)]
 
 
 def test_streams_prepare_every_shape_and_keep_the_order():
     recorders = [Recorder(), Recorder(), Recorder()]
     streams = engine.Streams(recorders)
     features = features_of(np.random.default_rng(0).integers(3, 40, 500))
-    batches = list(data.batches(features, 8, 0, data.by_length(features), 39))
+    batches = list(batching.batches(features, 8, 0, batching.by_length(features), 39))
     streams.prepare(batches)
     for recorder in recorders:
         assert set(recorder.shapes) == {batch.input_ids.shape for batch in batches}
@@ -119,11 +115,11 @@ def test_a_failing_runner_fails_the_caller():
 
 def test_few_lengths():
     """As few shapes as promised, and none above the longest sequence, which a position table may end at."""
-    lengths = {data.round_up(n, 128) for n in range(1, 129)}
-    assert len(lengths) == 28 and max(lengths) == 128 and all(data.round_up(n, 128) >= n for n in range(1, 129))
-    assert data.round_up(49, 50) == 50
+    lengths = {batching.round_up(n, 128) for n in range(1, 129)}
+    assert len(lengths) == 28 and max(lengths) == 128 and all(batching.round_up(n, 128) >= n for n in range(1, 129))
+    assert batching.round_up(49, 50) == 50
     features = features_of([5, 49, 50])
-    assert [b.input_ids.shape for b in data.batches(features, 1, 0, None, 50)] == [(1, 6), (1, 50), (1, 50)]
+    assert [b.input_ids.shape for b in batching.batches(features, 1, 0, None, 50)] == [(1, 6), (1, 50), (1, 50)]
 
 
 def test_sorting_saves_padding(workspace, tuned, dev):
@@ -141,7 +137,7 @@ def results(tmp_path_factory):
     """perf.py on generated sentences and tiny random models, with three of its rows."""
     output = tmp_path_factory.mktemp("perf")
     with pytest.MonkeyPatch.context() as patch:
-        tiny = {name: (kind, "2l-128h.json") for name, (kind, _) in perf_models.RANDOM.items()}
+        tiny = {name: (kind, "small-2l-128h.json") for name, (kind, _) in perf_models.RANDOM.items()}
         patch.setattr(perf_models, "RANDOM", tiny)
         patch.setattr(perf, "CPU_ROWS", [perf.CPU_ROWS[i] for i in (0, 5, 7)])
         patch.setattr(data, "find_data_dir", no_download(data.find_data_dir))
@@ -165,7 +161,7 @@ def results(tmp_path_factory):
 def no_download(find):
     def refuse(task_name, data_dir=None):
         if data_dir is None:
-            raise utils.UserError("no network")
+            raise UserError("no network")
         return find(task_name, data_dir)
 
     return refuse
@@ -248,20 +244,21 @@ def test_models_that_the_table_cannot_have(results, tuned, tmp_path, monkeypatch
         ({"labels": labels[::-1]}, "finetuned", "fp32", 64, "in their order"),
     ):
         fake = {**record, "task": "TNEWS", "labels": labels, **changes}
-        monkeypatch.setattr(engine, "open_exported", lambda prefix, fake=fake: fake)
-        with pytest.raises(utils.UserError, match=said):
+        graph = checkpoints.Graph(str(tuned / "inference"), fake)
+        monkeypatch.setattr(checkpoints, "open_graph", lambda path, option, graph=graph: graph)
+        with pytest.raises(UserError, match=said):
             perf_models.check_model(name, str(tuned / "inference"), precision, "cpu", length)
 
 
 def test_peers_say_what_they_need(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "nncf", None)
-    with pytest.raises(utils.UserError, match="requirements/peers.txt"):
+    with pytest.raises(UserError, match="requirements/peers.txt"):
         peers.main(["--output_dir", str(tmp_path)])
     assert not list(tmp_path.iterdir())
 
 
 def test_profile_says_what_runs_in_int8(quantized, tuned, capsys):
-    profile = load_script("deploy/python", "profile_engine")
+    profile = load_script("deploy/benchmark", "profile_engine")
     profile.main(["--model_path", str(quantized / "mse8"), "--length", "16", "--batches", "3"])
     out = capsys.readouterr().out
     assert "\nfc | 12 |  |" in out  # two layers of six, without the last one's keys and values, pooler and classifier

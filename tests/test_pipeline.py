@@ -9,16 +9,14 @@ import pytest
 from conftest import ROOT, load_script, record, sh
 
 import data
-import engine
-import modeling
-import supernet as dynabert
-import tokenization
+import dynabert
+from common import batching, checkpoints, engine, modeling, tokenization
 
 
 def topics_features(workspace, split="dev"):
     task = data.get_task("topics", str(workspace / "data"))
     tokenizer = tokenization.load_tokenizer(None, True, str(workspace / "vocab.txt"))
-    return data.convert(data.read_split(task, split, str(workspace / "data")).examples, tokenizer, 64)
+    return batching.convert(data.read_split(task, split, str(workspace / "data")).examples, tokenizer, 64)
 
 
 def test_fine_tuned_model_learns(tuned):
@@ -46,7 +44,7 @@ def test_do_eval_alone_scores_a_directory(workspace, tuned, capsys):
 
 def test_export_equals_dynamic_model(workspace, tuned):
     features = topics_features(workspace)
-    model, tokenizer, _ = modeling.load_finished(str(tuned))
+    model, tokenizer, *_ = checkpoints.load_classifier(str(tuned))
     dynamic = modeling.predict(model, features, tokenizer.pad_id)
     static = engine.Engine(str(tuned / "inference")).predict(features, pad_id=tokenizer.pad_id)
     assert np.abs(dynamic - static).max() < 1e-4
@@ -75,18 +73,18 @@ def test_pruned_widths_are_exported_and_accurate(tuned, pruned):
 def test_sub_model_loads_again_and_equals_the_supernet(workspace, pruned, width):
     features = topics_features(workspace)
     sub_model, tokenizer, _ = dynabert.load_sub_model(str(pruned / width / f"sub/model_width_{float(width):.5f}"))
-    best, _, _ = modeling.load_finished(str(pruned / width / "best_model"), stage="prune")
+    best, *_ = checkpoints.load_classifier(str(pruned / width / "best_model"), stage="prune")
     supernet = dynabert.make_supernet(best, [float(width)])
     dynabert.set_width(supernet, float(width))
     expected = modeling.predict(supernet, features)
     assert np.abs(expected - modeling.predict(sub_model, features)).max() < 1e-5
     static = engine.Engine(str(pruned / width / "sub_static/float")).predict(features)
     assert np.abs(expected - static).max() < 1e-4
-    accuracy = data.accuracy(static, [f.label for f in features])
+    accuracy = batching.accuracy(static, [f.label for f in features])
     assert accuracy == pytest.approx(record(pruned / width / "best_model")["metrics"]["accuracy"], abs=1e-6)
 
     sub_model.train()  # and it can be trained further
-    batch = data.collate(features, range(8))
+    batch = batching.collate(features, range(8))
     before = float(
         paddle.nn.functional.cross_entropy(sub_model(paddle.to_tensor(batch.input_ids)), paddle.to_tensor(batch.labels))
     )
@@ -157,7 +155,7 @@ def test_run_all_takes_a_task_through_every_stage(workspace, task, tmp_path):
     """In a copy of the repository's scripts, because run_all.sh writes where the contract says."""
     import shutil
 
-    for name in ("finetuning", "pruning", "quantization", "deploy"):
+    for name in ("common", "finetuning", "pruning", "quantization", "deploy"):
         shutil.copytree(
             os.path.join(ROOT, name),
             tmp_path / name,
@@ -222,8 +220,8 @@ def test_a_new_task_starts_with_a_new_head(workspace, tuned, tmp_path):
         ["--task_name", "afqmc", "--data_dir", str(workspace / "data"), "--model_name_or_path", str(tuned), "--output_dir",
          str(tmp_path / "m"), "--max_steps", "1", "--batch_size", "4", "--learning_rate", "1e-9", "--max_seq_length", "40"]
     )  # fmt: skip
-    model, _, found = modeling.load_finished(str(tmp_path / "m"))
-    before, _, parent = modeling.load_finished(str(tuned))
+    model, _, found, _ = checkpoints.load_classifier(str(tmp_path / "m"))
+    before, _, parent, _ = checkpoints.load_classifier(str(tuned))
     learnt = found["metrics"]["accuracy"] > found["data"]["dev"]["majority_class"]
     assert learnt != ("fine-tuning: dev accuracy not above the majority class" in found["notes"])
     assert model.classifier.weight.shape == [64, 2] and found["parent"]["weights"] == parent["weights"]

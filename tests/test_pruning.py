@@ -4,10 +4,8 @@ import numpy as np
 import paddle
 import pytest
 
-import data
-import modeling
-import supernet as dynabert
-import utils
+import dynabert
+from common import UserError, batching, modeling
 
 
 @pytest.fixture
@@ -16,7 +14,7 @@ def features(workspace):
         f._replace(label=i % 4)
         for i, f in enumerate(
             [
-                data.Feature(ids, [0] * len(ids), None)
+                batching.Feature(ids, [0] * len(ids), None)
                 for ids in np.split(np.random.default_rng(0).integers(5, 200, 240), np.arange(10, 240, 10))
                 for ids in [[2, *ids.tolist(), 3]]
             ]
@@ -51,6 +49,11 @@ def model(request):
     return model
 
 
+def described(model_type, architecture, labels):
+    """What dynabert reads of a stage record."""
+    return {"model": {"model_type": model_type, "architecture": architecture}, "labels": list(range(labels))}
+
+
 def test_supernet_at_full_width_is_the_model(model, features):
     expected = modeling.predict(model, features)
     supernet = dynabert.make_supernet(model, [0.5])
@@ -63,10 +66,10 @@ def test_supernet_at_full_width_is_the_model(model, features):
 
 def test_reordering_changes_nothing(model, features):
     expected = modeling.predict(model, features)
-    heads, neurons = dynabert.importance(model, data.batches(features, 8))
+    heads, neurons = dynabert.importance(model, batching.batches(features, 8))
     dynabert.reorder(model, heads, neurons)
     assert np.abs(modeling.predict(model, features) - expected).max() < 1e-5
-    again = dynabert.importance(model, data.batches(features, 8))
+    again = dynabert.importance(model, batching.batches(features, 8))
     for before, after in zip((heads, neurons), again):
         assert np.allclose(-np.sort(-before), after, rtol=1e-3, atol=1e-6)  # sorted, and still the same importances
 
@@ -80,7 +83,7 @@ def test_every_width_is_a_prefix(model, features):
     for kept in range(1, 7):
         width = kept / 6
         dynabert.set_width(supernet, width)
-        sub_model = dynabert.build_sub_model(model_type, architecture, width, 4)
+        sub_model = dynabert.build_sub_model(described(model_type, architecture, 4), width)
         sub_model.set_state_dict(dynabert.slice_state(weights, width, 6))
         attention = dynabert.layers_of(sub_model)[0].self_attn
         assert attention.q_proj.weight.shape == [24, 4 * kept] and attention.out_proj.weight.shape == [4 * kept, 24]
@@ -90,7 +93,7 @@ def test_every_width_is_a_prefix(model, features):
 
 def test_importance_against_finite_differences(model, features):
     """The loss is differentiated by hand: a head's gate scales its rows of out_proj, a neuron's weights scale together."""
-    batches = list(data.batches(features, 8))
+    batches = list(batching.batches(features, 8))
     heads, neurons = dynabert.importance(model, batches)
     layer = dynabert.layers_of(model)[0]
 
@@ -128,12 +131,12 @@ def test_importance_against_finite_differences(model, features):
 
 
 def test_importance_ignores_mode_and_old_gradients(model, features):
-    expected = dynabert.importance(model, data.batches(features, 8))
+    expected = dynabert.importance(model, batching.batches(features, 8))
     model.train()
-    model(paddle.to_tensor(data.collate(features, [0]).input_ids)).sum().backward()
-    found = dynabert.importance(model, data.batches(features, 8))
+    model(paddle.to_tensor(batching.collate(features, [0]).input_ids)).sum().backward()
+    found = dynabert.importance(model, batching.batches(features, 8))
     assert all(np.allclose(a, b, rtol=1e-5) for a, b in zip(expected, found))
-    halves = [dynabert.importance(model, data.batches(part, 8)) for part in (features[:8], features[8:])]
+    halves = [dynabert.importance(model, batching.batches(part, 8)) for part in (features[:8], features[8:])]
     for whole, first, second in zip(expected, *halves):
         assert np.allclose(whole, first + second, rtol=1e-4, atol=1e-7)  # nothing is carried from batch to batch
 
@@ -154,12 +157,12 @@ def test_distillation_loss_against_numpy():
 
 @pytest.mark.parametrize("width", [0.7, 0.0, 1.2, -0.75, 0.335])
 def test_widths_without_whole_heads_are_refused(width):
-    with pytest.raises(utils.UserError, match="these do: 0.083333, 0.16667, 0.25, .*0.75, .*1$"):
+    with pytest.raises(UserError, match="these do: 0.083333, 0.16667, 0.25, .*0.75, .*1$"):
         dynabert.check_width(width, 12, 3072)
 
 
 def test_widths_without_whole_neurons_are_refused():
-    with pytest.raises(utils.UserError, match="these do: 0.5, 1$"):
+    with pytest.raises(UserError, match="these do: 0.5, 1$"):
         dynabert.check_width(0.25, 4, 6)
     assert dynabert.check_width(0.6667, 12, 3072) == 8
 
@@ -172,7 +175,7 @@ def test_published_sizes(model_type, name, width, params, flops):
     """Millions of parameters with TNEWS's 15 labels, and billions of multiply-adds at 128 tokens."""
     cls = modeling.model_class(model_type)
     architecture = {**modeling.ARCHITECTURE, **cls.pretrained_init_configuration[name]}
-    found = modeling.count(dynabert.build_sub_model(model_type, architecture, width, 15))
+    found = dynabert.count_width(described(model_type, architecture, 15), width)
     assert (round(found[0] / 1e6, 2), round(found[1] / 1e9, 2)) == (params, flops)
 
 
@@ -181,6 +184,6 @@ def test_ernie_keeps_its_task_embeddings():
     config = dict(vocab_size=50, hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=3,
                   max_position_embeddings=16, pad_token_id=0, use_task_id=True, task_type_vocab_size=5)  # fmt: skip
     model = cls(cls.config_class(**config))
-    sub_model = dynabert.build_sub_model("ernie", modeling.architecture_of(model), 1.0, 3)
+    sub_model = dynabert.build_sub_model(described("ernie", modeling.architecture_of(model), 3), 1.0)
     assert sorted(sub_model.state_dict()) == sorted(model.state_dict())
     assert sub_model.ernie.embeddings.task_type_embeddings.weight.shape == [5, 12]

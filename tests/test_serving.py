@@ -12,15 +12,12 @@ import numpy as np
 import pytest
 from conftest import ROOT, Service, at_once, load_script, sh
 
-import data
-import engine
-import texts
-import tokenization
+import protocol
+import rpc_client
+import serving_load
+from common import batching, engine, files, tokenization
 
 pytest.importorskip("paddle_serving_server", reason="needs Paddle Serving: bash setup_env.sh --serving")
-import load_test  # noqa: E402
-import protocol  # noqa: E402
-import rpc_client  # noqa: E402
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16", "int8"])
@@ -50,13 +47,13 @@ def pair_model(workspace):
 def offline(directory, name, precision, examples, length=64):
     """infer.py's logits: its engine, its batches, its order."""
     tokenizer = tokenization.load_tokenizer(str(directory))
-    features = data.convert(examples, tokenizer, length)
+    features = batching.convert(examples, tokenizer, length)
     return engine.Engine(str(directory / name), "cpu", precision).predict(features, pad_id=tokenizer.pad_id)
 
 
 def dev_texts(workspace, count):
-    rows = [row for _, row in data.read_rows(str(workspace / "data/topics/dev.json"))][:count]
-    return [data.Example(row["sentence"], None, None, n) for n, row in enumerate(rows, 1)]
+    rows = [row for _, row in files.read_json_lines(str(workspace / "data/topics/dev.json"))][:count]
+    return [batching.Example(row["sentence"], None, None, n) for n, row in enumerate(rows, 1)]
 
 
 def test_answers_are_infers(served, models, workspace):
@@ -74,9 +71,9 @@ def test_answers_are_infers(served, models, workspace):
     rpc = service.call(pb.Request(key=["texts"], value=[as_json], name="ppminilm"))
     for keys, values in ((form["key"], form["value"]), (rpc.key, rpc.value)):
         assert {**dict(zip(keys, map(json.loads, values))), "err_no": 0, "err_msg": ""} == plain
-    tolerance = load_test.TOLERANCE[precision]
+    tolerance = serving_load.TOLERANCE[precision]
     assert np.abs(np.array(plain["logits"]) - logits).max() <= tolerance
-    assert np.allclose(plain["probabilities"], texts.probabilities(plain["logits"]), atol=1e-6)
+    assert np.allclose(plain["probabilities"], batching.softmax(plain["logits"]), atol=1e-6)
     assert plain["labels"] == [labels[i] for i in np.argmax(plain["logits"], -1)]
     assert plain["truncated"] == [False] * 40
     for i in range(5):
@@ -108,7 +105,7 @@ def test_large_requests_are_not_computed_all_together(service, models, workspace
     examples = dev_texts(workspace, 50)
     logits = offline(*models["int8"], "int8", examples)
     for (_, answer), _ in at_once(8, lambda: service.post({"texts": [example.text for example in examples]})):
-        assert np.abs(np.array(answer["logits"]) - logits).max() <= load_test.TOLERANCE["int8"]
+        assert np.abs(np.array(answer["logits"]) - logits).max() <= serving_load.TOLERANCE["int8"]
     sizes = re.findall(r"http logid \d+: 50 texts, ([\d.]+) ms", (service.logs / "pipeline.log").read_text())[-8:]
     assert float(min(sizes, key=float)) < 0.7 * float(max(sizes, key=float)), sizes
 
@@ -126,28 +123,28 @@ def test_every_shape_is_prepared(models, monkeypatch, tmp_path):
     assert prepared == {(rows, length) for rows in (1, 2, 4, 8) for length in (16, 32, 48, 64)}
     shapes.clear()
     for count in (1, 2, 3, 5, 7, 8, 13, 40):
-        examples = load_test.random_texts(model.tokenizer.vocab, False, count, count)
-        model.run(*model.arrays(data.convert(examples, model.tokenizer, model.longest)))
+        examples = serving_load.random_texts(model.tokenizer.vocab, False, count, count)
+        model.run(*model.arrays(batching.convert(examples, model.tokenizer, model.longest)))
     assert len(set(shapes)) > 8 and set(shapes) <= prepared
     assert worker.padded_lengths(512)[-2:] == [448, 512] and len(worker.padded_lengths(512)) * 4 <= 64
     # 13 texts, 12 short and a long one: nothing short is padded to the long one's length.
     shapes.clear()
-    model.run(*model.arrays([data.Feature([2] * n, [0] * n, None) for n in [10] * 12 + [60]]))
+    model.run(*model.arrays([batching.Feature([2] * n, [0] * n, None) for n in [10] * 12 + [60]]))
     assert sorted(shapes) == [(1, 64), (4, 16), (8, 16)]
 
 
 def test_right_answers_under_load(service, models, workspace):
     """600 requests of mixed lengths from 50 clients: every answer is the one to its own question."""
     tokenizer = tokenization.load_tokenizer(str(models["int8"][0]))
-    examples = load_test.random_texts(tokenizer.vocab, False, 560, 3) + dev_texts(workspace, 40)
+    examples = serving_load.random_texts(tokenizer.vocab, False, 560, 3) + dev_texts(workspace, 40)
     logits = offline(*models["int8"], "int8", examples)
     labels = json.loads((models["int8"][0] / "stage.json").read_text())["labels"]
-    answers, _, _ = load_test.send_all(service.http, examples, 50)
-    assert load_test.count_right(answers, logits, labels, load_test.TOLERANCE["int8"]) == 600
+    answers, _, _ = serving_load.send_all(service.http, examples, 50)
+    assert serving_load.count_right(answers, logits, labels, serving_load.TOLERANCE["int8"]) == 600
     mixed_up = answers[1:] + answers[:1]
-    assert load_test.count_right(mixed_up, logits, labels, load_test.TOLERANCE["int8"]) < 30
-    assert load_test.confusable(logits, load_test.TOLERANCE["int8"]) < 0.05
-    assert load_test.confusable(np.ones((9, 4)), 1e-4) == 1
+    assert serving_load.count_right(mixed_up, logits, labels, serving_load.TOLERANCE["int8"]) < 30
+    assert serving_load.confusable(logits, serving_load.TOLERANCE["int8"]) < 0.05
+    assert serving_load.confusable(np.ones((9, 4)), 1e-4) == 1
 
 
 def test_long_texts_are_cut_as_in_training_and_that_is_said(service, models):
@@ -155,13 +152,13 @@ def test_long_texts_are_cut_as_in_training_and_that_is_said(service, models):
     _, answer = service.post({"texts": [short, long, long[:62], long[:63]]})
     assert answer["truncated"] == [False, True, False, True]
     assert answer["logits"][1] == answer["logits"][2] == answer["logits"][3]
-    examples = [data.Example(long, None, None, 1)]
+    examples = [batching.Example(long, None, None, 1)]
     assert np.abs(answer["logits"][1] - offline(*models["int8"], "int8", examples)[0]).max() < 0.1
 
 
 def test_pairs(pair_model, tmp_path):
     pairs = [("一丁七", "万丈"), ("三上", "下不与丐"), ("丑" * 80, "专且世" * 30)]
-    examples = [data.Example(a, b, None, 1) for a, b in pairs]
+    examples = [batching.Example(a, b, None, 1) for a, b in pairs]
     logits = offline(pair_model, "inference", "fp32", examples)
     with Service(tmp_path, pair_model) as service:
         _, answer = service.post({"texts": [a for a, _ in pairs], "text_pairs": [b for _, b in pairs]})
@@ -188,7 +185,7 @@ def test_pairs(pair_model, tmp_path):
 def test_paddle_servings_own_client(service):
     """PipelineClient of paddle_serving_server, as users of Paddle Serving have it."""
     code = (
-        "import compat; compat.paddle_serving()\n"
+        "from common import compat; compat.paddle_serving()\n"
         "from paddle_serving_server.pipeline import PipelineClient\n"
         f"client = PipelineClient(); client.connect(['127.0.0.1:{service.rpc}'])\n"
         "answer = client.predict(feed_dict={'text': '一丁七', 'clientip': '127.0.0.1'})\n"
@@ -250,7 +247,7 @@ def test_clients_exit_status(service, tmp_path):
         ([*address, "--text", "一" * 500, "--deadline", "0.0001"], 1, "deadline"),
     ):
         done = client(*options)
-        assert done.returncode == status and words in done.stderr.lower() or words in done.stderr, done
+        assert (done.returncode == status and words in done.stderr.lower()) or words in done.stderr, done
         assert len(done.stderr.splitlines()) == 1 and not done.stdout, done
     mixed = tmp_path / "mixed.txt"
     mixed.write_text("一丁\n七万\t三上\n")

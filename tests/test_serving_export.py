@@ -9,10 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, load_script
 
-import data
-import engine
-import records
-import utils
+from common import UserError, batching, checkpoints, engine, records
 
 pytest.importorskip("paddle_serving_app", reason="needs Paddle Serving: bash setup_env.sh --serving")
 
@@ -41,9 +38,9 @@ def test_the_server_directory_runs(exports, tmp_path, kind):
     for _ in range(2):
         export(directory, name, tmp_path)
     server = tmp_path / "server"
-    record = engine.open_exported(str(server / name))
+    record = checkpoints.open_graph(str(server / name))
     assert record["labels"] == records.read_record(str(directory))["labels"] and (server / "vocab.txt").is_file()
-    features = [data.Feature([2, *range(5, 5 + n), 3], [0] * (n + 2), None) for n in (3, 9, 20)]
+    features = [batching.Feature([2, *range(5, 5 + n), 3], [0] * (n + 2), None) for n in (3, 9, 20)]
     logits = [
         engine.open_engine(str(d / name), features, "cpu", precision).predict(features) for d in (directory, server)
     ]
@@ -119,6 +116,6 @@ def test_mistakes(exports, tmp_path, monkeypatch, more, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").write_text("")
     directory, name, _ = exports["fine-tuned"]
-    with pytest.raises(utils.UserError, match=message):
+    with pytest.raises(UserError, match=message):
         export(directory, name, tmp_path, *more)
     assert os.listdir(tmp_path) == ["mine"]

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 pytest.importorskip("paddle_serving_server", reason="needs Paddle Serving: bash setup_env.sh --serving")
-import protocol  # noqa: E402
+import protocol
 
 # What is no request: (what it is, the HTTP body, status, err_no, words of the answer); the README shows this table.
 BAD = [
@@ -129,7 +129,7 @@ def test_a_pickled_tensor_runs_nothing(service, tmp_path):
     message = pb.Request(tensors=[pb.Tensor(name="text", elem_type=13, byte_data=stream.getvalue())])
     # Paddle Serving's own way of reading the request, in a process of its own, shows that the payload is live.
     code = (
-        "import sys, compat; op = compat.paddle_serving().RequestOp(); import protocol\n"
+        "import sys; from common import compat; op = compat.paddle_serving().RequestOp(); import protocol\n"
         "op.unpack_request_package(protocol.messages().Request.FromString(sys.stdin.buffer.read()))"
     )
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/deploy/serving", "SERVING_LOG_PATH": str(tmp_path)}

@@ -19,13 +19,12 @@ import pytest
 from conftest import FAULTS, Service, settings_of
 
 pytest.importorskip("paddle_serving_server", reason="needs Paddle Serving: bash setup_env.sh --serving")
-import load_test  # noqa: E402
-import numpy as np  # noqa: E402
-from test_serving_input import BAD  # noqa: E402
+import data
+import serving_load
+from common import batching, engine, tokenization
+import numpy as np
+from test_serving_input import BAD
 
-import data  # noqa: E402
-import engine  # noqa: E402
-import tokenization  # noqa: E402
 
 SECONDS = {None: 15, "short": 20, "long": 1800}[FAULTS]
 PATH = "/ppminilm/prediction"
@@ -115,13 +114,15 @@ def test_soaked(models, workspace, tmp_path, fault):
     examples = data.read_split(
         data.get_task("topics", str(workspace / "data")), "dev", str(workspace / "data")
     ).examples
-    features = data.convert(examples, tokenizer, 64)
+    features = batching.convert(examples, tokenizer, 64)
     logits = engine.Engine(str(directory / name), "cpu", "int8").predict(features, pad_id=tokenizer.pad_id)
-    assert load_test.confusable(logits, load_test.TOLERANCE["int8"]) < 0.05  # or a wrong answer would pass for right
+    assert (
+        serving_load.confusable(logits, serving_load.TOLERANCE["int8"]) < 0.05
+    )  # or a wrong answer would pass for right
 
     settings = settings_of(max_body_bytes=20_000, max_texts=50)
     with Service(tmp_path, directory, settings=settings) as service:
-        soak = Soak(service.http, examples, logits, load_test.TOLERANCE["int8"])
+        soak = Soak(service.http, examples, logits, serving_load.TOLERANCE["int8"])
         threads = [threading.Thread(target=soak.client, args=(seed,), daemon=True) for seed in range(CLIENTS)]
         for thread in threads:
             thread.start()

@@ -8,9 +8,8 @@ import re
 import pytest
 from conftest import load_script, write_rows
 
-import records
 import summarize
-import tables
+from common import records, tables
 
 
 ARCHITECTURE = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128,
@@ -139,9 +138,9 @@ def test_speedups_and_the_plot(clue, capsys):
     output(capsys, clue, "--plot", clue / "plot.png")
     width = [int.from_bytes(image[16:20], "big") for image in (with_speed, (clue / "plot.png").read_bytes())]
     assert width[0] - width[1] == 6 * 120  # speed has a panel of its own
-    with pytest.raises(summarize.utils.UserError, match="--plot .*its ending must be that of a picture"):
+    with pytest.raises(summarize.UserError, match="--plot .*its ending must be that of a picture"):
         output(capsys, clue, "--plot", clue / "plot.xyz")
-    with pytest.raises(summarize.utils.UserError, match="not a benchmark's JSON"):
+    with pytest.raises(summarize.UserError, match="not a benchmark's JSON"):
         output(capsys, clue, "--perf", clue / "m/models/CSL/1e-4_32/stage.json")
 
 

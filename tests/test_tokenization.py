@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-import tokenization
-from utils import UserError
+from common import UserError, tokenization
 
 LETTERS = [chr(c) for c in range(0x21, 0x7F)]
 VOCAB = [

@@ -12,10 +12,7 @@ import pytest
 from conftest import ROOT, load_script, record
 
 import data
-import modeling
-import records
-import training
-import utils
+from common import UserError, batching, checkpoints, cli, files, modeling, records, runs, training
 
 
 def arguments(**changed):
@@ -41,7 +38,7 @@ def arguments(**changed):
 
 @pytest.mark.parametrize("group_by_length", [False, True])
 def test_an_epoch_sees_each_record_once(group_by_length):
-    features = [data.Feature([2] * (1 + i % 7), [0] * (1 + i % 7), i) for i in range(1003)]
+    features = [batching.Feature([2] * (1 + i % 7), [0] * (1 + i % 7), i) for i in range(1003)]
     args = arguments(group_by_length=group_by_length)
     seen = [batch.labels.tolist() for _, batch, _ in training.training_batches(features, args, 0, 2 * 251)]
     for epoch in (seen[:251], seen[251:]):
@@ -56,7 +53,7 @@ def test_an_epoch_sees_each_record_once(group_by_length):
 
 
 def test_weight_decay_spares_biases_and_norms(tuned):
-    model, _, _ = modeling.load_finished(str(tuned))
+    model, *_ = checkpoints.load_classifier(str(tuned))
     optimizer, _ = training.make_optimizer(model, arguments(learning_rate=1.0, warmup_proportion=0.0), 10)
     before = {name: p.numpy().copy() for name, p in model.named_parameters()}
     loss = sum((p * 0).sum() for p in model.parameters())  # zero gradients: all that moves is decay
@@ -68,9 +65,9 @@ def test_weight_decay_spares_biases_and_norms(tuned):
 
 
 def test_score_against_numpy(tuned, workspace):
-    model, tokenizer, rec = modeling.load_finished(str(tuned))
+    model, tokenizer, rec, _ = checkpoints.load_classifier(str(tuned))
     task = data.Task(rec["task"], tuple(rec["labels"]))
-    features = data.convert(data.read_split(task, "dev", str(workspace / "data"), 50).examples, tokenizer, 64)
+    features = batching.convert(data.read_split(task, "dev", str(workspace / "data"), 50).examples, tokenizer, 64)
     logits = np.concatenate([model(paddle.to_tensor([f.input_ids])).numpy() for f in features]).astype("float64")
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     labels = np.array([f.label for f in features])
@@ -146,134 +143,144 @@ def test_other_arguments_are_refused(workspace, tuned, tmp_path, capsys):
     target = tmp_path / "m"
     shutil.copytree(tuned, target)
     command = finetune_command(workspace, target)[1:]
-    with pytest.raises(utils.UserError, match="holds the result of something else"):
+    with pytest.raises(UserError, match="holds the result of something else"):
         run_clue.main(command)
     unfinished = tmp_path / "n.unfinished"
     (unfinished / "state-5").mkdir(parents=True)
     (unfinished / "identity.json").write_text(json.dumps({"learning_rate": 5.0}))
-    with pytest.raises(utils.UserError, match="unfinished run of something else.*learning_rate 5.0 -> 0.002"):
+    with pytest.raises(UserError, match="unfinished run of something else.*learning_rate 5.0 -> 0.002"):
         run_clue.main(finetune_command(workspace, tmp_path / "n")[1:])
     (tmp_path / "o").mkdir()
     (tmp_path / "o" / "notes.txt").write_text("mine")
-    with pytest.raises(utils.UserError, match="not this project's"):
+    with pytest.raises(UserError, match="not this project's"):
         run_clue.main(finetune_command(workspace, tmp_path / "o")[1:])
     assert (tmp_path / "o" / "notes.txt").read_text() == "mine"
 
 
+def run_of(output_dir, overwrite=False, **arguments):
+    """A run of fine-tuning with these arguments, not entered."""
+    args = cli.Arguments(output_dir=cli.PathArgument(output_dir), overwrite=overwrite, **arguments)
+    args.without_effect = {"output_dir", "overwrite"}
+    return runs.ResumableRun("finetune", args, [str(output_dir)])
+
+
 def test_two_runs_into_one_directory(tmp_path):
-    out = str(tmp_path / "there" / "out")
-    with training.Unfinished(out) as first, pytest.raises(utils.UserError, match="another run is writing there"):
-        first.begin({"a": 1})
-        training.Unfinished(out)
+    out = tmp_path / "there" / "out"
+    with run_of(out, a=1), pytest.raises(UserError, match="another run is writing there"), run_of(out, a=1):
+        pass
     assert os.listdir(tmp_path) == []  # no state was saved
 
 
 def test_a_lock_is_given_back_to_nobody_else(tmp_path):
     """Whoever releases a lock late does not take away the one that another run has got by then."""
-    late = utils.Lock(str(tmp_path / "out"))
+    late = files.Lock(str(tmp_path / "out"))
     os.remove(late.path)  # as when the directory that it lies in is moved away and made again
-    with utils.Lock(str(tmp_path / "out")):
+    with files.Lock(str(tmp_path / "out")):
         late.release()
-        with pytest.raises(utils.UserError, match="another run is writing there"):
-            utils.Lock(str(tmp_path / "out"))
+        with pytest.raises(UserError, match="another run is writing there"):
+            files.Lock(str(tmp_path / "out"))
     assert os.listdir(tmp_path) == []
 
 
 def test_a_state_of_another_run_is_never_taken(tmp_path):
-    for before in ({"a": 1}, None):  # None: killed before the identity was written, or while it was being removed
+    for before in (run_of(tmp_path / "out", a=1).identity, None):  # None: killed before the identity was written
         (tmp_path / "out.unfinished/state-7").mkdir(parents=True)
         if before:
             (tmp_path / "out.unfinished/identity.json").write_text(json.dumps(before))
-            with training.Unfinished(str(tmp_path / "out")) as unfinished:
-                with pytest.raises(utils.UserError, match="something else .a 1 -> 2.; repeat its command"):
-                    unfinished.begin({"a": 2})
-                unfinished.forget({"a": 2})
+            with pytest.raises(UserError, match="something else .a 1 -> 2.; repeat its command"):
+                run_of(tmp_path / "out", a=2).__enter__()
             assert (tmp_path / "out.unfinished/state-7").is_dir()
-        with training.Unfinished(str(tmp_path / "out")) as unfinished:
-            unfinished.begin({"a": 2}, force=before is not None)
-            assert unfinished.newest_state() is None
+        with run_of(tmp_path / "out", overwrite=before is not None, a=2) as run:
+            assert not run.finished and run.newest_state() is None
         assert os.listdir(tmp_path) == []
     (tmp_path / "out.unfinished").mkdir()
     (tmp_path / "out.unfinished/identity.json").write_text("[1")
-    with training.Unfinished(str(tmp_path / "out")) as unfinished:
-        with pytest.raises(utils.UserError, match="identity.json: damaged"):
-            unfinished.begin({"a": 2})
+    with pytest.raises(UserError, match="identity.json: damaged"):
+        run_of(tmp_path / "out", a=2).__enter__()
+
+
+def test_a_finished_run_forgets_its_own_state_only(tuned, tmp_path):
+    """Killed after its result was in place, it leaves a working directory: the next run removes it, if it is its own."""
+    found = record(tuned)
+    args = cli.Arguments(**{**found["arguments"], "output_dir": cli.PathArgument(tmp_path / "m"), "overwrite": False})
+    args.without_effect = {"output_dir", "overwrite", "data_dir", "task_name"}
+    run = runs.ResumableRun("finetune", args, [str(tmp_path / "m")], found["parent"], found["data"])
+    for identity, left in ((run.identity, []), ({"a": 1}, ["identity.json", "lock", "state-7"])):
+        shutil.copytree(tuned, tmp_path / "m", dirs_exist_ok=True)
+        (tmp_path / "m.unfinished/state-7").mkdir(parents=True)
+        (tmp_path / "m.unfinished/identity.json").write_text(json.dumps(identity))
+        with run:
+            assert run.finished and (tmp_path / "m.unfinished").exists() == bool(left)
+            assert not left or sorted(os.listdir(tmp_path / "m.unfinished")) == left
 
 
 def test_a_damaged_state_is_named(tmp_path):
-    with training.Unfinished(str(tmp_path / "out")) as unfinished:
-        unfinished.begin({"a": 1})
+    with run_of(tmp_path / "out", a=1) as run:
         model = paddle.nn.Linear(2, 2)
         optimizer = paddle.optimizer.AdamW(parameters=model.parameters())
-        training.save_training_state(unfinished, 3, model, optimizer, set(), {})
+        run.save_state(3, model, optimizer, {})
         state = tmp_path / "out.unfinished/state-3/model.npz"
         state.write_bytes(state.read_bytes()[:-30])
-        with pytest.raises(
-            utils.UserError, match="state-3: damaged .*; remove .*out.unfinished, and training begins anew"
-        ):
-            training.load_training_state(unfinished, model, optimizer, None)
+        with pytest.raises(UserError, match="state-3: damaged .*; remove .*out.unfinished, and training begins anew"):
+            run.restore(model, optimizer, None)
 
 
 def test_finished_asks_for_data_and_parent_too(tuned, tmp_path):
     """The same command after the data or the weights that it starts from have changed is another run."""
     found = record(tuned)
-    parent = {"weights": {"m.pdiparams": "0123", "m.pdmodel": "0000"}}
-    other_parent = {
-        "weights": {"m.pdiparams": "0124", "m.pdmodel": "0000"}
-    }  # the graph of one architecture is the same
-    assert records.difference(*(records.identity({}, p) for p in (parent, other_parent)))
-    now = records.identity(found["arguments"], found["parent"], found["data"])
-    assert records.finished(str(tuned), now)
-    for other in (
-        records.identity(found["arguments"], parent, found["data"]),
-        records.identity(found["arguments"], None, {**found["data"], "train": {"md5": "0"}}),
-        records.identity({**found["arguments"], "seed": 1}, None, found["data"]),
-    ):
-        with pytest.raises(utils.UserError, match="holds the result of something else"):
-            records.finished(str(tuned), other)
-        assert not records.finished(str(tuned), other, force=True)
+    parent = {"path": "p", "weights": {"m.pdiparams": "0123", "m.pdmodel": "0000"}}
+    # The graph of one architecture is the same for all its models.
+    other_parent = {"path": "p", "weights": {"m.pdiparams": "0124", "m.pdmodel": "0000"}}
+    assert runs.difference(*(runs.identity({}, p, {}, set()) for p in (parent, other_parent)))
+
+    def run(parent=None, data=found["data"], overwrite=False, **changed):
+        args = cli.Arguments(**{**found["arguments"], **changed, "overwrite": overwrite})
+        args.without_effect = {"overwrite", "logging_steps"}
+        return runs.Run("finetune", args, parent, data)
+
+    assert run().has_finished(str(tuned)) and run().has_made(found)
+    assert run(logging_steps=7).has_finished(str(tuned))  # declared not to change the result
+    for other in ({"parent": parent}, {"data": {**found["data"], "train": {"md5": "0"}}}, {"seed": 1}):
+        with pytest.raises(UserError, match="holds the result of something else"):
+            run(**other).has_finished(str(tuned))
+        assert not run(**other, overwrite=True).has_finished(str(tuned)) and not run(**other).has_made(found)
+    assert run(seed=1).has_made(found, ignoring=["seed"])
     (tmp_path / "mine.txt").write_text("")
-    with pytest.raises(
-        utils.UserError, match="not this project's"
-    ):  # --overwrite is no licence to remove a user's files
-        records.finished(str(tmp_path), now, force=True)
+    with pytest.raises(UserError, match="not this project's"):  # --overwrite is no licence to remove a user's files
+        run(overwrite=True).has_finished(str(tmp_path))
 
 
 def test_an_output_that_others_lie_in_is_refused(tuned, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for directory in (".", "..", str(tuned.parent)):
-        with pytest.raises(utils.UserError, match="cannot be the output|holds something else"):
-            records.check_replaceable(directory, "prune_export", [str(tuned)])
-    with pytest.raises(utils.UserError, match="holds something else"):
-        records.check_replaceable(str(tuned), "prune_export")
-    records.check_replaceable("new", "prune_export", [str(tuned)])
+        with pytest.raises(UserError, match="cannot be the output|holds something else"):
+            runs.check_replaceable(directory, "prune_export", [str(tuned)])
+    with pytest.raises(UserError, match="holds something else"):
+        runs.check_replaceable(str(tuned), "prune_export")
+    runs.check_replaceable("new", "prune_export", [str(tuned)])
 
 
 def test_paths_in_records_name_no_user(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere/alice")
-    assert (
-        records.relative("/somewhere/alice/clue")
-        == ".../clue"
-        == records.relative(os.path.join("/home", "bob", "clue"))
-    )
-    assert records.relative("/data/sets/clue") == ".../sets/clue"
-    assert records.relative(os.path.join(ROOT, "demo", "x")) == "demo/x"
+    assert files.relative("/somewhere/alice/clue") == ".../clue" == files.relative(os.path.join("/home", "bob", "clue"))
+    assert files.relative("/data/sets/clue") == ".../sets/clue"
+    assert files.relative(os.path.join(ROOT, "demo", "x")) == "demo/x"
 
 
 def test_a_finished_result_survives_a_kill_between_two_renames(tmp_path):
     (tmp_path / ".out.old").mkdir()
     (tmp_path / ".out.old" / "a").write_text("")
-    with pytest.raises(RuntimeError), utils.whole_directory(str(tmp_path / "out")):
+    with pytest.raises(RuntimeError), files.whole_directory(str(tmp_path / "out")):
         raise RuntimeError
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["a"]
 
 
 def test_whole_directory_is_all_or_nothing(tmp_path):
     target = tmp_path / "out"
-    with utils.whole_directory(str(target)) as directory:
+    with files.whole_directory(str(target)) as directory:
         open(os.path.join(directory, "a"), "w").close()
         assert not target.exists()
-    with pytest.raises(RuntimeError), utils.whole_directory(str(target)) as directory:
+    with pytest.raises(RuntimeError), files.whole_directory(str(target)) as directory:
         open(os.path.join(directory, "b"), "w").close()
         raise RuntimeError
     assert os.listdir(target) == ["a"] and os.listdir(tmp_path) == ["out"]
@@ -285,12 +292,12 @@ def test_records_are_checked_and_name_no_machine(tuned, tmp_path, workspace):
     broken = json.loads(text)
     del broken["labels"]
     (tmp_path / "stage.json").write_text(json.dumps(broken))
-    with pytest.raises(utils.UserError, match="field 'labels' is missing"):
+    with pytest.raises(UserError, match="field 'labels' is missing"):
         records.read_record(str(tmp_path))
     (tmp_path / "stage.json").write_text(text[:50])
-    with pytest.raises(utils.UserError, match="not JSON"):
+    with pytest.raises(UserError, match="not JSON"):
         records.read_record(str(tmp_path))
-    with pytest.raises(utils.UserError, match="no such directory"):
+    with pytest.raises(UserError, match="no such directory"):
         records.read_record(str(tmp_path / "none"))
 
 
@@ -299,8 +306,8 @@ def test_damaged_weights_are_refused(tuned, tmp_path):
     with open(tmp_path / "m/model_state.pdparams", "r+b") as file:
         file.seek(5000)
         file.write(b"\0\1\2\3")
-    with pytest.raises(utils.UserError, match="missing, damaged"):
-        modeling.load_finished(str(tmp_path / "m"))
+    with pytest.raises(UserError, match="missing, damaged"):
+        checkpoints.load_classifier(str(tmp_path / "m"))
 
 
 def run_on_two_processes(command, log_dir):

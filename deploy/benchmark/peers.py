@@ -122,9 +122,9 @@ def parse_args(argv=None):
     parser.add_argument("--pruned", help="FP32 export of the pruned model (default: all three with random weights)")
     parser.add_argument("--both", help="the same, quantized")
     parser.add_argument("--full_graph", help="the FP32 export of the same model made with --cls_only False")
-    cli.positive(parser.add_argument("--rounds", type=int, default=5, help="each on its own part of TNEWS dev"))
-    cli.positive(
-        parser.add_argument("--sentences", type=int, default=2000, help="of a round; 2000 x 5 are all of TNEWS dev")
+    parser.add_argument("--rounds", type=int, default=5, help="each on its own part of TNEWS dev", positive=True)
+    parser.add_argument(
+        "--sentences", type=int, default=2000, help="of a round; 2000 x 5 are all of TNEWS dev", positive=True
     )
     parser.add_argument("--vocab_file", help="of a random model; default: a generated one")
     parser.add_argument("--data_dir", help="with TNEWS; default: $CLUE_DATA_DIR, else downloaded, else generated")

@@ -88,17 +88,15 @@ def parse_args(argv=None):
     timing.add_argument(
         "--short", action="store_true", help="one round of 640 sentences, without BF16 and the sorted BERT-base"
     )
-    cli.positive(timing.add_argument("--rounds", type=int, help="each on its own part of dev (default: 5)"))
-    cli.positive(
-        timing.add_argument(
-            "--sentences", type=int, help="of a round (default: 1000; 2000 x 5 rounds are all of TNEWS dev)"
-        )
+    timing.add_argument("--rounds", type=int, help="each on its own part of dev (default: 5)", positive=True)
+    timing.add_argument(
+        "--sentences", type=int, help="of a round (default: 1000; 2000 x 5 rounds are all of TNEWS dev)", positive=True
     )
     timing.add_argument("--perf_warmup_steps", type=int, default=20, help="batches, at least, before the clock starts")
-    cli.positive(timing.add_argument("--batch_size", type=int, default=32, help="sentences per batch"))
-    cli.positive(timing.add_argument("--max_seq_length", type=int, default=128, help="longer texts are cut"))
-    cli.positive(timing.add_argument("--threads", type=int, help="of the CPU, in all (default: all cores)"))
-    cli.positive(timing.add_argument("--streams", type=int, help="as in infer.py; the plain loop has one"))
+    timing.add_argument("--batch_size", type=int, default=32, help="sentences per batch", positive=True)
+    timing.add_argument("--max_seq_length", type=int, default=128, help="longer texts are cut", positive=True)
+    timing.add_argument("--threads", type=int, help="of the CPU, in all (default: all cores)", positive=True)
+    timing.add_argument("--streams", type=int, help="as in infer.py; the plain loop has one", positive=True)
     timing.add_argument(
         "--effects", action="store_true", help="the steps from a plain loop to the last row, one by one"
     )

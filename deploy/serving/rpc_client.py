@@ -34,8 +34,8 @@ def parse_args(argv=None):
     group = parser.add_argument_group("service")
     group.add_argument("--http", action="store_true", help="over HTTP instead of RPC")
     group.add_argument("--address", help="host:port (default: 127.0.0.1 and 8091, with --http 18083)")
-    cli.positive(group.add_argument("--batch_size", type=int, default=32, help="texts per request"))
-    cli.positive(group.add_argument("--deadline", type=float, default=10.0, help="seconds for each request"))
+    group.add_argument("--batch_size", type=int, default=32, help="texts per request", positive=True)
+    group.add_argument("--deadline", type=float, default=10.0, help="seconds for each request", positive=True)
     group.add_argument("--retries", type=int, default=3, help="how often to ask again if it is unreachable or full")
     group.add_argument(
         "--wait-ready", "--wait_ready", type=float, default=0.0, metavar="SECONDS", help="first wait until it is ready"

@@ -18,32 +18,64 @@ import socket
 import subprocess
 import sys
 import time
+from typing import Literal
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, "..", ".."))
 import protocol
+import pydantic
 from common import UserError, cli
 
-# Every setting of config_nlp.yml by its path: default, then the smallest and largest number or the allowed values.
-SETTINGS = {
-    "host": ("127.0.0.1",),
-    "rpc_port": (8091, 1024, 65535),
-    "http_port": (18083, 1024, 65535),
-    "worker_num": (128, 1, 512),
-    "timeout_ms": (10_000, 1, 600_000),
-    "max_body_bytes": (1 << 18, 1024, 1 << 26),
-    "max_texts": (128, 1, 10_000),
-    "grace_ms": (5000, 0, 600_000),
-    "log_dir": (".",),
-    "dag.is_thread_op": (True, {True}),
-    "op.ppminilm.concurrency": (1, 1, 1),
-    "op.ppminilm.batch_size": (32, 1, 1024),
-    "op.ppminilm.local_service_conf.model_config": ("serving_server",),
-    "op.ppminilm.local_service_conf.device_type": (0, 0, 2),
-    "op.ppminilm.local_service_conf.devices": ("",),
-    "op.ppminilm.local_service_conf.thread_num": (0, 0, 1024),
-    "op.ppminilm.local_service_conf.precision": ("", {"", "fp32", "bf16", "fp16", "int8"}),
-}
+
+def number(default, least, most):
+    return pydantic.Field(default, ge=least, le=most)
+
+
+class Section(pydantic.BaseModel):
+    """Settings of exactly these names and types."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+class LocalServiceConf(Section):
+    # Paddle Serving's name for it, model_config, is taken by pydantic.
+    model_directory: str = pydantic.Field("serving_server", alias="model_config")
+    device_type: int = number(0, 0, 2)
+    devices: str = ""
+    thread_num: int = number(0, 0, 1024)
+    precision: Literal["", "fp32", "bf16", "fp16", "int8"] = ""
+
+
+class Operator(Section):
+    concurrency: Literal[1] = 1
+    batch_size: int = number(32, 1, 1024)
+    local_service_conf: LocalServiceConf = LocalServiceConf()
+
+
+class Operators(Section):
+    ppminilm: Operator = Operator()
+
+
+class Dag(Section):
+    is_thread_op: Literal[True] = True
+
+
+class Settings(Section):
+    """The settings of config_nlp.yml, with their defaults, smallest and largest values."""
+
+    host: str = "127.0.0.1"
+    rpc_port: int = number(8091, 1024, 65535)
+    http_port: int = number(18083, 1024, 65535)
+    worker_num: int = number(128, 1, 512)
+    timeout_ms: int = number(10_000, 1, 600_000)
+    max_body_bytes: int = number(1 << 18, 1024, 1 << 26)
+    max_texts: int = number(128, 1, 10_000)
+    grace_ms: int = number(5000, 0, 600_000)
+    log_dir: str = "."
+    dag: Dag = Dag()
+    op: Operators = Operators()
+
+
 # The command line's names for some of them.
 OPTIONS = {
     "model": "op.ppminilm.local_service_conf.model_config",
@@ -82,56 +114,51 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def flatten(tree, path=()):
-    """{"a.b": value} of nested dicts."""
-    if not isinstance(tree, dict):
-        return {".".join(path): tree}
-    return {key: value for name, sub in tree.items() for key, value in flatten(sub, (*path, str(name))).items()}
+def check_settings(settings, source):
+    """All settings, as nested dicts with Paddle Serving's names; those that are not given have their defaults.
 
-
-def check(name, value, shown):
-    """Raises: UserError unless SETTINGS allow the value; ``shown`` is what the user knows it by."""
-    default, *allowed = SETTINGS[name]
-    if type(value) is not type(default):
-        kind = {bool: "true or false", int: "a whole number", str: "a text"}[type(default)]
-        raise UserError(f"{shown}: {value!r} must be {kind}")
-    if allowed and isinstance(allowed[0], set) and value not in allowed[0]:
-        raise UserError(f"{shown}: {value!r} must be {' or '.join(repr(v) for v in sorted(allowed[0]))}")
-    if allowed and not isinstance(allowed[0], set) and not allowed[0] <= value <= allowed[1]:
-        raise UserError(f"{shown}: {value} must be from {allowed[0]} to {allowed[1]}")
+    Args: source: for messages, where the settings come from. Raises: UserError naming the first wrong one.
+    """
+    try:
+        return Settings.model_validate(settings).model_dump(by_alias=True)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            raise UserError(f"{source}: no setting is called {name}; config_nlp.yml shows all there are") from error
+        raise UserError(f"{source}: {name}: {first['input']!r}: {first['msg']}") from error
 
 
 def read_config(args):
-    """The settings as nested dicts, checked, paths made absolute. Raises: UserError naming the setting."""
+    """The settings of the config file, overridden by the command line, as nested dicts; paths are absolute.
+
+    Raises: UserError naming the setting.
+    """
     import yaml
 
+    source = f"--config {args.config}"
     try:
         with open(args.config, encoding="utf-8") as file:
             given = yaml.safe_load(file) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {args.config}: not YAML ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{source}: not YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(given, dict):
-        raise UserError(f"--config {args.config}: must be settings, one `name: value` a line")
-    flat = {name: default for name, (default, *_) in SETTINGS.items()}
-    for name, value in flatten(given).items():
-        if name not in SETTINGS:
-            raise UserError(f"--config {args.config}: no setting is called {name}; there are {', '.join(SETTINGS)}")
-        check(name, value, f"--config {args.config}: {name}")
-        flat[name] = value
-    for name in (OPTIONS["model"], "log_dir"):
-        flat[name] = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(args.config)), flat[name]))
+        raise UserError(f"{source}: must be settings, one `name: value` per line")
+    config = check_settings(given, source)
+    # Paths in the file are relative to it, those on the command line to the working directory.
+    base = os.path.dirname(os.path.abspath(args.config))
     for option, name in OPTIONS.items():
-        value = getattr(args, option)
-        if value is not None:
-            check(name, value, f"--{option}")
-            flat[name] = os.path.abspath(value) if option in ("model", "log_dir") else value
-    config = {}
-    for name, value in flat.items():
-        *parents, last = name.split(".")
-        place = config
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = value
+        *sections, last = name.split(".")
+        section = config
+        for each in sections:
+            section = section[each]
+        override = getattr(args, option)
+        is_path = option in ("model", "log_dir")
+        if override is not None:
+            section[last] = os.path.abspath(override) if is_path else override
+            check_settings(config, f"--{option}")
+        elif is_path:
+            section[last] = os.path.normpath(os.path.join(base, section[last]))
     return config
 
 
