@@ -125,6 +125,13 @@ def load_pretrained(
     return Pretrained(model, tokenizer, parent, notes, fields)
 
 
+def load_pretrained_for(args, num_labels, kind="ForSequenceClassification"):
+    """As load_pretrained, for arguments of add_model_arguments and cli.add_tokenizer_arguments."""
+    names = ("model_type", "init_config", "vocab_file", "use_faster_tokenizer", "max_seq_length")
+    options = {name: getattr(args, name) for name in names}
+    return load_pretrained(args.model_name_or_path, num_labels, kind=kind, **options)
+
+
 def builtin_name(cls, name):
     """PaddleNLP's name for a built-in model, or None. HFL's RoBERTa models are published without the prefix hfl/."""
     return next((n for n in (name, f"hfl/{name}") if n in cls.pretrained_init_configuration), None)

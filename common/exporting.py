@@ -6,8 +6,11 @@ import pickle
 
 import numpy as np
 
-from common import UserError, batching, cli, files, modeling
+from common import UserError, batching, engine, cli, files, modeling
 from common.compat import paddle
+
+
+GRAPH_SUFFIXES = (".pdiparams", ".pdiparams.info", ".pdmodel")
 
 
 def add_export_arguments(parser, group):
@@ -101,10 +104,19 @@ def export_static(model, prefix, cls_only=False):
         pickle.dump(dict(sorted(names.items())), file, protocol=2)
 
 
-def hash_graph(prefix):
-    """{file name: sha256} of the files that export_static wrote."""
+def export_checked(model, prefix, expected, features, inputs, pad_id, args):
+    """Writes the graph of a model and compares it with the logits that it has to give, in the engine that will run it.
+
+    Args: expected: logits [n, classes] of the features. inputs: what the features are. args: of add_export_arguments.
+    Returns: the field ``export`` of stage.json. Raises: UserError past --parity_tolerance.
+    """
+    export_static(model, prefix, args.cls_only)
+    found = engine.Engine(prefix).predict(features, pad_id=pad_id)
+    parity = check_parity(expected, found, inputs, args.parity_tolerance)
     directory, name = os.path.split(prefix)
-    return files.hash_files(directory, [name + suffix for suffix in (".pdiparams", ".pdiparams.info", ".pdmodel")])
+    hashes = files.hash_files(directory, [name + suffix for suffix in GRAPH_SUFFIXES])
+    size = os.path.getsize(f"{prefix}.pdiparams")
+    return {"weights": hashes, "parity": parity, "cls_only": args.cls_only, "bytes": size}
 
 
 def read_program(path):

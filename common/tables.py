@@ -10,78 +10,26 @@ from common.records import descendants
 
 
 class Published(NamedTuple):
-    accuracy: dict  # CLUE dev accuracy in %
+    accuracies: tuple  # CLUE dev accuracy in %, in the order of TASKS
     average: float
     params: float  # millions
     flops: Optional[float]  # 10^9 multiply-adds at 128 tokens
     speedup: float  # against BERT-base, with the fast tokenizer
 
+    def accuracy(self, task):
+        return self.accuracies[TASKS.index(task)]
 
-# Source: README of PaddleNLP's PP-MiniLM example (T4, batch 32 x 128 tokens, INT8 for the quantized models).
+
+# The columns of the published table. Source: README of PaddleNLP's PP-MiniLM example (T4, batch 32 x 128 tokens,
+# INT8 for the quantized models).
+TASKS = ("AFQMC", "TNEWS", "IFLYTEK", "CMNLI", "OCNLI", "CLUEWSC2020", "CSL")
+PRUNED_QUANTIZED = "pruned to 0.75 + quantized"
 PUBLISHED = {
-    "fine-tuned": Published(
-        {
-            "AFQMC": 74.14,
-            "TNEWS": 57.43,
-            "IFLYTEK": 61.75,
-            "CMNLI": 81.01,
-            "OCNLI": 76.17,
-            "CLUEWSC2020": 86.18,
-            "CSL": 79.17,
-        },
-        73.69,
-        59.7,
-        5.44,
-        2.15,
-    ),
-    "pruned to 0.75": Published(
-        {
-            "AFQMC": 73.91,
-            "TNEWS": 57.44,
-            "IFLYTEK": 61.64,
-            "CMNLI": 81.10,
-            "OCNLI": 75.59,
-            "CLUEWSC2020": 85.86,
-            "CSL": 78.53,
-        },
-        73.44,
-        49.1,
-        4.08,
-        2.74,
-    ),
-    "quantized": Published(
-        {
-            "AFQMC": 74.19,
-            "TNEWS": 57.13,
-            "IFLYTEK": 61.10,
-            "CMNLI": 81.20,
-            "OCNLI": 76.10,
-            "CLUEWSC2020": 85.20,
-            "CSL": 78.03,
-        },
-        73.28,
-        59.8,
-        None,
-        7.34,
-    ),
-    "pruned to 0.75 + quantized": Published(
-        {
-            "AFQMC": 74.00,
-            "TNEWS": 57.37,
-            "IFLYTEK": 61.33,
-            "CMNLI": 81.09,
-            "OCNLI": 75.56,
-            "CLUEWSC2020": 85.85,
-            "CSL": 78.57,
-        },
-        73.40,
-        49.2,
-        None,
-        8.88,
-    ),
+    "fine-tuned": Published((74.14, 57.43, 61.75, 81.01, 76.17, 86.18, 79.17), 73.69, 59.7, 5.44, 2.15),
+    "pruned to 0.75": Published((73.91, 57.44, 61.64, 81.10, 75.59, 85.86, 78.53), 73.44, 49.1, 4.08, 2.74),
+    "quantized": Published((74.19, 57.13, 61.10, 81.20, 76.10, 85.20, 78.03), 73.28, 59.8, None, 7.34),
+    PRUNED_QUANTIZED: Published((74.00, 57.37, 61.33, 81.09, 75.56, 85.85, 78.57), 73.40, 49.2, None, 8.88),
 }
-# The columns of the CLUE table: the published ones.
-TASKS = tuple(PUBLISHED["fine-tuned"].accuracy)
 
 
 # The grid and the CLUE table
@@ -146,18 +94,16 @@ def clue_rows(roots, children, speedups):
             if kind and rank(record) > rank(cells.setdefault(kind, {}).get(record["task"])):
                 cells[kind][record["task"]] = record
     order = sorted(cells, key=lambda kind: ("quantized" in kind, "pruned" in kind, kind))
-    order.sort(key=lambda kind: kind == "pruned to 0.75 + quantized")
+    order.sort(key=lambda kind: kind == PRUNED_QUANTIZED)
     rows = []
     for kind in order:
         row = cells[kind]
         shown = row.get("TNEWS") or next(iter(row.values()))
         present = [row[task] for task in TASKS if task in row]
-        rows.append({
-            "row": kind, "cells": row, "present": present,
-            "params": shown["params"], "flops": shown["flops"], "bytes": size_of(shown),
-            "average": sum(map(accuracy, present)) / len(TASKS) if len(present) == len(TASKS) else None,
-            "speedup": speedups.get(kind),
-        })  # fmt: skip
+        average = sum(map(accuracy, present)) / len(TASKS) if len(present) == len(TASKS) else None
+        sizes = {"params": shown["params"], "flops": shown["flops"], "bytes": size_of(shown)}
+        figures = {"average": average, "speedup": speedups.get(kind)}
+        rows.append({"row": kind, "cells": row, "present": present, **sizes, **figures})
     return rows
 
 
@@ -173,10 +119,8 @@ def percent(value, sign=""):
 def clue_table(model, rows):
     """The CLUE table as Markdown lines: each row measured, and where it was published, that and the difference."""
     footnotes = Footnotes()
-    lines = [
-        f"**CLUE dev accuracy, %: {model}**", "",
-        f"| model | {' | '.join(TASKS)} | average | params | FLOPs | file, MB | speed-up |", "| --- " * 13 + "|",
-    ]  # fmt: skip
+    lines = [f"**CLUE dev accuracy, %: {model}**", ""]
+    lines += [f"| model | {' | '.join(TASKS)} | average | params | FLOPs | file, MB | speed-up |", "| --- " * 13 + "|"]
     for row in rows:
         marked = [footnotes.marked(row["cells"].get(task)) for task in TASKS]
         average = f"{len(row['present'])} of 7 tasks"
@@ -223,11 +167,11 @@ def beside_published(row):
     differences = []
     for task in TASKS:
         record = row["cells"].get(task)
-        differences.append(percent(accuracy(record) - published.accuracy[task] / 100, "+") if record else "")
+        differences.append(percent(accuracy(record) - published.accuracy(task) / 100, "+") if record else "")
     average = row["average"]
     differences.append("" if average is None else percent(average - published.average / 100, "+"))
     flops = f"{published.flops:.2f} G" if published.flops else ""
-    shown = " | ".join(f"{value:.2f}" for value in (*published.accuracy.values(), published.average))
+    shown = " | ".join(f"{value:.2f}" for value in (*published.accuracies, published.average))
     return [
         f"| published | {shown} | {published.params:.1f} M | {flops} | | {published.speedup:.2f}x |",
         f"| difference | {' | '.join(differences)} | | | | |",
@@ -267,54 +211,54 @@ def long_rows(model, rows, roots):
         published = PUBLISHED.get(row["row"])
         for task in TASKS:
             record = row["cells"].get(task)
-            number = published.accuracy[task] if published else None
+            number = published.accuracy(task) if published else None
             found.append({"table": "clue", "model": model, "row": row["row"], "task": task, **flat(record, number)})
         notes = [note for record in row["present"] for note in remarks(record)]
         if row["average"] is None:
             notes = [f"{len(row['present'])} of 7 tasks", *notes]
+        place = {"table": "clue", "model": model, "row": row["row"], "task": "average"}
         average = None if row["average"] is None else round(row["average"] * 100, 4)
-        found.append({
-            "table": "clue", "model": model, "row": row["row"], "task": "average", "accuracy": average,
-            "published": published and published.average,
-            "difference": round(average - published.average, 4) if published and average is not None else None,
-            "speedup": row["speedup"], "remarks": "; ".join(dict.fromkeys(notes)),
-        })  # fmt: skip
+        difference = round(average - published.average, 4) if published and average is not None else None
+        figures = {"accuracy": average, "published": published and published.average, "difference": difference}
+        remarks_of_row = "; ".join(dict.fromkeys(notes))
+        found.append({**place, **figures, "speedup": row["speedup"], "remarks": remarks_of_row})
     best = best_cells(roots).values()
     for record in roots:
-        made_with = record["arguments"]
-        found.append({"table": "grid", "model": model, "row": "best" if record in best else "", "task": record["task"],
-                      **flat(record, None), **{name: made_with[name] for name in HYPER_PARAMETERS}})  # fmt: skip
+        place = {"table": "grid", "model": model, "row": "best" if record in best else "", "task": record["task"]}
+        settings = {name: record["arguments"][name] for name in HYPER_PARAMETERS}
+        found.append({**place, **flat(record, None), **settings})
     return found
 
 
 def family_rows(model, root, family):
     """Every variant of a fine-tuned model as one flat dict each."""
-    rows = [(record, row_of(record)) for record in (root, *family)]
-    return [
-        {"table": "models", "model": model, "row": row[0], "task": record["task"], **flat(record, None),
-         "agreement": record["metrics"].get("agreement")}
-        for record, row in rows if row
-    ]  # fmt: skip
+    found = []
+    for record in (root, *family):
+        row = row_of(record)
+        if row:
+            place = {"table": "models", "model": model, "row": row[0], "task": record["task"]}
+            found.append({**place, **flat(record, None), "agreement": record["metrics"].get("agreement")})
+    return found
 
 
 MARKERS = "os^Dvp*XP<>"
 HYPER_PARAMETERS = ("learning_rate", "batch_size", "num_train_epochs", "max_seq_length")
-COLUMNS = ("table", "model", "row", "task", "accuracy", "published", "difference", "majority_class", "params", "flops",
-           "bytes", "speedup", "agreement", *HYPER_PARAMETERS, "remarks")  # fmt: skip
+COLUMNS = (
+    "table model row task accuracy published difference majority_class params flops bytes speedup agreement".split()
+)
+COLUMNS += [*HYPER_PARAMETERS, "remarks"]
 
 
 def flat(record, published):
     if record is None:
         return {"accuracy": None, "published": published, "remarks": "missing"}
     measured = round(accuracy(record) * 100, 4)
+    difference = None if published is None else round(measured - published, 4)
     dev = record["data"].get("dev") or {}
-    return {
-        "accuracy": measured, "published": published,
-        "difference": None if published is None else round(measured - published, 4),
-        "majority_class": round(dev["majority_class"] * 100, 4) if "majority_class" in dev else None,
-        "params": record["params"], "flops": record["flops"], "bytes": size_of(record),
-        "remarks": "; ".join(remarks(record)),
-    }  # fmt: skip
+    majority = round(dev["majority_class"] * 100, 4) if "majority_class" in dev else None
+    figures = {"accuracy": measured, "published": published, "difference": difference, "majority_class": majority}
+    sizes = {"params": record["params"], "flops": record["flops"], "bytes": size_of(record)}
+    return {**figures, **sizes, "remarks": "; ".join(remarks(record))}
 
 
 def draw(path, families):
@@ -327,15 +271,16 @@ def draw(path, families):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    points = [
-        (row["row"] if len(families) == 1 else f"{model}, {row['row']}", task, accuracy(record) * 100,
-         (size_of(record) or 0) / 1e6, row["speedup"])
-        for model, rows in families for row in rows for task, record in row["cells"].items()
-    ]  # fmt: skip
+    points = []
+    for model, rows in families:
+        for row in rows:
+            name = row["row"] if len(families) == 1 else f"{model}, {row['row']}"
+            for task, record in row["cells"].items():
+                megabytes = (size_of(record) or 0) / 1e6
+                points.append((name, task, accuracy(record) * 100, megabytes, row["speedup"]))
     panels = [("file, MB", 3)] + ([("speed-up against BERT-base", 4)] if any(p[4] for p in points) else [])
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(6 * len(panels) + 2.5, 4.5), squeeze=False, layout="constrained"
-    )
+    size = (6 * len(panels) + 2.5, 4.5)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     kind = os.path.splitext(path)[1].lstrip(".")
     if kind not in figure.canvas.get_supported_filetypes():
         raise UserError(f"--plot {path}: its ending must be that of a picture, .png or .svg")
@@ -351,10 +296,8 @@ def draw(path, families):
         axis.grid(alpha=0.3)
     # A colour per task, a marker per row: one legend of both beside the last panel.
     keys = [pyplot.Line2D([], [], color=f"C{i % 10}", lw=4, label=task) for i, task in enumerate(tasks)]
-    keys += [
-        pyplot.Line2D([], [], color="grey", marker=marker, ls="", label=row)
-        for row, marker in zip(kinds, itertools.cycle(MARKERS))
-    ]
+    for row, marker in zip(kinds, itertools.cycle(MARKERS)):
+        keys.append(pyplot.Line2D([], [], color="grey", marker=marker, ls="", label=row))
     figure.legend(handles=keys, fontsize=8, loc="outside right center")
     with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(path))) as directory:
         whole = os.path.join(directory, "plot")
@@ -378,14 +321,8 @@ def row_of(record):
         what = f"{origin}, INT8 {record['variant']['algorithm']}{record['variant']['calib_samples']}"
     else:
         return None
-    return [
-        what,
-        percent(metrics["accuracy"]),
-        percent(metrics.get("agreement")),
-        f"{record['params'] / 1e6:.2f} M",
-        f"{record['flops'] / 1e9:.2f} G",
-        f"{size / 1e6:.1f}" if size else "",
-    ]
+    sizes = [f"{record['params'] / 1e6:.2f} M", f"{record['flops'] / 1e9:.2f} G", f"{size / 1e6:.1f}" if size else ""]
+    return [what, percent(metrics["accuracy"]), percent(metrics.get("agreement")), *sizes]
 
 
 def family_table(root, family):
@@ -394,12 +331,8 @@ def family_table(root, family):
     rows = [(record, row) for record, row in rows if row]
     quantized = [record for record, _ in rows if record["stage"] == "quantize"]
     best = max(quantized, key=lambda record: record["metrics"]["accuracy"], default=None)
-    lines = [
-        f"**{root['task']}**, {root['directory']}",
-        "",
-        "| model | dev accuracy, % | agreement with FP32, % | params | FLOPs | file, MB |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = [f"**{root['task']}**, {root['directory']}", ""]
+    lines += ["| model | dev accuracy, % | agreement with FP32, % | params | FLOPs | file, MB |", "| --- " * 6 + "|"]
     for record, row in rows:
         row[0] += " (best INT8)" if record is best else ""
         lines.append(f"| {' | '.join(row)} |")

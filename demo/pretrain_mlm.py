@@ -110,16 +110,7 @@ def main(argv=None):
     corpus = Corpus(args.input_dir, args.seed)
     if args.max_steps <= 0:
         args.max_steps = args.num_train_epochs * corpus.batches_per_epoch(args.batch_size)
-    start = checkpoints.load_pretrained(
-        args.model_name_or_path,
-        2,
-        model_type=args.model_type,
-        init_config=args.init_config,
-        vocab_file=args.vocab_file,
-        use_faster_tokenizer=args.use_faster_tokenizer,
-        kind="ForMaskedLM",
-        max_seq_length=args.max_seq_length,
-    )
+    start = checkpoints.load_pretrained_for(args, 2, "ForMaskedLM")
     if "[MASK]" not in start.tokenizer.vocab:
         raise UserError("the vocabulary has no [MASK], which masked language modelling needs")
     fields = {"task": "general", "labels": [], "notes": start.notes, **start.fields}

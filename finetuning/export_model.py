@@ -12,7 +12,7 @@ import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import data
-from common import UserError, checkpoints, cli, engine, exporting, files, modeling, records
+from common import UserError, checkpoints, cli, exporting, files, modeling, records
 
 
 def parse_args(argv=None):
@@ -35,25 +35,16 @@ def export(args):
     expected = modeling.predict(model, features, tokenizer.pad_id)
     with files.empty_directory(os.path.join(args.model_path, ".export")) as directory:
         prefix = os.path.join(directory, "inference")
-        exporting.export_static(model, prefix, args.cls_only)
         # The graph is checked in the engine that will run it.
-        found = engine.Engine(prefix).predict(features, pad_id=tokenizer.pad_id)
-        parity = exporting.check_parity(expected, found, inputs, args.parity_tolerance)
-        graph_hashes = exporting.hash_graph(prefix)
-        record["export"] = {
-            "weights": graph_hashes,
-            "parity": parity,
-            "cls_only": args.cls_only,
-            "seconds": round(time.time() - started, 1),
-            "bytes": os.path.getsize(f"{prefix}.pdiparams"),
-        }
+        export = exporting.export_checked(model, prefix, expected, features, inputs, tokenizer.pad_id, args)
+        record["export"] = {**export, "seconds": round(time.time() - started, 1)}
         records.write_record(directory, record)
         # The record comes last. Until then the old one refuses what is half new, also after kill -9.
-        for name in (*graph_hashes, records.RECORD):
+        for name in (*export["weights"], records.RECORD):
             os.replace(os.path.join(directory, name), os.path.join(args.model_path, name))
     print(
         f"{record['task']}: exported to {os.path.join(args.model_path, 'inference')}.pdmodel, logits within "
-        f"{parity['largest_difference']:.1e} of the dynamic model on {inputs}"
+        f"{export['parity']['largest_difference']:.1e} of the dynamic model on {inputs}"
     )
 
 

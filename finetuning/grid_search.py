@@ -109,25 +109,10 @@ def plan(args):
 
 
 def arguments_of(cell, args):
-    return [
-        "--do_train",
-        "--task_name",
-        cell.task,
-        "--model_name_or_path",
-        args.model,
-        "--learning_rate",
-        cell.learning_rate,
-        "--batch_size",
-        str(cell.batch_size),
-        "--num_train_epochs",
-        str(cell.epochs),
-        "--max_seq_length",
-        str(cell.max_seq_length),
-        "--output_dir",
-        cell.directory,
-        *(["--device", args.device] if args.device else []),
-        *cell.more,
-    ]
+    options = {"task_name": cell.task, "model_name_or_path": args.model, "output_dir": cell.directory}
+    options.update(learning_rate=cell.learning_rate, batch_size=cell.batch_size, num_train_epochs=cell.epochs)
+    options.update(max_seq_length=cell.max_seq_length, **({"device": args.device} if args.device else {}))
+    return ["--do_train", *(f"--{name}={value}" for name, value in options.items()), *cell.more]
 
 
 def asked_of(cell, args):
@@ -250,14 +235,9 @@ def start(cell, args, slot, slots):
     else:
         environment["CUDA_VISIBLE_DEVICES"] = slot
     with open(cell.log(), "a", encoding="utf-8") as log:
-        return subprocess.Popen(
-            [sys.executable, "-u", RUN_CLUE, *arguments_of(cell, args)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=environment,
-            preexec_fn=die_with_parent,
-        )
+        command = [sys.executable, "-u", RUN_CLUE, *arguments_of(cell, args)]
+        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, **streams, env=environment, preexec_fn=die_with_parent)
 
 
 def die_with_parent():
@@ -277,14 +257,7 @@ def prepare(cells, args):
     Returns: {cell: why} of the tasks without data. Raises: UserError for a model that cannot be loaded.
     """
     asked = asked_of(cells[0], args)
-    checkpoints.load_pretrained(
-        asked.model_name_or_path,
-        2,
-        model_type=asked.model_type,
-        init_config=asked.init_config,
-        vocab_file=asked.vocab_file,
-        use_faster_tokenizer=asked.use_faster_tokenizer,
-    )
+    checkpoints.load_pretrained_for(asked, 2)
     failed = {}
     for task in dict.fromkeys(cell.task for cell in cells):
         try:

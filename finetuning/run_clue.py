@@ -55,15 +55,7 @@ def fine_tune(args):
     described = {name: split.describe() for name, split in splits.items()}
 
     # The model: a pre-trained encoder, and a classifier [hidden_size, labels] whose weights are random so far.
-    start = checkpoints.load_pretrained(
-        args.model_name_or_path,
-        len(task.labels),
-        model_type=args.model_type,
-        init_config=args.init_config,
-        vocab_file=args.vocab_file,
-        use_faster_tokenizer=args.use_faster_tokenizer,
-        max_seq_length=args.max_seq_length,
-    )
+    start = checkpoints.load_pretrained_for(args, len(task.labels))
 
     # The run. It knows whether this result is there already, refuses a directory that holds another one, and keeps the
     # state from which the same command resumes.

@@ -20,22 +20,9 @@ from common import UserError, cli, files, records
 
 # The arguments of run_clue.py that twins have in common: all that changes a training but seed and start.
 SHARED_ARGUMENTS = (
-    "learning_rate",
-    "batch_size",
-    "num_train_epochs",
-    "max_steps",
-    "weight_decay",
-    "warmup_steps",
-    "warmup_proportion",
-    "adam_epsilon",
-    "max_grad_norm",
-    "group_by_length",
-    "save_steps",
-    "max_seq_length",
-    "max_train_samples",
-    "max_eval_samples",
-    "use_faster_tokenizer",
-)
+    "learning_rate batch_size num_train_epochs max_steps weight_decay warmup_steps warmup_proportion adam_epsilon "
+    "max_grad_norm group_by_length save_steps max_seq_length max_train_samples max_eval_samples use_faster_tokenizer"
+).split()
 
 
 def parse_args(argv=None):
@@ -58,10 +45,9 @@ def read_runs(directories):
         record = records.read_record(directory, "a fine-tuned model")
         with open(os.path.join(directory, "evaluations.jsonl"), encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
-        runs.append({
-            "seed": record["arguments"]["seed"], "accuracy": record["metrics"]["accuracy"],
-            "evaluations": [[row["step"], row["accuracy"]] for row in rows], "record": record,
-        })  # fmt: skip
+        evaluations = [[row["step"], row["accuracy"]] for row in rows]
+        figures = {"seed": record["arguments"]["seed"], "accuracy": record["metrics"]["accuracy"]}
+        runs.append({**figures, "evaluations": evaluations, "record": record})
     return runs
 
 

@@ -58,27 +58,16 @@ def parse_args(argv=None):
 
 def load_pair(args):
     """(teacher, student), each a checkpoints.Pretrained. Raises: UserError if they do not fit each other."""
+    shared = {"use_faster_tokenizer": args.use_faster_tokenizer, "max_seq_length": args.max_seq_length, "kind": "Model"}
+    option = "--teacher_model_name_or_path"
     teacher = checkpoints.load_pretrained(
-        args.teacher_model_name_or_path,
-        2,
-        model_type=args.teacher_model_type,
-        use_faster_tokenizer=args.use_faster_tokenizer,
-        kind="Model",
-        option="--teacher_model_name_or_path",
-        max_seq_length=args.max_seq_length,
+        args.teacher_model_name_or_path, 2, model_type=args.teacher_model_type, option=option, **shared
     )
     # A student from random weights takes the teacher's vocabulary: relations compare the tokens of the same sequence.
+    shared.update(init_config=args.init_config, vocab_file=args.vocab_file, tokenizer=teacher.tokenizer)
+    option = "--student_model_name_or_path"
     student = checkpoints.load_pretrained(
-        args.student_model_name_or_path,
-        2,
-        model_type=args.model_type,
-        init_config=args.init_config,
-        vocab_file=args.vocab_file,
-        tokenizer=teacher.tokenizer,
-        use_faster_tokenizer=args.use_faster_tokenizer,
-        kind="Model",
-        option="--student_model_name_or_path",
-        max_seq_length=args.max_seq_length,
+        args.student_model_name_or_path, 2, model_type=args.model_type, option=option, **shared
     )
     if student.tokenizer.vocab != teacher.tokenizer.vocab:
         raise UserError(
@@ -163,8 +152,8 @@ def train(args, run, corpus, teacher, student):
 
 def save_model(args, run, step, student, losses):
     """Writes model_<step>, a directory that every later stage takes as a model."""
-    # There is no dev set: the loss shows that training goes on, and only fine-tuning shows what the student is worth. So
-    # several steps are kept, to be compared on a task.
+    # There is no dev set: the loss shows that training makes progress, and only fine-tuning shows what the student is
+    # worth. So several steps are kept, to be compared on a task.
     directory = os.path.join(args.output_dir, f"model_{step}")
     with run.output(directory, metrics={"step": step, "loss": losses[-1][1]}, losses=losses) as target:
         student.model.save_pretrained(target)

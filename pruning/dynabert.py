@@ -9,7 +9,7 @@ import os
 
 import numpy as np
 
-from common import UserError, batching, checkpoints, cli, compat, exporting, files, modeling, records, tokenization
+from common import UserError, batching, checkpoints, compat, exporting, files, modeling, records, tokenization
 from common.compat import paddle
 
 SUB_CONFIG = "model_config.json"

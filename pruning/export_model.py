@@ -15,7 +15,7 @@ import sys
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import data
 import dynabert
-from common import UserError, checkpoints, cli, engine, exporting, modeling
+from common import UserError, checkpoints, cli, exporting, modeling
 from common.runs import Run, check_replaceable
 
 
@@ -69,19 +69,15 @@ def export(args):
     found = modeling.predict(sub_model, features, pad_id)
     dynamic = exporting.check_parity(expected, found, inputs, args.parity_tolerance)
     sub_files = [checkpoints.WEIGHTS, dynabert.SUB_CONFIG]
-    graph_files = [name + suffix for suffix in (".pdiparams", ".pdiparams.info", ".pdmodel")]
-    static = {"cls_only": args.cls_only}
+    graph_files = [name + suffix for suffix in exporting.GRAPH_SUFFIXES]
+    static = {}
     with run.output(sub_directory, sub_files, export={"parity": dynamic}) as sub:
         dynabert.save_sub_model(sub, weights, record, width)
         pruned.tokenizer.save(sub)
         with run.output(static_directory, graph_files, export=static) as directory:
+            # The graph is checked in the engine that will run it.
             prefix = os.path.join(directory, name)
-            exporting.export_static(sub_model, prefix, args.cls_only)
-            # In the engine that will run it, not in the dynamic graph.
-            found = engine.Engine(prefix).predict(features, pad_id=pad_id)
-            static["parity"] = exporting.check_parity(expected, found, inputs, args.parity_tolerance)
-            static["bytes"] = os.path.getsize(f"{prefix}.pdiparams")
-            static["weights"] = exporting.hash_graph(prefix)
+            static.update(exporting.export_checked(sub_model, prefix, expected, features, inputs, pad_id, args))
             pruned.tokenizer.save(directory)
     largest = max(static["parity"]["largest_difference"], dynamic["largest_difference"])
     print(

@@ -82,7 +82,7 @@ def train(args, run, teacher, supernet, features):
     """Trains all widths and keeps the best checkpoint of each. Returns: the final state."""
     pad_id = teacher.tokenizer.pad_id
     progress = training.Progress(args, len(features["train"]))
-    # As in fine-tuning, and usually with the same learning rate and as many epochs: most of what was learnt is still there.
+    # As in fine-tuning, usually with the same learning rate and as many epochs.
     optimizer, schedule = training.make_optimizer(supernet.model, args, progress.steps)
     state = run.restore(supernet.model, optimizer, schedule, best={}, evaluations=[])
     if not state["evaluations"] and run.is_first:
@@ -106,9 +106,9 @@ def train(args, run, teacher, supernet, features):
                 # before the optimizer makes one step.
                 dynabert.set_width(supernet, width)
                 logits, hidden = student_states.run(inputs)
-                # DynaBERT's loss compares with the teacher, not with the labels: 0.1 x MSE of the hidden states of every
-                # layer + lambda_logit x cross-entropy with the teacher's probabilities. The hidden size is not pruned,
-                # so hidden states of any width have the same shape.
+                # DynaBERT's loss compares with the teacher, not with the labels: 0.1 x MSE of the hidden states of
+                # every layer + lambda_logit x cross-entropy with the teacher's probabilities. The hidden size is not
+                # pruned, so the hidden states of all widths have the same shape.
                 loss = dynabert.distillation_loss(hidden, teacher_hidden, logits, teacher_logits, args.lambda_logit)
                 # Share of this process in the joint batch, as in run_clue.py.
                 loss = share * loss

@@ -82,44 +82,36 @@ def quantize(
         if int8_embeddings:
             embeddings.store_in_int8(prefix, os.path.join(scratch, "float"))
             prefix = os.path.join(scratch, "float")
+        source, graph = os.path.split(prefix)
         paddle.enable_static()
         try:
             # Names as in a new process, whatever was quantized before in this one.
             names, program = paddle.utils.unique_name.guard(), paddle.static.program_guard(paddle.static.Program())
             with cli.quiet(), names, paddle.static.scope_guard(paddle.static.Scope()), program:
-                call_paddleslim(prefix, features, pad_id, algorithm, directory, model_filename, params_filename)
+                feeds = [paddle.static.data(name, [None, None], "int64") for name in ("input_ids", "token_type_ids")]
+                # PaddleSlim 2.6.0 takes nothing else here than a loader over an iterable data set with a feed list.
+                batches, place = CalibrationBatch(features, pad_id), paddle.CPUPlace()
+                loader = paddle.io.DataLoader(batches, feeds, place, return_list=False, batch_size=None)
+                compat.quant_post_static(
+                    executor=paddle.static.Executor(place),
+                    model_dir=source,
+                    model_filename=f"{graph}.pdmodel",
+                    params_filename=f"{graph}.pdiparams",
+                    quantize_model_path=directory,
+                    save_model_filename=model_filename,
+                    save_params_filename=params_filename,
+                    data_loader=loader,
+                    batch_size=len(features),
+                    batch_nums=1,
+                    algo=algorithm,
+                    hist_percent=0.9999,  # of hist: the scale covers this share of the activations
+                    quantizable_op_type=["matmul", "matmul_v2"],
+                    weight_quantize_type="channel_wise_abs_max",
+                    onnx_format=True,  # weights are stored as int8, half the file
+                )
         finally:
             paddle.disable_static()
     exporting.remove_call_stacks(os.path.join(directory, model_filename))
-
-
-def call_paddleslim(prefix, features, pad_id, algorithm, directory, model_filename, params_filename):
-    feeds = [paddle.static.data(name, [None, None], "int64") for name in ("input_ids", "token_type_ids")]
-    # The only kind of input that PaddleSlim 2.6.0 takes here is a loader over an iterable data set with a feed list.
-    loader = paddle.io.DataLoader(
-        CalibrationBatch(features, pad_id),
-        feed_list=feeds,
-        places=paddle.CPUPlace(),
-        return_list=False,
-        batch_size=None,
-    )
-    compat.quant_post_static(
-        executor=paddle.static.Executor(paddle.CPUPlace()),
-        model_dir=os.path.dirname(prefix),
-        model_filename=f"{os.path.basename(prefix)}.pdmodel",
-        params_filename=f"{os.path.basename(prefix)}.pdiparams",
-        quantize_model_path=directory,
-        save_model_filename=model_filename,
-        save_params_filename=params_filename,
-        data_loader=loader,
-        batch_size=len(features),
-        batch_nums=1,
-        algo=algorithm,
-        hist_percent=0.9999,  # of hist: the scale covers this share of the activations
-        quantizable_op_type=["matmul", "matmul_v2"],
-        weight_quantize_type="channel_wise_abs_max",
-        onnx_format=True,  # weights are stored as int8, half the file
-    )
 
 
 def compare(logits, fp32_logits, features):

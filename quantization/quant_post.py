@@ -71,8 +71,8 @@ def quantize_all(args):
     run = Run("quantize", args, parent, described, noted_by="quantizing: ", **fields)
     # Two runs into one directory would each make every variant.
     with files.Lock(args.output_dir):
-        # FP32 in the same engine is what INT8 has to agree with. On the dev data of the training its accuracy has to be the
-        # recorded one, or the graph is not the model that was trained.
+        # FP32 in the same engine is what INT8 has to agree with. On the dev data of the training its accuracy has to be
+        # the recorded one, or the graph is not the model that was trained.
         features = batching.convert(dev.examples, tokenizer, args.max_seq_length)
         fp32 = engine.open_engine(graph.prefix, features, args.device)
         fp32_logits = fp32.predict(features, pad_id=tokenizer.pad_id)
@@ -93,7 +93,7 @@ def make_variants(args, run, graph, tokenizer, samples, features, fp32_logits):
     """
     # One order for all variants: the 4 samples of mse4 are the first 4 of mse8, and the same for every algorithm. So
     # variants differ in what their names say, and in nothing else.
-    # What to change if INT8 loses too much: more samples (--calib_samples 32), another --seed, or --int8_embeddings False.
+    # To change if INT8 loses too much: more samples (--calib_samples 32), another --seed, --int8_embeddings False.
     order = np.random.default_rng(args.seed).permutation(len(samples.examples))
     print("| variant | INT8 accuracy | agreement with FP32 | file, MB |\n| --- | --- | --- | --- |")
     kept, left_out = {}, []

@@ -97,10 +97,8 @@ def peak_memory():
 def open_runner(spec, features, pad_id):
     """What computes: Paddle Inference, or a peer that peers.py knows."""
     if spec["engine"] == "paddle":
-        return engine.open_engine(
-            spec["prefix"], features, spec["device"], spec["precision"], spec["threads"], spec["device"] != "cpu",
-            spec["batch_size"], pad_id, spec["streams"],
-        )  # fmt: skip
+        options = spec["device"], spec["precision"], spec["threads"], spec["device"] != "cpu", spec["batch_size"]
+        return engine.open_engine(spec["prefix"], features, *options, pad_id, spec["streams"])
     import peers
 
     return peers.ENGINES[spec["engine"]](spec["prefix"], spec["precision"], spec["threads"], spec["streams"])

@@ -8,7 +8,6 @@ is usually exported. Needs packages of its own, which the pipeline does not:
     python peers.py
 """
 
-import json
 import os
 import sys
 import threading
@@ -71,14 +70,9 @@ ENGINES = {"onnxruntime": OnnxRuntime, "openvino": OpenVINO}
 
 def convert(prefix, directory, features):
     """Writes model.int8.onnx and model.int8.xml from the FP32 graph ``prefix``, unless made from it before."""
-    made = {
-        "weights": files.file_hash(f"{prefix}.pdiparams"),
-        "graph": files.file_hash(f"{prefix}.pdmodel"),
-        **package_versions(),
-    }
-    perf_models.build_once(
-        directory, made, lambda scratch: convert_all(prefix, os.path.join(scratch, "model"), features)
-    )
+    made = {suffix: files.file_hash(prefix + suffix) for suffix in (".pdiparams", ".pdmodel")}
+    made.update(package_versions())
+    perf_models.build_once(directory, made, lambda new: convert_all(prefix, os.path.join(new, "model"), features))
 
 
 def package_versions():
@@ -102,14 +96,9 @@ def convert_all(prefix, target, features):
     graph = onnx.load(f"{target}.basic.onnx").graph
     # Weights per head, of the [CLS]-only layer, have no scales per channel there.
     per_head = {constant.name for constant in graph.initializer if len(constant.dims) == 3}
-    quantize_dynamic(
-        f"{target}.basic.onnx",
-        f"{target}.int8.onnx",
-        per_channel=True,
-        op_types_to_quantize=["MatMul"],
-        nodes_to_exclude=[n.name for n in graph.node if n.op_type == "MatMul" and n.input[1] in per_head],
-        weight_type=QuantType.QInt8,
-    )
+    excluded = [n.name for n in graph.node if n.op_type == "MatMul" and n.input[1] in per_head]
+    options = {"per_channel": True, "op_types_to_quantize": ["MatMul"], "weight_type": QuantType.QInt8}
+    quantize_dynamic(f"{target}.basic.onnx", f"{target}.int8.onnx", nodes_to_exclude=excluded, **options)
     batches = [batching.collate([feature], [0]) for feature in features]
     samples = nncf.Dataset([{"input_ids": b.input_ids, "token_type_ids": b.token_type_ids} for b in batches])
     model = openvino.Core().read_model(f"{target}.onnx")
@@ -123,9 +112,8 @@ def parse_args(argv=None):
     parser.add_argument("--both", help="the same, quantized")
     parser.add_argument("--full_graph", help="the FP32 export of the same model made with --cls_only False")
     parser.add_argument("--rounds", type=int, default=5, help="each on its own part of TNEWS dev", positive=True)
-    parser.add_argument(
-        "--sentences", type=int, default=2000, help="of a round; 2000 x 5 are all of TNEWS dev", positive=True
-    )
+    help = "per round; 2000 x 5 rounds are all of TNEWS dev"
+    parser.add_argument("--sentences", type=int, default=2000, positive=True, help=help)
     parser.add_argument("--vocab_file", help="of a random model; default: a generated one")
     parser.add_argument("--data_dir", help="with TNEWS; default: $CLUE_DATA_DIR, else downloaded, else generated")
     parser.add_argument("--output_dir", default=perf.OUTPUT, help="results, and models made here")
@@ -157,19 +145,10 @@ def main(argv=None):
     tokenizer = tokenization.load_tokenizer(os.path.dirname(models["pruned"]))
     calibration = batching.convert(dev.examples[-CALIBRATION:], tokenizer, timing.max_seq_length)
 
+    shared = {"tokenizer": os.path.dirname(models["pruned"]), "fast_tokenizer": [True], "latency": 0}
+
     def specification(kind, path, streams, precision):
-        return perf.specification(
-            timing,
-            path,
-            precision,
-            "cpu",
-            data_dir,
-            engine=kind,
-            streams=streams,
-            latency=0,
-            tokenizer=os.path.dirname(models["pruned"]),
-            fast_tokenizer=[True],
-        )
+        return perf.specification(timing, path, precision, "cpu", data_dir, engine=kind, streams=streams, **shared)
 
     streams = engine.default_streams("cpu")
     specs = {"PP-MiniLM + pruning + quantization": specification("paddle", models["both"], streams, "int8")}
@@ -191,32 +170,19 @@ def main(argv=None):
     for name in specs:
         found = perf.summary(name, rounds, name, baseline_fast=True)
         ours = perf.summary("PP-MiniLM + pruning + quantization", rounds, name, baseline_fast=True)
-        rows.append(
-            {
-                "row": name,
-                "sentences_per_second": found["sentences_per_second"],
-                **{key: ours[key] for key in ("speedup", "median", "range")},
-            }
-        )
-        print(
-            f"{name} | {found['sentences_per_second']:.0f} | {ours['speedup']:.2f}x | "
-            f"{ours['median']:.2f}, {ours['range'][0]:.2f}-{ours['range'][1]:.2f}"
-        )
+        rate, (low, high) = found["sentences_per_second"], ours["range"]
+        faster = {key: ours[key] for key in ("speedup", "median", "range")}
+        rows.append({"row": name, "sentences_per_second": rate, **faster})
+        print(f"{name} | {rate:.0f} | {ours['speedup']:.2f}x | {ours['median']:.2f}, {low:.2f}-{high:.2f}")
     machine = records.describe_machine()
-    notes.append(
-        f"{timing.rounds} rounds of {timing.sentences} TNEWS dev sentences, batch {timing.batch_size}; "
-        f"{machine['cpu']}, {machine['cores']} cores"
-    )
+    sentences = f"{timing.rounds} rounds of {timing.sentences} TNEWS dev sentences, batch {timing.batch_size}"
+    notes.append(f"{sentences}; {machine['cpu']}, {machine['cores']} cores")
     print("\n".join(["", *(f"- {note}" for note in notes)]))
-    result = {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": machine,
-        "notes": notes,
-        "rows": rows,
-        "data": dev.describe(),
-        "versions": {**records.describe_versions(), **package_versions()},
-    }
-    files.write_whole(os.path.join(timing.output_dir, "peers.json"), json.dumps(result, indent=1) + "\n")
+    versions = {**records.describe_versions(), **package_versions()}
+    result = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine, "notes": notes, "rows": rows}
+    files.write_json(
+        os.path.join(timing.output_dir, "peers.json"), {**result, "data": dev.describe(), "versions": versions}
+    )
 
 
 if __name__ == "__main__":

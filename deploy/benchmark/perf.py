@@ -63,52 +63,36 @@ EFFECT_ROWS = (
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     models = parser.add_argument_group("models: file prefixes or directories of exports; default: found, else random")
-    models.add_argument(
-        "--bert", type=cli.PathArgument, help="BERT-base, fine-tuned and exported with --cls_only False"
-    )
-    models.add_argument(
-        "--finetuned", type=cli.PathArgument, help="default: the best TNEWS cell of finetuning/ppminilm-6l-768h"
-    )
-    models.add_argument("--pruned", type=cli.PathArgument, help="default: pruning/pruned_models/TNEWS/0.75/sub_static")
-    models.add_argument(
-        "--quantized", type=cli.PathArgument, help="default: the best of quantization/tnews_finetuned_quant_models"
-    )
-    models.add_argument(
-        "--both",
-        type=cli.PathArgument,
-        help="pruned and quantized; default: the best of quantization/tnews_quant_models",
-    )
-    models.add_argument("--random", action="store_true", help="random weights for all that is not named here")
-    models.add_argument(
-        "--vocab_file",
-        type=cli.PathArgument,
-        help="of random models; default: that of the models found, else a generated one",
-    )
+    for name, help in {
+        "bert": "BERT-base, fine-tuned and exported with --cls_only False",
+        "finetuned": "default: the best TNEWS cell of finetuning/ppminilm-6l-768h",
+        "pruned": "default: pruning/pruned_models/TNEWS/0.75/sub_static",
+        "quantized": "default: the best of quantization/tnews_finetuned_quant_models",
+        "both": "pruned and quantized; default: the best of quantization/tnews_quant_models",
+        "vocab_file": "of random models; default: that of the models found, else a generated one",
+    }.items():
+        models.add_argument(f"--{name}", type=cli.PathArgument, help=help)
+    models.add_argument("--random", action="store_true", help="random weights for all models that are not named here")
     timing = parser.add_argument_group("timing")
-    timing.add_argument(
-        "--short", action="store_true", help="one round of 640 sentences, without BF16 and the sorted BERT-base"
-    )
-    timing.add_argument("--rounds", type=int, help="each on its own part of dev (default: 5)", positive=True)
-    timing.add_argument(
-        "--sentences", type=int, help="of a round (default: 1000; 2000 x 5 rounds are all of TNEWS dev)", positive=True
-    )
+    help = "one round of 640 sentences, without BF16 and the sorted BERT-base"
+    timing.add_argument("--short", action="store_true", help=help)
+    timing.add_argument("--rounds", type=int, positive=True, help="each on its own part of dev (default: 5)")
+    help = "per round (default: 1000; 2000 x 5 rounds are all of TNEWS dev)"
+    timing.add_argument("--sentences", type=int, positive=True, help=help)
     timing.add_argument("--perf_warmup_steps", type=int, default=20, help="batches, at least, before the clock starts")
-    timing.add_argument("--batch_size", type=int, default=32, help="sentences per batch", positive=True)
-    timing.add_argument("--max_seq_length", type=int, default=128, help="longer texts are cut", positive=True)
-    timing.add_argument("--threads", type=int, help="of the CPU, in all (default: all cores)", positive=True)
-    timing.add_argument("--streams", type=int, help="as in infer.py; the plain loop has one", positive=True)
+    timing.add_argument("--batch_size", type=int, default=32, positive=True, help="sentences per batch")
+    timing.add_argument("--max_seq_length", type=int, default=128, positive=True, help="longer texts are cut")
+    engine.add_cpu_arguments(timing)
     timing.add_argument(
         "--effects", action="store_true", help="the steps from a plain loop to the last row, one by one"
     )
     timing.add_argument("--check", action="store_true", help="also compare predictions with a plain loop's, row by row")
     other = parser.add_argument_group("other")
-    other.add_argument("--device", help="gpu or cpu (default: gpu if Paddle has one)")
-    other.add_argument(
-        "--data_dir", type=cli.PathArgument, help="with TNEWS; default: $CLUE_DATA_DIR, else downloaded, else generated"
-    )
-    other.add_argument(
-        "--output_dir", type=cli.PathArgument, default=OUTPUT, help="where results go, and models that are built here"
-    )
+    cli.add_device_argument(other)
+    help = "with TNEWS; default: $CLUE_DATA_DIR, else downloaded, else generated"
+    other.add_argument("--data_dir", type=cli.PathArgument, help=help)
+    help = "where results go, and models that are built here"
+    other.add_argument("--output_dir", type=cli.PathArgument, default=OUTPUT, help=help)
     args = parser.parse_args(argv)
     engine.check_streams(args.streams, args.threads)
     if args.effects and any(getattr(args, name) for name in perf_models.MODELS):
@@ -130,9 +114,8 @@ def run_round(specs, number, sentences, bar):
             bar.set_description(f"round {number + 1}, {name}")
             done = subprocess.run([sys.executable, os.path.join(HERE, "measure.py"), file.name], stdout=subprocess.PIPE)
         if done.returncode:
-            raise UserError(
-                f"measuring {name} failed with status {done.returncode} (-9: killed, as where memory is short)"
-            )
+            why = f"status {done.returncode} (-9: killed, usually because memory ran out)"
+            raise UserError(f"measuring {name} failed with {why}")
         results[name] = json.loads(done.stdout.splitlines()[-1])
         bar.update()
     return results
@@ -147,26 +130,11 @@ def run_rounds(specs, rounds, sentences):
 def specification(args, prefix, precision, device, data_dir, plain=False, streams=None, **others):
     """What measure.py needs to know about a row."""
     streams = 1 if plain else streams or args.streams or engine.default_streams(device, args.threads)
-    return {
-        "engine": "paddle",
-        "prefix": prefix,
-        "precision": precision,
-        "device": device,
-        "threads": args.threads,
-        "streams": streams,
-        "plain": plain,
-        "task": "TNEWS",
-        "labels": data.get_task("TNEWS").labels,
-        "data_dir": data_dir,
-        "batch_size": args.batch_size,
-        "check": args.check,
-        "max_seq_length": args.max_seq_length,
-        "warmup_steps": args.perf_warmup_steps,
-        "fast_tokenizer": [True, False],
-        "tokenizer": os.path.dirname(prefix),
-        "latency": 8 if args.short else 200,
-        **others,
-    }
+    common = {name: getattr(args, name) for name in ("threads", "batch_size", "check", "max_seq_length")}
+    common.update(task="TNEWS", labels=data.get_task("TNEWS").labels, data_dir=data_dir, fast_tokenizer=[True, False])
+    common.update(engine="paddle", warmup_steps=args.perf_warmup_steps, latency=8 if args.short else 200)
+    row = {"prefix": prefix, "tokenizer": os.path.dirname(prefix), "precision": precision, "device": device}
+    return {**common, **row, "streams": streams, "plain": plain, **others}
 
 
 def find_sentences(args):
@@ -210,11 +178,8 @@ def agreement(name, rounds):
         flipped = logits.argmax(-1) != plain.argmax(-1)
         best = np.sort(plain, -1)
         margins = (best[:, -1] - best[:, -2])[flipped]
-        found.update(
-            flips=int(flipped.sum()),
-            largest_margin=round(float(margins.max(initial=0)), 6),
-            plain_accuracy=round(batching.accuracy(plain, labels), 6),
-        )
+        found.update(flips=int(flipped.sum()), largest_margin=round(float(margins.max(initial=0)), 6))
+        found["plain_accuracy"] = round(batching.accuracy(plain, labels), 6)
     return found
 
 
@@ -226,54 +191,32 @@ def report(rows, rounds):
         slow = summary(row.name, rounds, rows[0].name, fast=False)
         both = len(first["passes"]) == 2
         fast = summary(row.name, rounds, rows[0].name) if both else slow
-        found.append(
-            {
-                "row": row.name,
-                "title": row.title,
-                "precision": row.precision,
-                "published": row.published,
-                **fast,
-                "fast_tokenizer": both,
-                "python_tokenizer": slow,
-                "latency_ms": first["latency"],
-                "shapes": first["shapes"],
-                "peak_memory": max(r["peak_memory"] for r in every),
-                "load_seconds": round(float(np.median([r["load_seconds"] for r in every])), 2),
-                "prepare_seconds": round(float(np.median([r["prepare_seconds"] for r in every])), 2),
-                **agreement(row.name, rounds),
-            }
-        )
+        shown = {"row": row.name, "title": row.title, "precision": row.precision, "published": row.published, **fast}
+        shown.update(fast_tokenizer=both, python_tokenizer=slow, latency_ms=first["latency"], shapes=first["shapes"])
+        shown["peak_memory"] = max(r["peak_memory"] for r in every)
+        for name in ("load_seconds", "prepare_seconds"):
+            shown[name] = round(float(np.median([r[name] for r in every])), 2)
+        found.append({**shown, **agreement(row.name, rounds)})
     return found
 
 
 def table(found, trained):
     """The published table's form as lines, Markdown but for leading bars."""
-    lines = [
-        "model | speed-up, fast tokenizer (Python's) | median, range | published | sentences/s | tokens/s | "
-        "p50, p99 at batch 1, ms | peak memory, MB | load + prepare, s | accuracy",
-        " | ".join(["---"] * 10),
-    ]
+    columns = "model | speed-up, fast tokenizer (Python's) | median, range | published | sentences/s | tokens/s | "
+    columns += "p50, p99 at batch 1, ms | peak memory, MB | load + prepare, s | accuracy"
+    lines = [columns, " | ".join(["---"] * 10)]
     for row in found:
         slow = row["python_tokenizer"]
         accuracy = f"{100 * row['accuracy']:.2f}" if trained[row["row"]] else "random weights"
         if "flips" in row:
             accuracy += f", {row['flips']} flips (margin {row['largest_margin']:.4f})"
-        lines.append(
-            " | ".join(
-                [
-                    row["title"],
-                    f"{row['speedup']:.2f}x " * row["fast_tokenizer"] + f"({slow['speedup']:.2f}x)",
-                    f"{row['median']:.2f}, {row['range'][0]:.2f}-{row['range'][1]:.2f}",
-                    row["published"],
-                    f"{row['sentences_per_second']:.0f}",
-                    f"{row['tokens_per_second']:.0f}",
-                    "{:.1f}, {:.1f}".format(*row["latency_ms"]),
-                    f"{row['peak_memory'] / 1e6:.0f}",
-                    f"{row['load_seconds']:.1f} + {row['prepare_seconds']:.1f}",
-                    accuracy,
-                ]
-            )
-        )
+        fast = f"{row['speedup']:.2f}x " if row["fast_tokenizer"] else ""
+        low, high = row["range"]
+        cells = [row["title"], f"{fast}({slow['speedup']:.2f}x)", f"{row['median']:.2f}, {low:.2f}-{high:.2f}"]
+        cells += [row["published"], f"{row['sentences_per_second']:.0f}", f"{row['tokens_per_second']:.0f}"]
+        cells += ["{:.1f}, {:.1f}".format(*row["latency_ms"]), f"{row['peak_memory'] / 1e6:.0f}"]
+        cells += [f"{row['load_seconds']:.1f} + {row['prepare_seconds']:.1f}", accuracy]
+        lines.append(" | ".join(cells))
     return lines
 
 
@@ -304,10 +247,11 @@ def draw(path, found, baseline, machine):
 def main(argv=None):
     args = parse_args(argv)
     device = cli.set_device(args.device)
-    rows = EFFECT_ROWS if args.effects else CPU_ROWS if device == "cpu" else GPU_ROWS
-    no_bf16 = (
-        device == "cpu" and "avx512f" not in records.describe_machine()["flags"]
-    )  # the engine would stay with FP32
+    rows = CPU_ROWS if device == "cpu" else GPU_ROWS
+    if args.effects:
+        rows = EFFECT_ROWS
+    # Without AVX512 the engine would stay with FP32.
+    no_bf16 = device == "cpu" and "avx512f" not in records.describe_machine()["flags"]
     rows = [row for row in rows if not (args.short or no_bf16) or "16" not in row.precision]
     rows = [row for row in rows if not args.short or row.plain or row.model != "bert"]
     models = {} if args.effects else perf_models.find_models(args)
@@ -331,28 +275,13 @@ def main(argv=None):
     rounds = run_rounds(specs, args.rounds, args.sentences)
     machine, found = records.describe_machine(), report(rows, rounds)
     lines = table(found, {row.name: row.model not in missing for row in rows})
-    notes.append(
-        f"{args.rounds} rounds of {args.sentences} TNEWS dev sentences, batch {args.batch_size}, maximum length "
-        f"{args.max_seq_length}, on {device}: {machine['cpu']}, {machine['cores']} cores"
-    )
+    sentences = f"{args.rounds} rounds of {args.sentences} TNEWS dev sentences"
+    settings = f"batch {args.batch_size}, maximum length {args.max_seq_length}"
+    notes.append(f"{sentences}, {settings}, on {device}: {machine['cpu']}, {machine['cores']} cores")
     print("\n".join([*lines, "", *(f"- {note}" for note in notes)]))
-    files.write_whole(
-        os.path.join(args.output_dir, f"{name}.json"),
-        json.dumps(
-            {
-                "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
-                "machine": machine,
-                "notes": notes,
-                "versions": records.describe_versions(),
-                "arguments": cli.describe(args),
-                "data": dev.describe(),
-                "rows": found,
-            },
-            indent=1,
-            ensure_ascii=False,
-        )
-        + "\n",
-    )
+    result = {"date": time.strftime("%Y-%m-%d", time.gmtime(started)), "machine": machine, "notes": notes}
+    result.update(versions=records.describe_versions(), arguments=cli.describe(args), data=dev.describe(), rows=found)
+    files.write_json(os.path.join(args.output_dir, f"{name}.json"), result)
     draw(os.path.join(args.output_dir, f"{name}.png"), found, rows[0].title, machine)
     return found
 

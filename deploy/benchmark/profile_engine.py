@@ -15,22 +15,10 @@ import numpy as np
 from common import UserError, batching, checkpoints, cli, engine, exporting
 
 # Operators that compute; the others move, cast or reshape.
-COMPUTING = {
-    "fc",
-    "matmul",
-    "matmul_v2",
-    "fused_matmul",
-    "bmm",
-    "softmax",
-    "layer_norm",
-    "elementwise_add",
-    "elementwise_mul",
-    "fused_elementwise_add",
-    "lookup_table_v2",
-    "gelu",
-    "relu",
-    "tanh",
-}
+COMPUTING = set(
+    "fc matmul matmul_v2 fused_matmul bmm softmax layer_norm elementwise_add elementwise_mul "
+    "fused_elementwise_add lookup_table_v2 gelu relu tanh".split()
+)
 
 
 def parse_args(argv=None):
@@ -101,19 +89,14 @@ def main(argv=None):
     print(f"Operators of the optimized graph, {precision}:\n\noperator | INT8 | BF16 | FP32\n--- | --- | --- | ---")
     for name in sorted({name for name, _ in counts}):
         print(" | ".join([name, *(str(counts[name, kind] or "") for kind in ("INT8", "BF16", "FP32"))]))
-    options = [
-        f"--{name}={getattr(args, name)}"
-        for name in ("batch_size", "length", "threads", "batches")
-        if getattr(args, name)
-    ]
     command = [sys.executable, os.path.abspath(__file__), "--model_path", prefix, "--precision", precision, "--timed"]
-    done = subprocess.run(
-        [*command, *options], env={**os.environ, "ONEDNN_VERBOSE": "1"}, capture_output=True, text=True
-    )
+    for name in ("batch_size", "length", "threads", "batches"):
+        if getattr(args, name):
+            command.append(f"--{name}={getattr(args, name)}")
+    done = subprocess.run(command, env={**os.environ, "ONEDNN_VERBOSE": "1"}, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(
-            f"{prefix}: the timed run failed: {(done.stderr.strip().splitlines() or [done.returncode])[-1]}"
-        )
+        why = (done.stderr.strip().splitlines() or [done.returncode])[-1]
+        raise UserError(f"{prefix}: the timed run failed: {why}")
     log, _, tail = done.stdout.partition("measuring\n")[2].rpartition("mean ")
     found, whole = primitives(log), float(tail)
     print(

@@ -69,8 +69,8 @@ class Model:
         if args.task_name:
             records.check_task(self.record, args.task_name, self.graph.prefix)
         self.tokenizer = self.graph.tokenizer(args.use_faster_tokenizer)
-        # The length of fine-tuning, unless the user asks for another: fine-tuning has not
-        # trained positions beyond it, and fewer cut off the end of the texts.
+        # The length of fine-tuning, unless the user asks for another: positions beyond it were not fine-tuned, and fewer
+        # cut off the end of the texts.
         self.max_seq_length = records.sequence_length(args, self.record)
         self.task = data.task_of(self.record)
 
@@ -80,25 +80,16 @@ class Model:
     def open_engine(self, features, streams=None):
         """The engine for the user's options. Args: features: from which TensorRT learns its shapes."""
         args = self.args
-        # On a CPU, two streams of one thread each are faster than one stream of two threads, as threads that share a batch
-        # wait for each other after every operator: 1.83 against 1.61 times a plain loop (deploy/python/README.md).
+        # On a CPU, two streams of one thread each are faster than one stream of two threads, as threads that share a
+        # batch wait for each other after every operator: 1.83 against 1.61 times a plain loop (README.md here).
         streams = streams or args.streams or engine.default_streams(args.device, args.threads)
-        return engine.open_engine(
-            self.graph.prefix,
-            features,
-            args.device,
-            args.precision,
-            args.threads,
-            args.use_trt,
-            args.batch_size,
-            self.tokenizer.pad_id,
-            streams,
-        )
+        options = args.device, args.precision, args.threads, args.use_trt, args.batch_size
+        return engine.open_engine(self.graph.prefix, features, *options, self.tokenizer.pad_id, streams)
 
     def logits(self, features):
         """float32 [n, labels], in the order of the features."""
-        # They are computed in order of length, so that batches hold little padding: 5 % of the tokens of TNEWS dev, where
-        # the order of the file makes it 59 %.
+        # They are computed in order of length, so that batches hold little padding: 5 % of the tokens of TNEWS dev,
+        # where the order of the file makes it 59 %.
         return self.open_engine(features).predict(features, self.args.batch_size, self.tokenizer.pad_id)
 
 

@@ -17,18 +17,7 @@ import protocol
 from common import UserError, checkpoints, cli, exporting, files, records
 
 # Paddle Serving's numbers for Paddle's types of variables, by the names of framework.proto.
-TYPES = {
-    "INT64": 0,
-    "FP32": 1,
-    "INT32": 2,
-    "FP64": 3,
-    "INT16": 4,
-    "FP16": 5,
-    "BF16": 6,
-    "UINT8": 7,
-    "INT8": 8,
-    "BOOL": 9,
-}
+TYPES = {name: i for i, name in enumerate("INT64 FP32 INT32 FP64 INT16 FP16 BF16 UINT8 INT8 BOOL".split())}
 
 
 def parse_args(argv=None):

@@ -48,16 +48,8 @@ class Model:
         ids = [self.tokenizer.cls_id] + [self.tokenizer.sep_id] * (self.longest - 1)
         shapes = [batching.Feature(ids[:n], [0] * n, None) for n in self.lengths for _ in range(self.rows[0])]
         # TensorRT collects its shape ranges from the largest batches and one single row.
-        self.engine = engine.open_engine(
-            graph.prefix,
-            [*shapes, shapes[-1]],
-            device,
-            self.precision,
-            threads,
-            use_trt,
-            batch_size=self.rows[0],
-            pad_id=self.tokenizer.pad_id,
-        )
+        options = device, self.precision, threads, use_trt, self.rows[0], self.tokenizer.pad_id
+        self.engine = engine.open_engine(graph.prefix, [*shapes, shapes[-1]], *options)
         self.last_run = time.monotonic()
 
     def prepare(self):
