@@ -24,9 +24,8 @@ WEIGHTS = "model_state.pdparams"
 
 
 def add_model_arguments(group):
-    group.add_argument(
-        "--model_type", default="ppminilm", choices=sorted(modeling.MODEL_TYPES), help="family of the encoder"
-    )
+    help = "family of the encoder"
+    group.add_argument("--model_type", default="ppminilm", choices=sorted(modeling.MODEL_TYPES), help=help)
     group.add_argument(
         "--model_name_or_path",
         type=cli.NameOrPathArgument,
@@ -114,14 +113,9 @@ def load_pretrained(
         )
     if max_seq_length is not None:
         records.check_sequence_length(max_seq_length, model.config.max_position_embeddings)
-    description = {
-        "model_type": model_type,
-        "architecture": modeling.architecture_of(model),
-        "width_mult": 1.0,
-        "initialized_from": source,
-    }
+    described = {"model_type": model_type, "architecture": modeling.architecture_of(model), "width_mult": 1.0}
     params, flops = modeling.count(model)
-    fields = {"model": description, "params": params, "flops": flops}
+    fields = {"model": {**described, "initialized_from": source}, "params": params, "flops": flops}
     return Pretrained(model, tokenizer, parent, notes, fields)
 
 

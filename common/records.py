@@ -161,15 +161,8 @@ def describe_versions():
 
 def make_record(stage, arguments, seconds, **fields):
     """A record without ``files``, which write_record adds. Args: arguments: as cli.describe gives them."""
-    return {
-        "schema": VERSION,
-        "stage": stage,
-        "arguments": arguments,
-        "seconds": round(seconds, 1),
-        "machine": describe_machine(),
-        "versions": describe_versions(),
-        **fields,
-    }
+    record = {"schema": VERSION, "stage": stage, "arguments": arguments, "seconds": round(seconds, 1)}
+    return {**record, "machine": describe_machine(), "versions": describe_versions(), **fields}
 
 
 def write_record(directory, record):

@@ -121,15 +121,10 @@ def make_optimizer(model, args, steps):
 
     schedule = LinearDecayWithWarmup(args.learning_rate, steps, args.warmup_steps or args.warmup_proportion)
     decayed = {p.name for name, p in model.named_parameters() if "bias" not in name and "norm" not in name}
+    decay = {"weight_decay": args.weight_decay, "apply_decay_param_fun": decayed.__contains__}
     clip = paddle.nn.ClipGradByGlobalNorm(args.max_grad_norm) if args.max_grad_norm > 0 else None
-    optimizer = paddle.optimizer.AdamW(
-        learning_rate=schedule,
-        epsilon=args.adam_epsilon,
-        weight_decay=args.weight_decay,
-        apply_decay_param_fun=decayed.__contains__,
-        parameters=model.parameters(),
-        grad_clip=clip,
-    )
+    options = {"parameters": model.parameters(), "epsilon": args.adam_epsilon, "grad_clip": clip}
+    optimizer = paddle.optimizer.AdamW(learning_rate=schedule, **options, **decay)
     return optimizer, schedule
 
 

@@ -24,8 +24,8 @@ with open(os.path.join(HERE, "words.json"), encoding="utf-8") as file:
 TOPICS, FRAMES = WORDS["tnews"]["topics"], WORDS["tnews"]["frames"]
 # AFQMC: two questions mean the same if thing and wish are the same, however they are asked.
 THINGS, WISHES, ASKING = (WORDS["afqmc"][name] for name in ("things", "wishes", "asking"))
-# CLUEWSC2020: in "A verb B, because he reason" the reason tells who "he" is. Each case is a verb with B, the reasons that
-# speak of B, and those that speak of A.
+# CLUEWSC2020: in "A verb B, because he reason" the reason tells who "he" is. Each case is a verb with B, the reasons
+# that speak of B, and those that speak of A.
 NAMES, CASES = WORDS["cluewsc2020"]["names"], WORDS["cluewsc2020"]["cases"]
 
 

@@ -40,9 +40,8 @@ def write(path, texts):
 
 def main(argv=None):
     args = parse_args(argv)
-    train = data.read_split(
-        data.get_task(args.task_name, args.data_dir), "train", args.data_dir, args.max_train_samples
-    )
+    task = data.get_task(args.task_name, args.data_dir)
+    train = data.read_split(task, "train", args.data_dir, args.max_train_samples)
     count = write(args.output, [text for example in train.examples for text in example[:2] if text])
     print(f"{args.output}: {count} tokens")
 

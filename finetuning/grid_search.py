@@ -60,14 +60,12 @@ def parse_args(argv=None):
     parser.add_argument("--tasks", nargs="+", default=tasks, help="CLUE tasks, or names of your own data")
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=BATCH_SIZES, help="one axis of the grid")
     parser.add_argument("--learning_rates", nargs="+", default=LEARNING_RATES, help="the other axis")
-    parser.add_argument(
-        "--num_train_epochs", type=int, help="for every task (default: the published one of the task)", positive=True
-    )
-    parser.add_argument(
-        "--max_seq_length", type=int, help="for every task (default: the published one of the task)", positive=True
-    )
+    help = "for every task (default: the published one of the task)"
+    parser.add_argument("--num_train_epochs", type=int, positive=True, help=help)
+    help = "for every task (default: the published one of the task)"
+    parser.add_argument("--max_seq_length", type=int, positive=True, help=help)
     parser.add_argument("--gpus", help="ids to use, such as 0,1 (default: all that Paddle sees)")
-    parser.add_argument("--device", help="gpu or cpu (default: gpu if Paddle has one)")
+    cli.add_device_argument(parser)
     parser.add_argument(
         "--workers",
         type=int,

@@ -133,14 +133,8 @@ def save_best(args, run, state, tokenizer):
     if best["accuracy"] <= majority_class:
         run.notes.append("fine-tuning: dev accuracy not above the majority class")
         print("note: not above the majority class, so nothing was learnt; try more epochs or another learning rate")
-    metrics = {
-        "accuracy": best["accuracy"],
-        "loss": best["loss"],
-        "step": best["step"],
-        "selected_on": "dev",
-        "max_seq_length": args.max_seq_length,
-        "evaluated_every": args.save_steps,
-    }
+    metrics = {name: best[name] for name in ("accuracy", "loss", "step")}
+    metrics.update(selected_on="dev", max_seq_length=args.max_seq_length, evaluated_every=args.save_steps)
     checkpoint, evaluations = best["directory"], state["evaluations"]
     with run.output(args.output_dir, checkpoint=checkpoint, evaluations=evaluations, metrics=metrics) as directory:
         # The tokenizer travels with the model, so that no later stage has to be told which one it was.

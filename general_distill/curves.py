@@ -29,9 +29,8 @@ def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     parser.add_argument("--teacher", required=True, help="directory that demo/pretrain_mlm.py wrote")
     parser.add_argument("--student", required=True, help="directory that general_distill.py wrote")
-    parser.add_argument(
-        "--distilled", nargs="+", required=True, help="models fine-tuned from the student, one per seed"
-    )
+    help = "models fine-tuned from the student, one per seed"
+    parser.add_argument("--distilled", nargs="+", required=True, help=help)
     parser.add_argument("--random", nargs="+", required=True, help="their twins from random weights")
     parser.add_argument("--output", required=True, help="the picture")
     parser.add_argument("--json", required=True, help="the figures")

@@ -218,12 +218,8 @@ def save_sub_model(directory, weights, record, width):
     """Writes ``model_state.pdparams`` and ``model_config.json`` of a sub-model."""
     tensors = {name: paddle.to_tensor(value) for name, value in weights.items()}
     paddle.save(tensors, os.path.join(directory, checkpoints.WEIGHTS))
-    config = {
-        "model_type": record["model"]["model_type"],
-        "architecture": record["model"]["architecture"],
-        "width_mult": width,
-        "num_labels": len(record["labels"]),
-    }
+    config = {name: record["model"][name] for name in ("model_type", "architecture")}
+    config.update(width_mult=width, num_labels=len(record["labels"]))
     files.write_json(os.path.join(directory, SUB_CONFIG), config)
 
 

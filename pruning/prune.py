@@ -157,15 +157,10 @@ def keep_best(args, run, teacher, supernet, dev_features, step, state, progress)
 def save_width(args, run, teacher, width, directory, state):
     """Writes the result of one width, given as text."""
     record, best = teacher.record, state["best"][width]
-    metrics = {
-        "accuracy": best["accuracy"],
-        "loss": best["loss"],
-        "step": best["step"],
-        "selected_on": "dev",
-        "max_seq_length": args.max_seq_length,
-        "accuracy_before_training": state["evaluations"][0][width]["accuracy"],
-        "accuracy_of_parent": record["metrics"]["accuracy"],
-    }
+    metrics = {name: best[name] for name in ("accuracy", "loss", "step")}
+    metrics.update(selected_on="dev", max_seq_length=args.max_seq_length)
+    metrics["accuracy_before_training"] = state["evaluations"][0][width]["accuracy"]
+    metrics["accuracy_of_parent"] = record["metrics"]["accuracy"]
     model = {**record["model"], "width_mult": float(width), "initialized_from": teacher.parent["path"]}
     # Those of the narrow model, not of the supernet: 49.1 M of 59.7 M parameters at width 0.75 (6 layers x 768).
     params, flops = dynabert.count_width(record, float(width))

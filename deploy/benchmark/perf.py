@@ -83,9 +83,8 @@ def parse_args(argv=None):
     timing.add_argument("--batch_size", type=int, default=32, positive=True, help="sentences per batch")
     timing.add_argument("--max_seq_length", type=int, default=128, positive=True, help="longer texts are cut")
     engine.add_cpu_arguments(timing)
-    timing.add_argument(
-        "--effects", action="store_true", help="the steps from a plain loop to the last row, one by one"
-    )
+    help = "the steps from a plain loop to the last row, one by one"
+    timing.add_argument("--effects", action="store_true", help=help)
     timing.add_argument("--check", action="store_true", help="also compare predictions with a plain loop's, row by row")
     other = parser.add_argument_group("other")
     cli.add_device_argument(other)

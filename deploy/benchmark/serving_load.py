@@ -38,12 +38,10 @@ def parse_args(argv=None):
     parser.add_argument("--model", required=True, help="directory of an exported or quantized model")
     parser.add_argument("--precision", choices=sorted(TOLERANCE), help="default: int8 if quantized, else fp32")
     parser.add_argument("--input_file", help="texts to send, as rpc_client.py takes them")
-    parser.add_argument(
-        "--requests", type=int, default=2000, help="per service and round, one text each", positive=True
-    )
-    parser.add_argument(
-        "--clients", type=int, default=50, help="each sends its next request when it has the answer", positive=True
-    )
+    help = "per service and round, one text each"
+    parser.add_argument("--requests", type=int, default=2000, positive=True, help=help)
+    help = "each sends its next request when it has the answer"
+    parser.add_argument("--clients", type=int, default=50, positive=True, help=help)
     parser.add_argument("--rounds", type=int, default=3, positive=True)
     parser.add_argument("--seed", type=int, default=0, help="of the random texts")
     parser.add_argument("--output", help="JSON file for the figures")

@@ -69,8 +69,8 @@ class Model:
         if args.task_name:
             records.check_task(self.record, args.task_name, self.graph.prefix)
         self.tokenizer = self.graph.tokenizer(args.use_faster_tokenizer)
-        # The length of fine-tuning, unless the user asks for another: positions beyond it were not fine-tuned, and fewer
-        # cut off the end of the texts.
+        # The length of fine-tuning, unless the user asks for another: positions beyond it were not fine-tuned, and
+        # fewer cut off the end of the texts.
         self.max_seq_length = records.sequence_length(args, self.record)
         self.task = data.task_of(self.record)
 

@@ -37,9 +37,8 @@ def parse_args(argv=None):
     group.add_argument("--batch_size", type=int, default=32, help="texts per request", positive=True)
     group.add_argument("--deadline", type=float, default=10.0, help="seconds for each request", positive=True)
     group.add_argument("--retries", type=int, default=3, help="how often to ask again if it is unreachable or full")
-    group.add_argument(
-        "--wait-ready", "--wait_ready", type=float, default=0.0, metavar="SECONDS", help="first wait until it is ready"
-    )
+    help = "first wait until it is ready"
+    group.add_argument("--wait-ready", "--wait_ready", type=float, default=0.0, metavar="SECONDS", help=help)
     group.add_argument("--task_name", default="", help="of the records, if --input_file is a .json of CLUE")
     args = parser.parse_args(argv)
     if bool(args.text) == bool(args.input_file):

@@ -76,41 +76,31 @@ class Settings(Section):
     op: Operators = Operators()
 
 
-# The command line's names for some of them.
-OPTIONS = {
-    "model": "op.ppminilm.local_service_conf.model_config",
-    "precision": "op.ppminilm.local_service_conf.precision",
-    "threads": "op.ppminilm.local_service_conf.thread_num",
-    "host": "host",
-    "http_port": "http_port",
-    "rpc_port": "rpc_port",
-    "log_dir": "log_dir",
-}
+# The options of the command line that override settings.
+LOCAL_SERVICE = "op.ppminilm.local_service_conf"
+OPTIONS = {name: name for name in ("host", "http_port", "rpc_port", "log_dir")}
+for _option, _name in (("model", "model_config"), ("precision", "precision"), ("threads", "thread_num")):
+    OPTIONS[_option] = f"{LOCAL_SERVICE}.{_name}"
 
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     parser.add_argument("--config", default=os.path.join(HERE, "config_nlp.yml"), help="settings")
     over = parser.add_argument_group("overrides of the config file")
-    over.add_argument(
-        "--model", help="directory of the model: export_to_serving.py's, or any exported or quantized one"
-    )
+    help = "directory of the model: export_to_serving.py's, or any exported or quantized one"
+    over.add_argument("--model", help=help)
     over.add_argument("--precision", help="fp32, bf16, fp16 or int8")
-    over.add_argument("--threads", type=int, help="of the CPU")
-    over.add_argument("--host", help="address to bind; 0.0.0.0 lets everybody in")
-    over.add_argument("--http_port", type=int)
-    over.add_argument("--rpc_port", type=int)
+    over.add_argument("--threads", type=int, help="CPU threads in all")
+    over.add_argument("--host", help="address to bind; 0.0.0.0 accepts connections from everywhere")
+    over.add_argument("--http_port", type=int, help="port for HTTP")
+    over.add_argument("--rpc_port", type=int, help="port for RPC")
     over.add_argument("--log_dir", help="where PipelineServingLogs/ is made")
-    parser.add_argument(
-        "--wait-ready",
-        "--wait_ready",
-        nargs="?",
-        const=60.0,
-        type=float,
-        metavar="SECONDS",
-        help="start nothing; wait until the service of these settings answers, at most that long (60 without a "
-        "number), with exit status 0 if it does, else 1",
+    help = (
+        "start nothing; wait at most so long (60 without a number) until the service of these settings answers; exit "
     )
+    help += "status 0 if it does, else 1"
+    names = ("--wait-ready", "--wait_ready")
+    parser.add_argument(*names, nargs="?", const=60.0, type=float, metavar="SECONDS", help=help)
     return parser.parse_args(argv)
 
 
