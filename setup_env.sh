@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes .venv beside this file from the lock files in requirements/. A second run finds it up to date and does nothing.
+# Creates .venv beside this file from the lock files in requirements/. Does nothing if .venv is up to date.
 #
 #   sh setup_env.sh [--python PATH] [--gpu | --cpu] [--serving]
 #
@@ -29,9 +29,9 @@ while [ $# -gt 0 ]; do
     shift
 done
 
-# Prints "MINOR BASE_INTERPRETER" of a usable interpreter, or the reason why it is none (and fails). The version is
-# asked by running it, because a version manager's shim can stand on PATH and fail; a virtual environment's
-# interpreter is resolved to its base, so that ours does not die with another environment.
+# Prints "MINOR BASE_INTERPRETER" for a usable interpreter; otherwise prints the reason and fails. Runs the interpreter,
+# because PATH may have a version manager's shim that fails. The interpreter of a virtual environment is resolved to
+# its base, so that .venv does not depend on another environment.
 probe() {
     answer=$("$1" -c '
 import os, platform, sys
@@ -51,14 +51,14 @@ print("usable", sys.version_info[1], base)' 2>&1 | tail -n 1) # the last line: o
     [ "$answer" != "${answer#usable }" ]
 }
 
-digest() { # of the lock files that make up the environment
+digest() { # FLAVOUR SERVING: hash of the lock files of the environment
     (
         cd "$root/requirements"
         cat build.txt "$1.txt" ${2:+serving*.txt} | sha256sum | cut -c 1-16
     )
 }
 
-# What .venv holds, if it was finished: flavour, "serving" or "-", digest of its lock files, base interpreter.
+# Contents of .venv, if it is complete: flavour, "serving" or "-", digest of its lock files, base interpreter.
 if [ -f "$stamp" ] && "$venv/bin/python" -c '' 2> /dev/null; then
     read -r had_flavour had_serving had_digest had_base < "$stamp"
     flavour=${flavour:-$had_flavour}
@@ -77,7 +77,7 @@ if [ -n "$had_digest" ] && [ "$had_flavour" = "$flavour" ] && [ "${had_serving#-
     exit 0
 fi
 
-install() { # LOCK: every package is listed there with its hashes, so nothing is resolved and nothing else fetched
+install() { # LOCK: the file lists every package with its hashes, so pip resolves and downloads nothing else
     echo "setup_env.sh: installing requirements/$1.txt"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
         --require-hashes --requirement "$root/requirements/$1.txt"
@@ -93,12 +93,12 @@ install_serving_and_finish() {
     echo "setup_env.sh: done; the launchers use .venv by themselves, for your own commands: . .venv/bin/activate"
 }
 
-# Paddle Serving is added to what is there, and whatever runs from it meanwhile goes on.
+# Adds Paddle Serving to the existing .venv. Programs that run from it are not disturbed.
 if [ -n "$had_digest" ] && [ "$had_flavour" = "$flavour" ] && [ "$had_serving" = - ] &&
     [ "$had_digest" = "$(digest "$flavour" '')" ] && [ "${base:-$had_base}" = "$had_base" ]; then
     base=$had_base
     echo "setup_env.sh: adding Paddle Serving to .venv"
-    rm -f "$stamp" # a half-added one must not pass for a finished environment
+    rm -f "$stamp" # an interrupted installation must not count as finished
     install_serving_and_finish
     exit 0
 fi
@@ -118,9 +118,9 @@ if [ -z "$python" ]; then
 python3-venv; or name one with --python PATH$reasons"
 fi
 
-# Anything unfinished or different is made anew: a half-unpacked package cannot be told from a whole one.
+# An unfinished or different .venv is rebuilt: a partly unpacked package cannot be told from a complete one.
 echo "setup_env.sh: making .venv ($flavour${serving:+, serving}) with $("$base" --version)"
-rm -f "$stamp" # first: a half-removed environment must not pass for a finished one
+rm -f "$stamp" # first: a partly removed environment must not count as finished
 rm -rf "$venv"
 "$base" -m venv "$venv"
 install build

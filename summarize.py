@@ -1,9 +1,9 @@
-"""Prints the tables that users reproduce, from what the stages recorded.
+"""Prints the result tables from the records of the stages.
 
-Reads the stage.json files under the given directories (default: finetuning, pruning, quantization) and nothing else. A
-pruned or quantized model belongs to the fine-tuned one whose weights it was made from, by hash, so that results of
-different runs do not mix. Per model directory: the CLUE table, measured beside published; the best cell of each task's
-grid; the whole grid; and for each fine-tuned model that went on, every variant made from it.
+Reads only the stage.json files under the given directories (default: general_distill, finetuning, pruning and
+quantization). A pruned or quantized model is assigned to its fine-tuned model by the hash of the weights, so that
+different runs do not mix. Prints per model directory: the CLUE table, measured and published; the best cell of each
+task; the whole grid; and for each fine-tuned model that was compressed, all variants made from it.
 
     python summarize.py --task_name TNEWS
     python summarize.py --format csv > tables.csv
@@ -24,18 +24,18 @@ BEST = "best.json"
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
-    parser.add_argument("directories", nargs="*", help="where to look for stage.json files")
-    parser.add_argument("--task_name", help="only this task (no CLUE table then)")
-    parser.add_argument("--format", choices=("markdown", "csv", "json"), default="markdown", help="of what is printed")
+    parser.add_argument("directories", nargs="*", help="directories to search for stage.json files")
+    parser.add_argument("--task_name", help="show only this task, without the CLUE table")
+    parser.add_argument("--format", choices=("markdown", "csv", "json"), default="markdown", help="output format")
     parser.add_argument("--json", help="also write the records to this file, sorted as in the tables")
-    parser.add_argument("--perf", help="benchmark of one model as JSON, fills the column of speed-ups")
-    parser.add_argument("--plot", help="draw accuracy against size (and speed, with --perf) into this file")
-    parser.add_argument("--cells", help="print what a best.json names, one tab-separated line a task, for launchers")
+    parser.add_argument("--perf", help="perf.json of one model; fills in the speed-up column")
+    parser.add_argument("--plot", help="plot accuracy against size (and speed, with --perf) to this file")
+    parser.add_argument("--cells", help="print a best.json, one tab-separated line per task, for launchers")
     return parser.parse_args(argv)
 
 
 def write_best(model):
-    """Writes MODEL/best.json: of each task with finished cells the best one's path and hyper-parameters."""
+    """Writes MODEL/best.json: path and hyper-parameters of the best finished cell of each task."""
     if not os.path.isdir(os.path.join(model, "models")):
         return
     roots = [r for r in find_records([os.path.join(model, "models")]) if r["stage"] == "finetune"]
@@ -101,7 +101,7 @@ def main(argv=None):
         raise UserError(f"--plot {args.plot}: no such directory")
     speedups = read_speedups(args.perf) if args.perf else {}
     if args.perf and len({tables.model_directory(root) for root in roots}) > 1:
-        raise UserError("--perf: it is of one model, but there are several here; name the directory of one")
+        raise UserError("--perf: the benchmark is of one model, but there are several here; name the directory of one")
     models, blocks, flat_rows, kept = {}, [], [], []
     for root in roots:
         models.setdefault(tables.model_directory(root), []).append(root)

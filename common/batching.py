@@ -89,9 +89,7 @@ def round_up(length, longest):
 def batches(features, batch_size, pad_id=0, order=None, longest=None):
     """Yields one Batch after the other; the last one may be smaller.
 
-    Args:
-        order: int [n], the order of the features (default: as they come).
-        longest: if given, batches are padded to lengths of ``round_up(length, longest)``.
+    Args: order: int [n]. longest: if given, batches are padded to ``round_up(length, longest)`` tokens.
     """
     order = np.arange(len(features)) if order is None else order
     lengths = [len(feature.input_ids) for feature in features]

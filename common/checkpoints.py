@@ -115,6 +115,9 @@ def load_pretrained(
         records.check_sequence_length(max_seq_length, model.config.max_position_embeddings)
     described = {"model_type": model_type, "architecture": modeling.architecture_of(model), "width_mult": 1.0}
     params, flops = modeling.count(model)
+    if processes.is_first():
+        shape = f"{model.config.num_hidden_layers} layers x {model.config.hidden_size}, {params / 1e6:.2f} M parameters"
+        print(f"starting from {source}: {model_type}, {shape}{''.join(f'; {note}' for note in notes)}")
     fields = {"model": {**described, "initialized_from": source}, "params": params, "flops": flops}
     return Pretrained(model, tokenizer, parent, notes, fields)
 

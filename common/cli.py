@@ -46,12 +46,9 @@ class _Declarations:
     """add_argument with two more options, and add_flag, for the parser and its groups."""
 
     def add_argument(self, *names, positive=False, without_effect=False, **options):
-        """As argparse's.
+        """As argparse's. Args: positive: it must be above 0, if given. without_effect: it does not change the result.
 
-        Args:
-            positive: the argument, if given, must be above 0.
-            without_effect: it does not change the result. A run that differs from a finished one in such arguments
-                alone finds its result there already (runs.Run).
+        A run that differs from a finished one only in arguments without effect finds its result already there.
         """
         action = super().add_argument(*names, **options)
         action.positive, action.without_effect = positive, without_effect

@@ -149,8 +149,7 @@ class Engine(Streams):
         precision: ``fp32``, ``bf16`` (CPU), ``fp16`` (GPU, TensorRT), ``int8`` (quantized graphs only).
         threads: number of CPU threads in all (default: one per core).
         use_trt: TensorRT, on a GPU; it needs the shape ranges in ``shape_file``.
-        shape_file: path of TensorRT's shape ranges.
-        collect: write the shape ranges of what is run to ``shape_file`` instead of optimizing the graph.
+        shape_file, collect: path of the shape ranges, and whether they are to be collected there from what is run.
         int8_operators: the operators that oneDNN computes in INT8; an empty set leaves the choice to oneDNN.
         streams: number of batches that are computed side by side, each on its share of the threads.
         optimized_dir: directory for ``_optimized.pdmodel``, the graph as the engine runs it.

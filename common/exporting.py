@@ -161,8 +161,7 @@ def parity_inputs(examples, tokenizer, max_seq_length):
 def check_parity(expected, found, inputs, tolerance):
     """Compares the logits of a model before and after a hand-off. Returns: the comparison, for the record.
 
-    Args: expected, found: [n, classes]. inputs: what they were computed on. tolerance: for the largest difference.
-    Raises: UserError past the tolerance.
+    Args: expected, found: [n, classes]. inputs: what they were computed on. Raises: UserError past the tolerance.
     """
     largest = float(np.abs(expected - found).max())
     if not largest <= tolerance:

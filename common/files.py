@@ -25,10 +25,7 @@ def relative(path):
 class Lock:
     """Held by one process at a time while it writes ``target``. The kernel releases it when the process ends.
 
-    Args:
-        target: the directory that is going to be written.
-        path: the file to lock (default: a hidden file beside the target).
-        wait: whether to wait until another process releases the lock.
+    Args: path: the file to lock (default: hidden beside the target). wait: until another process releases the lock.
     Raises: UserError if another process holds the lock and ``wait`` is False.
     """
 
@@ -106,8 +103,7 @@ def whole_directory(target, wait=False):
 
     An existing ``target`` is replaced. So it is there whole or not at all, also after kill -9.
 
-    Args: wait: whether to wait until another process that writes the same target has finished.
-    Raises: UserError if another process is writing the target and ``wait`` is False.
+    Args: wait: until another process that writes the same target has finished. Raises: UserError if not, and one is.
     """
     target = os.path.realpath(target)  # if it is a link, the directory that it points to is replaced
     temporary, old = leftovers_of(target, "writing", "old")
@@ -161,7 +157,7 @@ def write_json_lines(path, rows):
 
 def read_json_lines(path):
     """Yields (line number, JSON object) of a file with one object per line. Raises: UserError naming file and line."""
-    with open(path, "rb") as file:  # in bytes: text mode would also end lines at U+2028, which occurs in texts
+    with open(path, "rb") as file:  # in bytes: text mode would also end lines at a lone CR
         for number, line in enumerate(file, 1):
             if line.endswith(b"\r\n"):
                 raise UserError(f"{path}:{number}: the line ends in CRLF, not LF; sed -i 's/\\r$//' mends the file")

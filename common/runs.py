@@ -30,9 +30,7 @@ from common.compat import paddle
 def identity(arguments, parent, data, without_effect):
     """What makes a result, as a flat dict: arguments, the weights it was made from, the md5 of each data file.
 
-    Args:
-        arguments, parent, data: as in a record.
-        without_effect: names of arguments that do not count (cli.Arguments).
+    Args: arguments, parent, data: as in a record. without_effect: names of arguments that do not count.
     """
     made_from = {name: value for name, value in arguments.items() if name not in without_effect}
     made_from["weights made from"] = None

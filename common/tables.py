@@ -1,4 +1,4 @@
-"""The tables of summarize.py: of one fine-tuned model, of a grid, of CLUE; as Markdown, as flat rows, as a picture."""
+"""The tables of summarize.py for one fine-tuned model, a grid, and CLUE: as Markdown, as flat rows, as a plot."""
 
 import itertools
 import os
@@ -14,7 +14,7 @@ class Published(NamedTuple):
     average: float
     params: float  # millions
     flops: Optional[float]  # 10^9 multiply-adds at 128 tokens
-    speedup: float  # against BERT-base, with the fast tokenizer
+    speedup: float  # over BERT-base, with the fast tokenizer
 
     def accuracy(self, task):
         return self.accuracies[TASKS.index(task)]
@@ -42,14 +42,14 @@ def model_directory(record):
 
 
 def remarks(record):
-    """What makes a figure incomparable with others, as a list: random weights, partial data."""
+    """Reasons why a figure is not comparable with others, as a list: random weights, partial data."""
     data = record["data"]
-    found = list(record["notes"]) + [f"partial {n} data: {d['partial']}" for n, d in data.items() if d.get("partial")]
-    return list(dict.fromkeys(found))
+    reasons = list(record["notes"]) + [f"partial {n} data: {d['partial']}" for n, d in data.items() if d.get("partial")]
+    return list(dict.fromkeys(reasons))
 
 
 def best_cells(roots):
-    """{task: the fine-tuned record that is best on dev}; of equal ones the first by path."""
+    """{task: the fine-tuned record with the best dev result}; of equal ones the first by path."""
     best = {}
     for record in roots:
         if rank(record) > rank(best.get(record["task"])):
@@ -58,7 +58,7 @@ def best_cells(roots):
 
 
 def rank(record):
-    """The key by which two records of a task are compared: a whole dev set, then its size, then accuracy."""
+    """Sort key of a record among those of its task: complete dev set, then size of the dev set, then accuracy."""
     if record is None:
         return (-1,)
     dev = record["data"].get("dev") or {}
@@ -85,7 +85,7 @@ def kind_of(record):
 def clue_rows(roots, children, speedups):
     """The CLUE table of one model directory: [{row, cells: {task: record}, present: [record], average, ...}].
 
-    Each cell holds the record that is best on dev. Args: children: of records.children_among.
+    Each cell holds the record that is best on dev. Args: children: result of records.children_among.
     """
     cells = {}
     for root in roots:
@@ -108,7 +108,7 @@ def clue_rows(roots, children, speedups):
 
 
 def size_of(record):
-    """Bytes of the parameters' file in deployment, or None."""
+    """Size of the deployed parameter file in bytes, or None."""
     return record["metrics"].get("bytes") or (record.get("export") or {}).get("bytes")
 
 
@@ -117,7 +117,7 @@ def percent(value, sign=""):
 
 
 def clue_table(model, rows):
-    """The CLUE table as Markdown lines: each row measured, and where it was published, that and the difference."""
+    """The CLUE table as Markdown lines: measured rows, each followed by published figures and difference, if any."""
     footnotes = Footnotes()
     lines = [f"**CLUE dev accuracy, %: {model}**", ""]
     lines += [f"| model | {' | '.join(TASKS)} | average | params | FLOPs | file, MB | speed-up |", "| --- " * 13 + "|"]
@@ -148,7 +148,7 @@ def clue_table(model, rows):
 
 
 class Footnotes(dict):
-    """{remark: its number}, numbered as they come up in a table."""
+    """{remark: its number}, numbered in the order of their appearance in a table."""
 
     def marked(self, record):
         """The cell of a record: its accuracy with the numbers of its remarks."""
@@ -162,7 +162,7 @@ class Footnotes(dict):
 
 
 def beside_published(row):
-    """The two lines below a measured one: the published figures, and the difference of measured and published."""
+    """The two lines below a measured row: the published figures, and measured minus published."""
     published = PUBLISHED[row["row"]]
     differences = []
     for task in TASKS:
@@ -205,14 +205,14 @@ def grid_tables(roots):
 
 
 def long_rows(model, rows, roots):
-    """Every figure of the tables as one flat dict each, for CSV and JSON."""
-    found = []
+    """One flat dict per figure of the tables, for CSV and JSON."""
+    flat_rows = []
     for row in rows:
         published = PUBLISHED.get(row["row"])
         for task in TASKS:
             record = row["cells"].get(task)
             number = published.accuracy(task) if published else None
-            found.append({"table": "clue", "model": model, "row": row["row"], "task": task, **flat(record, number)})
+            flat_rows.append({"table": "clue", "model": model, "row": row["row"], "task": task, **flat(record, number)})
         notes = [note for record in row["present"] for note in remarks(record)]
         if row["average"] is None:
             notes = [f"{len(row['present'])} of 7 tasks", *notes]
@@ -221,24 +221,24 @@ def long_rows(model, rows, roots):
         difference = round(average - published.average, 4) if published and average is not None else None
         figures = {"accuracy": average, "published": published and published.average, "difference": difference}
         remarks_of_row = "; ".join(dict.fromkeys(notes))
-        found.append({**place, **figures, "speedup": row["speedup"], "remarks": remarks_of_row})
+        flat_rows.append({**place, **figures, "speedup": row["speedup"], "remarks": remarks_of_row})
     best = best_cells(roots).values()
     for record in roots:
         place = {"table": "grid", "model": model, "row": "best" if record in best else "", "task": record["task"]}
         settings = {name: record["arguments"][name] for name in HYPER_PARAMETERS}
-        found.append({**place, **flat(record, None), **settings})
-    return found
+        flat_rows.append({**place, **flat(record, None), **settings})
+    return flat_rows
 
 
 def family_rows(model, root, family):
-    """Every variant of a fine-tuned model as one flat dict each."""
-    found = []
+    """One flat dict per variant of a fine-tuned model."""
+    flat_rows = []
     for record in (root, *family):
         row = row_of(record)
         if row:
             place = {"table": "models", "model": model, "row": row[0], "task": record["task"]}
-            found.append({**place, **flat(record, None), "agreement": record["metrics"].get("agreement")})
-    return found
+            flat_rows.append({**place, **flat(record, None), "agreement": record["metrics"].get("agreement")})
+    return flat_rows
 
 
 MARKERS = "os^Dvp*XP<>"
@@ -294,7 +294,7 @@ def draw(path, families):
         axis.set_xlabel(label)
         axis.set_ylabel("dev accuracy, %")
         axis.grid(alpha=0.3)
-    # A colour per task, a marker per row: one legend of both beside the last panel.
+    # One colour per task, one marker per row; one legend for both beside the last panel.
     keys = [pyplot.Line2D([], [], color=f"C{i % 10}", lw=4, label=task) for i, task in enumerate(tasks)]
     for row, marker in zip(kinds, itertools.cycle(MARKERS)):
         keys.append(pyplot.Line2D([], [], color="grey", marker=marker, ls="", label=row))
@@ -305,7 +305,7 @@ def draw(path, families):
         os.replace(whole, path)
 
 
-# One fine-tuned model and what was made from it
+# One fine-tuned model and its descendants
 
 
 def row_of(record):

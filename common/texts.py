@@ -21,9 +21,7 @@ def add_text_arguments(group):
 def read_texts(args, task_name, pairs, texts_of):
     """The texts that the options of add_text_arguments name.
 
-    Args:
-        pairs: whether the model takes sentence pairs; None if that is not known.
-        texts_of: function (task name, JSON record) -> (text, second text or None), for .json files: data.texts_of.
+    Args: pairs: whether the model takes sentence pairs; None if that is not known. texts_of: data.texts_of.
     Returns: list of batching.Example. Raises: UserError for an empty text, or a pair where none is wanted.
     """
     if args.text:

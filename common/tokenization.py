@@ -1,4 +1,4 @@
-"""BERT tokenization for Chinese: PaddleNLP's tokenizer as the reference, and a fast one that gives the same ids.
+"""BERT tokenization for Chinese: PaddleNLP's tokenizer as the reference, and a fast tokenizer with the same ids.
 
 load_tokenizer(directory).encode(["股市收盘上涨"])
 -> [([101, 5500, 2356, 3119, 4669, 677, 3885, 102], [0, 0, 0, 0, 0, 0, 0, 0])]     # [CLS] 股 市 收 盘 上 涨 [SEP]
@@ -17,8 +17,8 @@ class _BasicTokens(dict):
     """A table for str.translate that applies BERT's basic tokenizer to each character.
 
     It drops control characters, replaces white space by a space, lower-cases, strips accents, and puts spaces around
-    CJK characters, punctuation and symbols. The rules are PaddleNLP's (2.8.1), which splits at symbols, too; Hugging
-    Face's rules do not.
+    CJK characters, punctuation and symbols. The rules are those of PaddleNLP 2.8.1, which also splits at
+    symbols. Hugging Face's rules do not.
     """
 
     cjk = re.compile(
@@ -58,7 +58,7 @@ class _BasicTokens(dict):
     def normalize(self, text):
         if not self.lower_case:
             return text
-        lower = "".join(c.lower() for c in text)  # by character, so that a sigma is never a final one
+        lower = "".join(c.lower() for c in text)  # per character: str.lower of a word can give a final sigma
         return "".join(c for c in unicodedata.normalize("NFD", lower) if unicodedata.category(c) != "Mn")
 
     def split(self, text):
@@ -78,7 +78,7 @@ class _BasicTokens(dict):
 
 
 class _Tokenizer:
-    """What both tokenizers share. Args: vocab: list of tokens; the place of a token in it is its id."""
+    """Base class of both tokenizers. Args: vocab: list of tokens; the index of a token is its id."""
 
     def __init__(self, vocab, lower_case=True):
         self.vocab, self.lower_case = vocab, lower_case
@@ -112,7 +112,7 @@ class FastTokenizer(_Tokenizer):
         self.basic = _BasicTokens(lower_case)
 
     def encode(self, texts, pairs=None, max_seq_length=128):
-        """[CLS] text [SEP], or [CLS] text [SEP] pair [SEP], cut to ``max_seq_length`` longest first.
+        """[CLS] text [SEP], or [CLS] text [SEP] pair [SEP], truncated to ``max_seq_length``, the longer text first.
 
         Args: texts: list of str. pairs: list of str of the same length, or None.
         Returns: list of (input_ids, token_type_ids), both lists of int.
@@ -150,7 +150,7 @@ class ReferenceTokenizer(_Tokenizer):
             self.tokenizer = PPMiniLMTokenizer.from_pretrained(directory)
 
     def encode(self, texts, pairs=None, max_seq_length=128):
-        """As FastTokenizer.encode."""
+        """Like FastTokenizer.encode."""
         encoded = []
         for text, pair in zip(texts, pairs or [None] * len(texts)):
             row = self.tokenizer(text, text_pair=pair, max_length=max_seq_length, truncation="longest_first")
@@ -161,7 +161,7 @@ class ReferenceTokenizer(_Tokenizer):
 def load_tokenizer(directory, use_faster_tokenizer=True, vocab_file=None, lower_case=True):
     """The tokenizer of a model directory, or of ``vocab_file`` and ``lower_case``.
 
-    Raises: UserError if there is no vocabulary, or none of a Chinese BERT.
+    Raises: UserError if the vocabulary is missing or is not that of a Chinese BERT.
     """
     if vocab_file is None:
         vocab_file = os.path.join(directory, "vocab.txt")

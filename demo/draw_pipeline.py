@@ -1,6 +1,6 @@
-"""Draws the flow chart of the pipeline, pp-minilm.png: what each stage reads and writes, its tools, its figures.
+"""Draws the flow chart of the pipeline, pp-minilm.png: inputs, outputs, tools and results of each stage.
 
-The figures are the published ones (PaddleNLP, T4; README, "Published"). Coordinates are pixels at the width of 950.
+The results are the published ones (PaddleNLP, T4; README, "Published"). Coordinates are pixels at a width of 950.
 
     python draw_pipeline.py --output ../pp-minilm.png
 """
@@ -11,7 +11,7 @@ import sys
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 from common import ROOT, cli
 
-# Stage, its scripts, its tools, what it writes, what was published about the result.
+# Per stage: title, directory of the scripts, tools, output, published results.
 STAGES = [
     ("General distillation", "general_distill/", "MiniLMv2 relations", "pretrain/model_{step}/", "59.7 M parameters"),
     ("Fine-tuning, grid search", "finetuning/", "PaddleNLP", "models/TASK/LR_BATCH/", "CLUE 73.69\nBERT-base 72.78"),
@@ -69,9 +69,9 @@ def draw(path):
             box(10, middle - 21, 230, 42, "#fdf3e1", "#c98a1b")
             text(125, middle, FIRST_READS if number == 0 else BESIDE[number], 9)
             arrow((240, middle), (285, middle))
-        if number < 4:  # what is written is what the next stage reads
+        if number < 4:  # the output is the input of the next stage
             arrow((667, middle + 21), (525, y + step + 10), connectionstyle="angle,angleA=-90,angleB=0,rad=8")
-    # The service takes the quantized model as well.
+    # The service also reads the quantized model.
     start, end = top + 3 * step + height / 2, top + 5 * step + 10
     axes.plot([770, 785, 785, 700], [start, start, end, end], color="#51667a", lw=1.6)
     arrow((701, end), (525, end))
@@ -84,7 +84,7 @@ def draw(path):
 
 def main(argv=None):
     parser = cli.Parser(__doc__)
-    parser.add_argument("--output", default=os.path.join(ROOT, "pp-minilm.png"), help="where the picture goes")
+    parser.add_argument("--output", default=os.path.join(ROOT, "pp-minilm.png"), help="PNG file to write")
     draw(parser.parse_args(argv).output)
 
 

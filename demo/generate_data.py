@@ -1,8 +1,8 @@
-"""Makes the demo's data: CLUE-format TNEWS, AFQMC and CLUEWSC2020, a corpus without labels, and a vocabulary.
+"""Generates the demo data: TNEWS, AFQMC and CLUEWSC2020 in CLUE's format, an unlabelled corpus, and a vocabulary.
 
-Everything comes from the words and templates in words.json and a seed: the same seed, the same bytes. The tasks can be
-learnt, but not from single words: a headline also names things of other topics, a question pair shares words whatever
-its label is, and who a pronoun means depends on verb and reason together. They say nothing about real CLUE.
+Everything is generated from words.json and a seed; the same seed gives the same bytes. The tasks can be learnt, but not
+from single words: a headline also mentions other topics, question pairs share words regardless of the label, and the
+referent of a pronoun depends on verb and reason together. Results on this data say nothing about CLUE.
 
     python generate_data.py --output_dir data
 """
@@ -20,18 +20,18 @@ from common import cli, files
 
 with open(os.path.join(HERE, "words.json"), encoding="utf-8") as file:
     WORDS = json.load(file)
-# TNEWS: label -> its name in CLUE, things and events of the topic; and frames of headlines.
+# TNEWS: {label: its name in CLUE, things and events of the topic}, and templates of headlines.
 TOPICS, FRAMES = WORDS["tnews"]["topics"], WORDS["tnews"]["frames"]
-# AFQMC: two questions mean the same if thing and wish are the same, however they are asked.
+# AFQMC: two questions mean the same if thing and wish are the same, regardless of the wording.
 THINGS, WISHES, ASKING = (WORDS["afqmc"][name] for name in ("things", "wishes", "asking"))
 # CLUEWSC2020: in "A verb B, because he reason" the reason tells who "he" is. Each case is a verb with B, the reasons
-# that speak of B, and those that speak of A.
+# that refer to B, and those that refer to A.
 NAMES, CASES = WORDS["cluewsc2020"]["names"], WORDS["cluewsc2020"]["cases"]
 
 
 def headline(rng, label):
-    """A headline of a topic: most frames name things of another topic too, some more of them than of its own, and half
-    of the events are of that other topic. What tells is the place in the sentence."""
+    """A headline of a topic. Most templates also mention things of another topic, some even more than of its own, and
+    half of the events belong to the other topic. Only the positions in the sentence reveal the topic."""
     topic = TOPICS[label]
     a, b = rng.sample(topic["things"], 2)
     other = TOPICS[rng.choice([name for name in TOPICS if name != label])]
@@ -52,7 +52,7 @@ def tnews(rng, number):
 
 
 def afqmc(rng, number):
-    """Half the pairs mean the same; of the others two thirds share thing or wish, so that common words tell little."""
+    """Half of the pairs mean the same. Two thirds of the others share thing or wish, so shared words reveal little."""
     thing, wish = rng.choice(THINGS), rng.choice(list(WISHES))
     label, other_thing, other_wish = rng.choice(["0", "1"]), thing, wish
     if label == "0":
@@ -89,13 +89,13 @@ def without_label(row, number):
 
 
 def corpus(rng, count):
-    """Sentences of all three kinds without their labels."""
+    """Yields unlabelled sentences of all three tasks."""
     for _ in range(count):
         kind = rng.random()
         if kind < 0.6:
             yield headline(rng, rng.choice(list(TOPICS)))
         elif kind < 0.85:
-            # The same question in two ways: whoever predicts its masked characters learns to compare.
+            # The same question in two wordings: predicting masked characters then teaches to compare.
             meaning = rng.choice(THINGS), rng.choice(list(WISHES))
             yield f"{question(rng, *meaning)}，{question(rng, *meaning)}"
         else:
@@ -104,9 +104,9 @@ def corpus(rng, count):
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
-    parser.add_argument("--output_dir", required=True, help="gets <task>_public/, corpus/ and vocab.txt")
-    parser.add_argument("--seed", type=int, default=0, help="another one gives other records")
-    parser.add_argument("--corpus_lines", type=int, default=24000, help="sentences without labels", positive=True)
+    parser.add_argument("--output_dir", required=True, help="directory for <task>_public/, corpus/, vocab.txt")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the generated records")
+    parser.add_argument("--corpus_lines", type=int, default=24000, help="sentences of the corpus", positive=True)
     return parser.parse_args(argv)
 
 
@@ -119,16 +119,16 @@ def main(argv=None):
         for make, sizes in ((tnews, (3000, 600, 200)), (afqmc, (3000, 400, 200)), (cluewsc2020, (1500, 304, 100))):
             folder = os.path.join(directory, f"{make.__name__}_public")
             os.mkdir(folder)
-            seen = set()  # a text of one split is in no other
+            seen = set()  # no text occurs in two splits
             for split, size in zip(("train", "dev", "test"), sizes):
                 rng = random.Random(f"{args.seed} {make.__name__} {split}")
                 rows, before = [], set(seen)
                 while len(rows) < size:
                     row = make(rng, len(rows))
-                    told = json.dumps(without_label(row, None), ensure_ascii=False)
-                    if told not in before:
+                    content = json.dumps(without_label(row, None), ensure_ascii=False)
+                    if content not in before:
                         rows.append(row)
-                        seen.add(told)
+                        seen.add(content)
                 texts += [text for row in rows for text in data.texts_of(make.__name__, row) if text]
                 if split == "test":
                     rows = [without_label(row, number) for number, row in enumerate(rows)]

@@ -1,7 +1,7 @@
-"""Makes a vocabulary from the characters of your own train data, for models that start from random weights.
+"""Builds a vocabulary from the characters of your own train data, for models that start from random weights.
 
 Reads the train split of a task; writes vocab.txt: the special tokens, every character, and the continuations of letters
-and digits that WordPiece needs. For random weights (--init_config) only: a pre-trained model brings its own.
+and digits that WordPiece needs. For random weights (--init_config) only: a pre-trained model has its own.
 
     python make_vocab.py --task_name NAME --data_dir DIR --output vocab.txt
 """
@@ -17,14 +17,14 @@ from common import cli, files
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
-    parser.add_argument("--task_name", required=True, help="one of CLUE's, or the name of your own")
+    parser.add_argument("--task_name", required=True, help="CLUE task, or the name of your own task")
     cli.add_data_arguments(parser)
-    parser.add_argument("--output", required=True, help="where vocab.txt goes")
+    parser.add_argument("--output", required=True, help="path of the vocab.txt to write")
     return parser.parse_args(argv)
 
 
 def vocabulary(texts):
-    """The tokens for texts, as a list: special ones first, then characters in order of their code points."""
+    """List of tokens for the texts: special tokens, characters by code point, then continuations such as ##a."""
     characters = {c for text in texts for c in text.lower() if not c.isspace()}
     characters |= set(string.ascii_lowercase + string.digits)
     continued = (f"##{c}" for c in sorted(characters) if c.isascii() and c.isalnum())

@@ -1,8 +1,8 @@
-"""Pre-trains a small teacher from random weights by masked language modelling, where none can be downloaded.
+"""Pre-trains a small teacher from random weights by masked language modelling, if none can be downloaded.
 
-Reads an architecture and a directory of text files with one sentence a line; writes the model, its tokenizer and
-stage.json to --output_dir, whole, when it is done. The state to go on from is in <output_dir>.unfinished: the same
-command resumes after a kill. A real teacher sees a thousand times more text: this one shows how the stages fit.
+Reads an architecture and a directory of text files with one sentence per line. Writes the model, its tokenizer and
+stage.json to --output_dir at the end. Training states go to <output_dir>.unfinished; rerun the same command to resume.
+Real teachers see a thousand times more text; this one only shows how the stages work together.
 
     python pretrain_mlm.py --init_config 4l-256h.json --vocab_file vocab.txt --input_dir corpus --output_dir teacher \\
         --max_steps 2000 --batch_size 64 --learning_rate 1e-3 --group_by_length
@@ -29,8 +29,8 @@ def parse_args(argv=None):
     main.set_defaults(model_type="roberta")
     help = "directory of text files, one sentence per line"
     main.add_argument("--input_dir", type=cli.PathArgument, required=True, help=help, without_effect=True)
-    cli.add_output_argument(main, "where the pre-trained model goes", required=True)
-    help = "share of the tokens that are to be predicted"
+    cli.add_output_argument(main, "directory for the pre-trained model", required=True)
+    help = "fraction of the tokens to mask and predict"
     main.add_argument("--mlm_probability", type=float, default=0.15, help=help)
     cli.add_tokenizer_arguments(main)
     training.add_training_arguments(parser, learning_rate=1e-3, batch_size=64, num_train_epochs=1, save_steps=500)
@@ -44,10 +44,10 @@ def parse_args(argv=None):
 
 
 def mask_tokens(input_ids, tokenizer, probability, random):
-    """BERT's masking (arXiv 1810.04805): of the chosen tokens 80 % become [MASK], 10 % any token, 10 % stay.
+    """BERT's masking (arXiv 1810.04805): 80 % of the chosen tokens become [MASK], 10 % a random token, 10 % stay.
 
     Args: input_ids: int64 [batch, tokens].
-    Returns: (masked input_ids; positions in the flattened batch, int64 [n]; the tokens that were there, int64 [n]).
+    Returns: (masked input_ids; positions in the flattened batch, int64 [n]; their original tokens, int64 [n]).
         At least one token is chosen.
     """
     special = np.isin(input_ids, [tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id])
@@ -59,8 +59,8 @@ def mask_tokens(input_ids, tokenizer, probability, random):
     expected = masked[positions].copy()
     kind = random.random(len(positions))
     masked[positions[kind < 0.8]] = tokenizer.vocab.index("[MASK]")
-    anything = positions[kind >= 0.9]
-    masked[anything] = random.integers(0, len(tokenizer.vocab), len(anything))
+    randomized = positions[kind >= 0.9]
+    masked[randomized] = random.integers(0, len(tokenizer.vocab), len(randomized))
     return masked.reshape(input_ids.shape), positions, expected
 
 
@@ -79,7 +79,7 @@ def train(args, run, corpus, model, tokenizer):
         random = np.random.default_rng([args.seed, step])
         input_ids, positions, expected = mask_tokens(batch.input_ids, tokenizer, args.mlm_probability, random)
         hidden = modeling.encoder_of(model)(*training.tensors(batch._replace(input_ids=input_ids)))[0]
-        # Scores over the whole vocabulary for the chosen tokens alone: a sixth of the work that all tokens would take.
+        # Vocabulary scores are computed for the chosen tokens only: a sixth of the work that all tokens would take.
         chosen = paddle.gather(hidden.reshape([-1, hidden.shape[-1]]), paddle.to_tensor(positions))
         scores = model.lm_head(chosen)
         loss = paddle.nn.functional.cross_entropy(scores, paddle.to_tensor(expected))

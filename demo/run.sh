@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The whole pipeline on data that it generates, offline, in minutes: a teacher, general distillation, a small grid of three
-# tasks, export, pruning, quantization in eight ways, INT8 inference, the service, tables and plot. It calls the launchers
-# of the stages as you would. Everything is written to demo/output/; run it again and it goes on where it stopped.
+# Runs the whole pipeline on generated data, offline, in minutes: a teacher, general distillation, a small grid search
+# on three tasks, export, pruning, quantization in eight ways, INT8 inference, serving, tables and a plot. It calls the
+# same launchers as a user. Everything is written to demo/output/. Rerun the same command to resume.
 #
 #   bash demo/run.sh [--task TASK] [--resume]
 #
-#   --task TASK  TNEWS, AFQMC or CLUEWSC2020 alone (default: all three; the first one is quantized and served)
-#   --resume     go on with a run that was interrupted, and refuse to start a new one
+#   --task TASK  only TNEWS, AFQMC or CLUEWSC2020 (default: all three; the first one is quantized and served)
+#   --resume     resume an interrupted run; fail if there is none
 set -e
 asked=$PYTHON
 . "$(dirname "$0")/../common/launcher.sh"
@@ -31,16 +31,16 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-[ -z "$resume" ] || [ -d "$output" ] || fail "--resume: there is no $output to go on with"
+[ -z "$resume" ] || [ -d "$output" ] || fail "--resume: there is no $output to resume"
 first=${tasks%% *}
-steps=${DEMO_STEPS:-600} # of the teacher; the student takes two thirds of them
+steps=${DEMO_STEPS:-600} # training steps of the teacher; the student takes two thirds
 student_steps=$((steps * 2 / 3))
 student=pretrain/model_$student_steps
 
 started=$SECONDS
 step() { printf '\n== %d:%02d  %s\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) "$*"; }
 
-# What for_each_best of common/launcher.sh calls, with task, lr and model set, for the tasks that were asked for.
+# Functions for for_each_best of common/launcher.sh, which sets task, lr and model; asked_for skips all other tasks.
 asked_for() { case " $tasks " in *" $task "*) "$@" ;; esac; }
 export_one() { "$PYTHON" "$root/finetuning/export_model.py" --task_name "$task" --model_path "$model"; }
 prune_one() { sh "$root/pruning/prune.sh" "$task" "$lr" 32 2 64 0 "$model" 0.75 --group_by_length; }
@@ -70,7 +70,7 @@ sh "$root/general_distill/run.sh" data/corpus 2L128H --init_config "$root/config
 step "fine-tuning, a small grid -> $student/models/"
 for task in $tasks; do
     rates=1e-3 epochs=4
-    [ "$task" != AFQMC ] || { rates=5e-4 epochs=6; } # to compare two sentences takes longer to learn
+    [ "$task" != AFQMC ] || { rates=5e-4 epochs=6; } # comparing sentences takes longer to learn
     [ "$task" != "$first" ] || rates="5e-4 1e-3"
     BATCH_SIZES=32 LEARNING_RATES=$rates EPOCHS=$epochs MAX_SEQ_LENGTH=64 \
         sh "$root/finetuning/run_one_search.sh" "$student" "$task" --group_by_length
@@ -119,7 +119,7 @@ step "done"
 cat << END
 Everything is in demo/output/: data/, teacher/, $student/ (the student, with models/ fine-tuned from it), pruned_models/,
 *_quant_models/, serving_server/, tables.md, clue.png. The models are tiny and the data generated: the figures show that the
-stages fit, and nothing about CLUE. \`bash demo/clean.sh\` removes it all, so copy what you want to keep.
+stages work together, but say nothing about CLUE. \`bash demo/clean.sh\` removes it all, so copy what you want to keep.
 
 With real data, from the root of the repository:
   sh run_all.sh TNEWS 5e-5 32 3 128 0 ppminilm-6l-768h     # downloads model and data

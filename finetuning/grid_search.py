@@ -1,11 +1,11 @@
 """Fine-tunes one model with every batch size and learning rate of a grid, on one CLUE task or on all seven.
 
-Each cell of the grid is one run of run_clue.py into MODEL/models/TASK/LR_BATCH/, its output in LR_BATCH.log beside it.
-Several run at once: one per GPU, or --workers on a CPU. The same command goes on after a kill: finished cells are
-skipped, begun ones resume. A cell that fails does not stop the others; failures are listed at the end, with status 1.
+Each cell of the grid is one run of run_clue.py. It writes MODEL/models/TASK/LR_BATCH/, and LR_BATCH.log beside it.
+Several cells run at once: one per GPU, or --workers on a CPU. Rerun the same command to resume: finished cells are
+skipped, unfinished ones resume. Failed cells do not stop the others; they are listed at the end, with exit status 1.
 MODEL/best.json names the best finished cell of each task, for prune.sh, export_all.sh, quant_all.sh and run_all.sh.
 
-    sh run_one_search.sh ppminilm-6l-768h TNEWS                 # what these two launchers run is this script
+    sh run_one_search.sh ppminilm-6l-768h TNEWS                 # these two launchers run this script
     DRY_RUN=1 sh run_all_search.sh ppminilm-6l-768h             # prints the plan of the 63 cells, and its time
     python grid_search.py --model ppminilm-6l-768h --tasks TNEWS --learning_rates 1e-4 3e-4 -- --max_train_samples 5000
 """
@@ -30,7 +30,7 @@ from common.runs import Run
 from tqdm import tqdm
 
 # The grid of the original PP-MiniLM example in PaddleNLP (run_all_search.sh there): 3 x 3 cells per task, evaluated
-# every 100 steps. Epochs and maximum length of each task stand in data.TASKS.
+# every 100 steps. The epochs and maximum length of each task are in data.TASKS.
 BATCH_SIZES = [16, 32, 64]
 LEARNING_RATES = ["3e-5", "5e-5", "1e-4"]
 RUN_CLUE = os.path.join(HERE, "run_clue.py")
@@ -44,7 +44,7 @@ class Cell(NamedTuple):
     epochs: int
     max_seq_length: int
     directory: str
-    more: tuple  # arguments that go to run_clue.py as they are
+    more: tuple  # arguments passed on to run_clue.py
 
     def name(self):
         return f"{self.task} {self.learning_rate}_{self.batch_size}"
@@ -55,26 +55,26 @@ class Cell(NamedTuple):
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
-    parser.add_argument("--model", required=True, help="built-in name or model directory; results go below it")
+    parser.add_argument("--model", required=True, help="built-in name or model directory; gets the results")
     tasks = [task.name for task in data.TASKS.values()]
     parser.add_argument("--tasks", nargs="+", default=tasks, help="CLUE tasks, or names of your own data")
-    parser.add_argument("--batch_sizes", nargs="+", type=int, default=BATCH_SIZES, help="one axis of the grid")
-    parser.add_argument("--learning_rates", nargs="+", default=LEARNING_RATES, help="the other axis")
-    help = "for every task (default: the published one of the task)"
+    parser.add_argument("--batch_sizes", nargs="+", type=int, default=BATCH_SIZES, help="batch sizes of the grid")
+    parser.add_argument("--learning_rates", nargs="+", default=LEARNING_RATES, help="learning rates of the grid")
+    help = "epochs, for all tasks (default: the published number of each task)"
     parser.add_argument("--num_train_epochs", type=int, positive=True, help=help)
-    help = "for every task (default: the published one of the task)"
+    help = "maximum tokens per example, for all tasks (default: the published length of each task)"
     parser.add_argument("--max_seq_length", type=int, positive=True, help=help)
-    parser.add_argument("--gpus", help="ids to use, such as 0,1 (default: all that Paddle sees)")
+    parser.add_argument("--gpus", help="GPU ids, such as 0,1 (default: all visible GPUs)")
     cli.add_device_argument(parser)
     parser.add_argument(
         "--workers",
         type=int,
-        help="cells at once on a CPU, which share its cores (default: one for every 4 cores; "
-        "more for a small model, as many as cores for a tiny one; mind the memory)",
+        help="number of concurrent cells on a CPU, which share its cores (default: one per 4 cores); raise it for a "
+        "small model, up to the number of cores; lower it if memory runs out",
         positive=True,
     )
-    parser.add_argument("--dry_run", action="store_true", help="print the plan, and its time where cells are recorded")
-    parser.add_argument("more", nargs="*", metavar="...", help="after --: arguments of run_clue.py")
+    parser.add_argument("--dry_run", action="store_true", help="only print the plan, with estimated times if known")
+    parser.add_argument("more", nargs="*", metavar="...", help="after --: arguments passed on to run_clue.py")
     args = parser.parse_args(argv)
     for rate in args.learning_rates:
         try:
@@ -93,7 +93,7 @@ def parse_args(argv=None):
 
 
 def plan(args):
-    """The cells of the grid, task by task; of a task the large batches, which are done first, before the small."""
+    """The cells of the grid, task by task; within a task, larger batch sizes first, because they finish sooner."""
     cells = []
     for task in dict.fromkeys(args.tasks):
         settings = data.TASKS.get(task.lower(), data.Task(task))
@@ -114,7 +114,7 @@ def arguments_of(cell, args):
 
 
 def asked_of(cell, args):
-    """The arguments of a cell as run_clue.py reads them."""
+    """The arguments of a cell, as parsed by run_clue.py."""
     return run_clue.parse_args(arguments_of(cell, args))
 
 
@@ -138,7 +138,7 @@ class CellRuns:
 
 
 def local_path(task, split, data_dir):
-    """The file of a split if it lies on this machine, else None: a plan starts no download."""
+    """The file of a split if it is on this machine, else None: printing a plan must not download data."""
     try:
         return data.split_path(task, split, data_dir) if data.is_local(task, split, data_dir) else None
     except UserError:
@@ -146,20 +146,20 @@ def local_path(task, split, data_dir):
 
 
 def state_of(cell, asked, record, cell_runs):
-    """finished, begun or new. A cell finished with other settings counts as new: run_clue.py says what differs.
+    """finished, begun or new. A cell finished with other settings counts as new: run_clue.py reports the difference.
 
-    Args: record: of the finished cell, or None.
+    Args: record: record of the finished cell, or None.
     """
     if record is None:
         return "begun" if os.path.isdir(f"{cell.directory}.unfinished") else "new"
-    # The device is what --device will turn out to be; a finished cell stays finished on another one.
+    # The device is ignored: a finished cell stays finished if the search continues on another device.
     same = cell_runs.of(cell.task, asked).has_made(record, ignoring=["device"])
     predicted = not asked.do_predict or os.path.isfile(texts.submission_path(cell.task, cell.directory))
     return "finished" if same and predicted and not asked.overwrite else "new"
 
 
 def finished_record(cell):
-    """The record of a finished cell; None if there is none, or none that can be read, as run_clue.py will say."""
+    """The record of a finished cell. None if it is missing or unreadable; run_clue.py reports the reason."""
     try:
         return records.read_record(cell.directory)
     except UserError:
@@ -168,8 +168,8 @@ def finished_record(cell):
 
 def read_cells(cells, args):
     """({cell: its record or None}, {cell: its state})."""
-    cell_runs, found = CellRuns(args), {cell: finished_record(cell) for cell in cells}
-    return found, {cell: state_of(cell, asked_of(cell, args), found[cell], cell_runs) for cell in cells}
+    cell_runs, recorded = CellRuns(args), {cell: finished_record(cell) for cell in cells}
+    return recorded, {cell: state_of(cell, asked_of(cell, args), recorded[cell], cell_runs) for cell in cells}
 
 
 def estimate(cell, max_steps, found):
@@ -178,7 +178,7 @@ def estimate(cell, max_steps, found):
     The estimate is the seconds per record in the recorded cells of the task (of the same batch size, if there are any)
     times the number of records that the cell will train on. A begun cell counts in full.
 
-    Args: max_steps: of the cell. found: {cell: its record or None}.
+    Args: max_steps: --max_steps of the cell. found: {cell: its record or None}.
     """
     paces, epoch = {}, 0
     for other, record in found.items():
@@ -194,10 +194,10 @@ def estimate(cell, max_steps, found):
 
 
 def show_plan(cells, args, slots):
-    """Prints the plan, cell by cell, with its time."""
-    found, states = read_cells(cells, args)
+    """Prints the plan, cell by cell, with time estimates."""
+    recorded, states = read_cells(cells, args)
     max_steps = asked_of(cells[0], args).max_steps
-    seconds = {cell: estimate(cell, max_steps, found) for cell in cells}
+    seconds = {cell: estimate(cell, max_steps, recorded) for cell in cells}
     print("| cell | epochs | max_seq_length | state | estimate, s |\n| --- | --- | --- | --- | --- |")
     for cell, guess in seconds.items():
         if states[cell] == "finished":
@@ -215,17 +215,17 @@ def show_plan(cells, args, slots):
 
 
 def find_slots(args):
-    """What each cell that runs at the same time runs on: the id of a GPU, or None for a share of the CPU's cores."""
+    """One slot per concurrent cell: the id of a GPU, or None for a share of the CPU cores."""
     device = cli.set_device(args.device)
     if device.startswith("gpu"):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(paddle.device.cuda.device_count())))
-        paddle.set_device("cpu")  # the search itself computes next to nothing
+        paddle.set_device("cpu")  # the search itself needs no GPU
         return (args.gpus or visible).split(",")
     return [None] * (args.workers or max(1, CORES // 4))
 
 
 def start(cell, args, slot, slots):
-    """Starts run_clue.py for a cell, its output appended to the cell's log."""
+    """Starts run_clue.py for a cell and appends its output to the cell's log."""
     os.makedirs(os.path.dirname(cell.directory), exist_ok=True)
     environment = dict(os.environ)
     if slot is None:
@@ -239,7 +239,7 @@ def start(cell, args, slot, slots):
 
 
 def die_with_parent():
-    """Called in the child: the kernel kills it when the search dies, or it would go on and keep its cell locked."""
+    """Runs in the child: makes the kernel kill it when the search dies. Otherwise it would keep its cell locked."""
     LIBC.prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
@@ -250,9 +250,9 @@ def last_line(path):
 
 
 def prepare(cells, args):
-    """Finds out once what would fail in every cell, and downloads once what the cells share.
+    """Checks once for errors that would fail every cell, and downloads shared files once.
 
-    Returns: {cell: why} of the tasks without data. Raises: UserError for a model that cannot be loaded.
+    Returns: {cell: reason} for the cells of tasks without data. Raises: UserError for a model that cannot be loaded.
     """
     asked = asked_of(cells[0], args)
     checkpoints.load_pretrained_for(asked, 2)
@@ -267,8 +267,8 @@ def prepare(cells, args):
 
 
 def search(cells, args, slots):
-    """Runs the cells that are not finished. Returns: {cell: why} of those that failed."""
-    found, states = read_cells(cells, args)
+    """Runs the cells that are not finished. Returns: {cell: reason} for the failed cells."""
+    recorded, states = read_cells(cells, args)
     queue = [cell for cell in cells if states[cell] != "finished"]
     failed = prepare(queue, args) if queue else {}
     queue = [cell for cell in queue if cell not in failed]
@@ -288,7 +288,7 @@ def search(cells, args, slots):
 
     for cell in cells:
         if states[cell] == "finished":
-            count(cell, found[cell], "already finished")
+            count(cell, recorded[cell], "already finished")
     summarize.write_best(args.model)
     try:
         while queue or running:
@@ -319,7 +319,7 @@ def main(argv=None):
     args = parse_args(argv)
     slots = find_slots(args)
     cells = plan(args)
-    asked_of(cells[0], args)  # ends here with its own message if an argument is wrong
+    asked_of(cells[0], args)  # exits with run_clue.py's message if an argument is invalid
     if args.dry_run:
         show_plan(cells, args, slots)
         return
@@ -327,9 +327,9 @@ def main(argv=None):
     reasons = {}
     for cell, why in failed.items():
         reasons.setdefault(why, []).append(cell)
-    for why, of in reasons.items():  # what fails all cells of a task is said once
-        several = f" and {len(of) - 1} more cells" if len(of) > 1 else ""
-        print(f"grid_search.py: failed: {of[0].name()}{several}: {why}", file=sys.stderr)
+    for why, same in reasons.items():  # a reason that several cells share is printed once
+        several = f" and {len(same) - 1} more cells" if len(same) > 1 else ""
+        print(f"grid_search.py: failed: {same[0].name()}{several}: {why}", file=sys.stderr)
     if failed:
         sys.exit(1)
     print(f"{len(cells)} cells done; best of each task: {os.path.join(args.model, summarize.BEST)}")

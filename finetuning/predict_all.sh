@@ -1,6 +1,6 @@
 #!/bin/sh
-# Writes the predictions for test.json, as CLUE takes them, of the best model of each task in a grid search's best.json:
-# <task>_predict.json beside the model. What follows goes to run_clue.py.
+# Predicts test.json with the best model of each task in a grid search's best.json. Writes CLUE submission files,
+# <task>_predict.json, to the model directories. Further arguments are passed on to run_clue.py.
 set -e
 . "$(dirname -- "$0")/../common/launcher.sh"
 usage 1 $# "sh predict_all.sh BEST_JSON [more arguments of run_clue.py]"

@@ -1,6 +1,6 @@
 #!/bin/sh
-# The grids of all seven CLUE tasks (or of TASKS='TNEWS AFQMC'), spread over the GPUs that are there, or WORKERS on a CPU.
-# Otherwise as run_one_search.sh, with the same variables.
+# Runs the grid search of all seven CLUE tasks (or of TASKS='TNEWS AFQMC') on all GPUs, or with WORKERS cells on a CPU.
+# For the results and the other variables, see run_one_search.sh.
 set -e
 . "$(dirname -- "$0")/../common/launcher.sh"
 usage 1 $# "sh run_all_search.sh MODEL [more arguments of run_clue.py]"
@@ -9,7 +9,7 @@ shift
 dry=
 [ "${DRY_RUN:-0}" = 0 ] || dry=--dry_run
 
-# exec: a kill of the launcher is a kill of the search, and with it of the cells
+# exec: killing the launcher also kills the search and its cells
 exec "$PYTHON" -u "$here/grid_search.py" --model "$model" ${TASKS:+--tasks $TASKS} ${GPUS:+--gpus "$GPUS"} \
     ${BATCH_SIZES:+--batch_sizes $BATCH_SIZES} ${LEARNING_RATES:+--learning_rates $LEARNING_RATES} \
     ${EPOCHS:+--num_train_epochs "$EPOCHS"} ${MAX_SEQ_LENGTH:+--max_seq_length "$MAX_SEQ_LENGTH"} \

@@ -1,8 +1,12 @@
 """Fine-tunes an encoder on a CLUE task, or on one of your own, and keeps the checkpoint that is best on dev.
 
 Reads a model (built-in name, directory, or --init_config) and the task's train and dev data. Writes the best model, its
-tokenizer, evaluations.jsonl and stage.json to --output_dir, whole, when training ends. Until then the state is in
-<output_dir>.unfinished: rerun the same command to resume.
+tokenizer, evaluations.jsonl and stage.json to --output_dir, complete or not at all, when training ends. Until then the
+state of the last evaluation is in <output_dir>.unfinished: rerun the same command to resume from there.
+
+As a template, copy this directory, common/ and data.py. Yours to write are parse_args, objective and evaluate. Leave as
+they are: ResumableRun (refuses, resumes, writes), training_batches and update (several processes), and `run.is_first`
+around all that writes.
 
     python run_clue.py --task_name TNEWS --model_name_or_path ppminilm-6l-768h --learning_rate 5e-5 --batch_size 32 \\
         --num_train_epochs 3 --output_dir ppminilm-6l-768h/models/TNEWS/5e-5_32
@@ -13,6 +17,8 @@ tokenizer, evaluations.jsonl and stage.json to --output_dir, whole, when trainin
 import os
 import sys
 
+# data.py and common/ are in the root of the repository, scoring.py is beside this script. Paddle comes from compat,
+# which cures defects of the pinned version.
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import data
 import scoring
@@ -27,6 +33,8 @@ def parse_args(argv=None):
     cli.add_task_argument(main)
     checkpoints.add_model_arguments(main)
     cli.add_output_argument(main, "where the best model goes; required for training")
+    # add_flag: --do_train, --do_train True and --do_train False all work. without_effect: does not change the result,
+    # so that a rerun that differs in nothing else finds the result already there.
     help = "train and evaluate (what happens if neither this nor --do_eval is given)"
     main.add_flag("--do_train", help, default=None)
     main.add_flag("--do_eval", "given alone: only score the model", default=None, without_effect=True)
@@ -43,33 +51,46 @@ def parse_args(argv=None):
 
 
 def fine_tune(args):
-    """Trains, and writes --output_dir. Returns: the best dev accuracy; None if this process did not write it."""
-    # The task. The order of its labels decides what each logit of the classifier means.
+    """Trains, and writes --output_dir."""
+    # Not the parser's default, because for --do_eval "not given" means the length of the fine-tuned model.
     args.max_seq_length = args.max_seq_length or 128
+    # The task. The order of its labels decides what each logit of the classifier means.
     task = data.get_task(args.task_name, args.data_dir)
     if args.do_predict:
-        data.split_path(task.name, "test", args.data_dir)  # if it is missing, say so before the training, not after
-    # dev chooses the checkpoint; test.json, whose labels CLUE keeps to itself, is only ever predicted.
+        # Raises a UserError if test.json is missing: better now than after hours of training.
+        data.split_path(task.name, "test", args.data_dir)
+    # dev chooses the checkpoint. test.json only gets predictions, as CLUE keeps its labels to itself.
     splits = data.read_train_and_dev(task, args)
-    # For stage.json, with the md5 of each file: with other data it is another run.
+    # For stage.json, with the md5 of each file: changed data makes it a different run.
     described = {name: split.describe() for name, split in splits.items()}
 
     # The model: a pre-trained encoder, and a classifier [hidden_size, labels] whose weights are random so far.
     start = checkpoints.load_pretrained_for(args, len(task.labels))
 
     # The run. It knows whether this result is there already, refuses a directory that holds another one, and keeps the
-    # state from which the same command resumes.
-    fields = {"task": task.name, "labels": list(task.labels), **start.fields}
-    accuracy = None
-    with ResumableRun("finetune", args, [args.output_dir], start.parent, described, start.notes, **fields) as run:
+    # state from which the same command resumes. For stage.json it gets what the result is made from: parent (directory
+    # and hashes of the weights that training starts from), data, and notes (what is random or partial), which every
+    # later stage inherits.
+    fields = {"parent": start.parent, "data": described, "notes": start.notes, **start.fields}
+    fields.update(task=task.name, labels=list(task.labels))
+    with ResumableRun("finetune", args, [args.output_dir], **fields) as run:
         if not run.finished:
             features = training.convert(args, run, splits, start.tokenizer, task.labels)
             state = train(args, run, start.model, features, start.tokenizer.pad_id)
-            if run.is_first:
-                accuracy = save_best(args, run, state, start.tokenizer)
+            if run.is_first:  # of several processes, the only one that writes
+                save_best(args, run, state, start.tokenizer)
     if args.do_predict and run.is_first:
         scoring.predict_test(args, args.output_dir)
-    return accuracy
+
+
+def objective(model, batch):
+    """The mean loss over a batch, float32 []: the place for another loss on the same labels.
+
+    Another kind of target (a score, several labels per text) also concerns data.read_split, which reads the labels, the
+    number of outputs in fine_tune, batching.scores, and what evaluate and save_best call accuracy.
+    """
+    logits = model(*training.tensors(batch))  # float32 [batch_size, labels]
+    return paddle.nn.functional.cross_entropy(logits, paddle.to_tensor(batch.labels))
 
 
 def train(args, run, model, features, pad_id):
@@ -79,33 +100,37 @@ def train(args, run, model, features, pad_id):
     """
     # TNEWS: 53,360 records / 32 = 1,668 steps an epoch, x 3 epochs = 5,004 steps.
     progress = training.Progress(args, len(features["train"]))
-    # AdamW. The learning rate rises over the first tenth of the steps, because the new classifier's gradients are large
-    # at first and would damage the pre-trained weights, and then falls to 0.
+    # AdamW. The learning rate rises over the first tenth of the steps, then falls to 0. Without the slow start, the
+    # large gradients of the new classifier would damage the pre-trained weights.
     optimizer, schedule = training.make_optimizer(model, args, progress.steps)
-    # After a kill: weights, AdamW's moments and the step of the last evaluation. A new run starts with these values.
+    # After a kill: weights, AdamW's moments, step, evaluations and best of the last evaluation, so at most --save_steps
+    # steps are repeated. Otherwise step 0 and the values given here. No random state is kept: the order of the data and
+    # dropout follow from seed and step, so a resumed run equals an uninterrupted one.
     state = run.restore(model, optimizer, schedule, best=None, evaluations=[])
 
     # Dropout is on while training, and off in modeling.score.
     model.train()
     batches = training.training_batches(features["train"], args, state["step"], progress.steps, pad_id)
     for step, batch, share in progress.bar(batches, state["step"], args.task_name):
-        # In a single process share is 1. Several processes divide each batch among them; weighted by its share, the
-        # sum of their gradients is that of the whole batch. A process that gets no record adds nothing.
-        loss = paddle.zeros([])
-        if batch:
-            logits = model(*training.tensors(batch))  # float32 [batch_size, labels]
-            # For another objective (several labels per text, a score) change this line, and the metrics in evaluate.
-            loss = paddle.nn.functional.cross_entropy(logits, paddle.to_tensor(batch.labels)) * share
+        # All processes together take --batch_size x processes records a step, each of them its part. share is the size
+        # of the part over that of the whole: 1 in a single process, 1/2 in each of two. Means weighted by share add up
+        # to the mean over all records, also where the last batch of an epoch cannot be divided evenly.
+        loss = 0.0
+        if batch is not None:  # without a record left, a process still takes part in the sum below
+            loss = objective(model, batch) * share
             loss.backward()
-        # Clips the gradients (--max_grad_norm), takes one step of AdamW and one of the schedule, clears the gradients.
+        # Sums the gradients over the processes, which wait for each other here; clips them (--max_grad_norm); takes one
+        # step of AdamW and one of the schedule; clears the gradients.
         training.update(model, optimizer, schedule)
         progress.loss(step, loss, schedule)
 
         # The published search evaluated every 100 steps: 51 times for TNEWS. The best checkpoint often lies within an
-        # epoch. As dev chooses it, its dev accuracy is a little optimistic.
+        # epoch. As dev chooses it, its dev accuracy is a little optimistic. The other processes wait meanwhile.
         if run.is_first and (step % args.save_steps == 0 or step == progress.steps):
             evaluate(run, model, features["dev"], pad_id, step, state, progress)
-            run.save_state(step, model, optimizer, state, [state["best"]["directory"]])
+            # One rename makes it valid, so a kill meanwhile leaves the state before it. Older states are deleted, and
+            # checkpoints but for those named here. The schedule is not saved: it follows from the step.
+            run.save_state(step, model, optimizer, state, checkpoints=[state["best"]["directory"]])
     return state
 
 
@@ -127,35 +152,36 @@ def evaluate(run, model, dev_features, pad_id, step, state, progress):
 
 
 def save_best(args, run, state, tokenizer):
-    """Writes --output_dir: model, tokenizer, evaluations.jsonl, stage.json. Returns: the best dev accuracy."""
-    best, majority_class = state["best"], run.fields["data"]["dev"]["majority_class"]
+    """Writes --output_dir: model, tokenizer, evaluations.jsonl, stage.json."""
+    best, majority_share = state["best"], run.fields["data"]["dev"]["majority_class"]
     # A model that always answers the most frequent class reaches this accuracy without having learnt anything.
-    if best["accuracy"] <= majority_class:
+    if best["accuracy"] <= majority_share:
         run.notes.append("fine-tuning: dev accuracy not above the majority class")
         print("note: not above the majority class, so nothing was learnt; try more epochs or another learning rate")
     metrics = {name: best[name] for name in ("accuracy", "loss", "step")}
     metrics.update(selected_on="dev", max_seq_length=args.max_seq_length, evaluated_every=args.save_steps)
     checkpoint, evaluations = best["directory"], state["evaluations"]
     with run.output(args.output_dir, checkpoint=checkpoint, evaluations=evaluations, metrics=metrics) as directory:
-        # The tokenizer travels with the model, so that no later stage has to be told which one it was.
+        # The run has copied the checkpoint there, and adds evaluations.jsonl and stage.json. The tokenizer travels with
+        # the model, so that no later stage has to be told which one it was.
         tokenizer.save(directory)
     print(
         f"{run.fields['task']}: dev accuracy {best['accuracy']:.4f} at step {best['step']} "
-        f"(majority class {majority_class:.4f}) -> {args.output_dir}"
+        f"(majority class {majority_share:.4f}) -> {args.output_dir}"
     )
-    return best["accuracy"]
 
 
 def main(argv=None):
     args = parse_args(argv)
     training.start(args)
     if args.do_train:
-        return fine_tune(args)
+        fine_tune(args)
+        return
+    # Both can be asked for. "" is no directory either, and gets the same message as one that is not there.
     if args.do_eval:
         scoring.evaluate(args, args.model_name_or_path or "")
     if args.do_predict:
         scoring.predict_test(args, args.model_name_or_path or "")
-    return None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Fine-tunes one model on one task with one setting; what follows the seven arguments goes to run_clue.py.
-# Writes MODEL/models/TASK/LR_BATCH/.
+# Fine-tunes one model on one task with one setting. Writes MODEL/models/TASK/LR_BATCH/.
+# Arguments after the first seven are passed on to run_clue.py.
 set -e
 . "$(dirname -- "$0")/../common/launcher.sh"
 usage 7 $# "sh run_clue.sh TASK LR BATCH EPOCHS MAX_SEQ_LEN GPU_ID MODEL [more arguments of run_clue.py]"

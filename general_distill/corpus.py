@@ -9,11 +9,11 @@ import numpy as np
 from common import UserError, batching, files
 from common.training import group_by_length as sort_into_batches
 
-BLOCK = 50_000  # lines that are in memory and shuffled together
+BLOCK = 50_000  # lines that are held in memory and shuffled together
 
 
 def make_batch(texts, tokenizer, max_seq_length):
-    """(batching.Batch of the texts, without labels; number of its tokens that are not padding)"""
+    """(batching.Batch of the texts, without labels; number of its tokens without padding)"""
     features = [batching.Feature(*encoded, None) for encoded in tokenizer.encode(texts, None, max_seq_length)]
     batch = batching.collate(features, range(len(features)), tokenizer.pad_id)
     return batch, sum(len(feature.input_ids) for feature in features)
@@ -22,7 +22,7 @@ def make_batch(texts, tokenizer, max_seq_length):
 class Corpus:
     """The sentences in all files of a directory.
 
-    An epoch takes each line that is not blank once. Seed and epoch decide the order of the files, and the order of the
+    An epoch contains every non-blank line once. Seed and epoch determine the order of the files, and the order of the
     lines within each block of 50,000.
     """
 
@@ -40,7 +40,7 @@ class Corpus:
     def lines(self, epoch):
         """Yields the lines in the epoch's order of shards. Raises: UserError for a line that is not UTF-8."""
         for shard in np.random.default_rng([self.seed, epoch]).permutation(len(self.shards)):
-            with open(self.shards[shard], "rb") as file:  # in bytes: str lines would also end at U+2028
+            with open(self.shards[shard], "rb") as file:  # bytes, so that a decoding error can name its line
                 for number, line in enumerate(file, 1):
                     try:
                         text = line.decode("utf-8").strip()
@@ -50,10 +50,10 @@ class Corpus:
                         yield text
 
     def sentences(self, epoch, batch_size=1, group_by_length=False):
-        """Yields the sentences of an epoch in its shuffled order, with those of similar length in a batch if asked."""
+        """Yields the shuffled sentences of an epoch. ``group_by_length``: batches have sentences of similar length."""
         random = np.random.default_rng([self.seed, epoch, 1])
         lines = self.lines(epoch)
-        # A block of whole batches, so that no batch lies in two blocks.
+        # A block consists of whole batches, so that no batch spans two blocks.
         while block := list(itertools.islice(lines, max(BLOCK // batch_size, 1) * batch_size)):
             order = random.permutation(len(block))
             if group_by_length:
@@ -64,7 +64,7 @@ class Corpus:
         return -(-sum(1 for _ in self.lines(0)) // batch_size)
 
     def batches(self, batch_size, skip=0, group_by_length=False):
-        """Yields (epoch, list of batch_size sentences) without end, from the batch after ``skip`` on.
+        """Yields (epoch, list of batch_size sentences) endlessly, after skipping the first ``skip`` batches.
 
         The last batch of an epoch may be smaller. Skipped batches are read and shuffled, but not tokenized: about a
         million lines per second.
@@ -87,6 +87,6 @@ class Corpus:
             epoch += 1
 
     def describe(self):
-        """For stage.json: name and sha256 of each file, and one md5 of all these."""
+        """The description for stage.json: name and sha256 of each file, and one md5 over all of them."""
         shards = [{"file": os.path.basename(path), "sha256": files.file_hash(path)} for path in self.shards]
         return {"md5": hashlib.md5(str(shards).encode()).hexdigest(), "shards": shards}

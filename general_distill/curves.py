@@ -1,7 +1,7 @@
-"""Draws what general distillation gave: loss of teacher and student, and accuracy of the student against a random twin.
+"""Plots the results of general distillation: losses of teacher and student, accuracy of the student after fine-tuning.
 
 Reads the stage.json files of a pre-trained teacher, a distilled student, and of models fine-tuned from the student and
-from random weights with the same settings (several seeds of each); writes a picture, and the figures as JSON.
+from random weights with the same settings (several seeds of each). Writes a plot, and its figures as JSON.
 
     python curves.py --teacher teacher --student pretrain/model_6000 --distilled d1 d2 d3 --random r1 r2 r3 \\
         --output curves.png --json ../results/distillation.json
@@ -18,7 +18,7 @@ import numpy as np
 from common import UserError, cli, files, records
 
 
-# The arguments of run_clue.py that twins have in common: all that changes a training but seed and start.
+# Arguments of run_clue.py that must be equal in all compared runs: all that affect training, except the seed.
 SHARED_ARGUMENTS = (
     "learning_rate batch_size num_train_epochs max_steps weight_decay warmup_steps warmup_proportion adam_epsilon "
     "max_grad_norm group_by_length save_steps max_seq_length max_train_samples max_eval_samples use_faster_tokenizer"
@@ -31,9 +31,9 @@ def parse_args(argv=None):
     parser.add_argument("--student", required=True, help="directory that general_distill.py wrote")
     help = "models fine-tuned from the student, one per seed"
     parser.add_argument("--distilled", nargs="+", required=True, help=help)
-    parser.add_argument("--random", nargs="+", required=True, help="their twins from random weights")
-    parser.add_argument("--output", required=True, help="the picture")
-    parser.add_argument("--json", required=True, help="the figures")
+    parser.add_argument("--random", nargs="+", required=True, help="models trained from random weights, one per seed")
+    parser.add_argument("--output", required=True, help="PNG file of the plot")
+    parser.add_argument("--json", required=True, help="JSON file of the figures")
     return parser.parse_args(argv)
 
 
@@ -51,7 +51,7 @@ def read_runs(directories):
 
 
 def check_twins(distilled, random, student):
-    """Raises: UserError unless the runs differ in nothing but seed and start, and start from that student."""
+    """Raises: UserError unless the runs differ only in seed and start, and ``distilled`` start from that student."""
     settings = set()
     for run in distilled + random:
         arguments = {name: run["record"]["arguments"][name] for name in SHARED_ARGUMENTS}
@@ -71,7 +71,7 @@ def main(argv=None):
     student = records.read_record(args.student, "a distilled student")
     runs = {"distilled": read_runs(args.distilled), "random": read_runs(args.random)}
     check_twins(runs["distilled"], runs["random"], student)
-    means = {name: float(np.mean([run["accuracy"] for run in of])) for name, of in runs.items()}
+    means = {name: float(np.mean([run["accuracy"] for run in group])) for name, group in runs.items()}
     figures = {
         "teacher": {"record": teacher, "step, loss, accuracy": teacher["history"]},
         "student": {"record": student, "step, loss": student["losses"]},
@@ -105,10 +105,10 @@ def draw(path, teacher, student, runs):
     twin.legend(loc="center right")
     middle.plot(*zip(*student["losses"]))
     middle.set(title="student: relation loss", xlabel="step", ylabel="KL per row, Q + K + V, nats")
-    for color, (name, of) in zip(("C2", "C3"), runs.items()):
-        for number, run in enumerate(of):
+    for color, (name, group) in zip(("C2", "C3"), runs.items()):
+        for number, run in enumerate(group):
             xs, ys = zip(*run["evaluations"])
-            label = f"{name} start, {len(of)} seeds" if number == 0 else None
+            label = f"{name} start, {len(group)} seeds" if number == 0 else None
             right.plot(xs, [y * 100 for y in ys], color=color, alpha=0.8, marker=".", label=label)
     right.set(title=f"{runs['random'][0]['record']['task']} dev accuracy, %", xlabel="fine-tuning step")
     right.legend(loc="lower right")

@@ -1,15 +1,15 @@
 """Multi-head self-attention relation distillation (MiniLMv2, arXiv 2012.15828), with PP-MiniLM's sample relations.
 
 Queries, keys and values of one layer of teacher and student are regrouped into the same number of relation heads,
-whatever heads either model has. With X one of the three, d its width per relation head, a relation is
-R = softmax(X X^T / sqrt(d)), over three pairings:
+regardless of the models' own heads. Let X be one of the three, and d its width per relation head. A relation is
+R = softmax(X X^T / sqrt(d)), computed over three pairings:
 
     token-token    X as [batch, heads, tokens, d]: how each token attends to the tokens of its sequence
     head-head      X as [batch, tokens, heads, d]: how the relation heads of one token relate
     sample-sample  X as [tokens, heads, batch, d]: how one position relates across the samples of the micro-batch
 
-The loss of a term is KL(teacher || student), summed over the rows of R; the number of valid rows (relation heads x
-valid tokens of the batch, for each term) divides it. Padding is masked in rows and in columns.
+The loss of a term is KL(teacher || student), summed over the rows of R and divided by the number of valid rows (for
+each term: relation heads x valid tokens of the batch). Padding is masked in rows and in columns.
 """
 
 from common import UserError
@@ -17,17 +17,17 @@ from common.compat import paddle
 
 F = paddle.nn.functional
 
-MASKED = -1e9  # added to a score: its softmax is 0 in float32
+MASKED = -1e9  # added to masked scores, so that their softmax is 0 in float32
 
 
 def add_relation_arguments(group):
-    help = "layers of the student; checked against it if given"
+    help = "number of layers of the student; if given, it is only checked"
     group.add_argument("--num_layers", type=int, help=help)
-    help = "from 0; 19 of a large teacher's 24 layers"
+    help = "teacher layer to distill, counted from 0; 19 for a large teacher with 24 layers"
     group.add_argument("--teacher_layer_index", type=int, default=19, help=help)
-    help = "from 0; the last layer as a rule"
+    help = "student layer to train, counted from 0; usually the last one"
     group.add_argument("--student_layer_index", type=int, default=5, help=help)
-    help = "64 for a large, 48 for a base teacher; must divide the hidden sizes of both models"
+    help = "relation heads: 64 for a large, 48 for a base teacher; must divide the hidden sizes of both models"
     group.add_argument("--num_relation_heads", type=int, default=64, help=help)
     group.add_argument("--alpha", type=float, default=0.0, help="weight of head-head relations")
     help = "weight of sample-sample relations; the published model used 1.0"
@@ -49,7 +49,7 @@ def check_layers(args, student, teacher):
 
 
 class _Captured(Exception):
-    """Ends a forward pass at the point where nothing more is needed of it."""
+    """Raised to end a forward pass early, once all three projections are captured."""
 
 
 class CapturedQKV:
@@ -67,8 +67,8 @@ class CapturedQKV:
     def capture(self, name, output):
         self.outputs[name] = output
         if len(self.outputs) == 3:
-            # The loss does not depend on the rest of the layer, the layers above and the pooler: 40 % of the forward
-            # pass of a model with 2 layers. Only an exception can end PaddleNLP's forward functions early.
+            # The loss does not need the rest of the layer, the layers above and the pooler: they take 40 % of the
+            # forward pass of a model with 2 layers. Only an exception can end PaddleNLP's forward functions early.
             raise _Captured
 
     def run(self, *inputs):
@@ -87,7 +87,7 @@ def relation_scores(x, mask, heads, term):
 
     Args: x: float [batch, tokens, hidden]; mask: float [batch, tokens], 1 for a token, 0 for padding; heads: relation
         heads, which divide hidden; term: ``token``, ``head`` or ``sample``.
-    Returns: (scores, masked where padding is compared with; rows, 1 where a row counts, in the scores' leading shape).
+    Returns: (scores with masked padding columns; rows: 1 for valid rows, 0 for padding, like the scores' leading axes).
     """
     x = x.reshape([0, 0, heads, -1])
     width = x.shape[-1]
@@ -108,10 +108,10 @@ def relation_scores(x, mask, heads, term):
 
 def term_sum(teacher, student, mask, heads, term):
     """Sum over valid rows of KL(teacher's relation || student's) for one of Q, K, V; a scalar in nats."""
-    taught, rows = relation_scores(teacher, mask, heads, term)
-    learnt, _ = relation_scores(student, mask, heads, term)
-    log_taught, log_learnt = F.log_softmax(taught), F.log_softmax(learnt)
-    return ((log_taught.exp() * (log_taught - log_learnt)).sum(-1) * rows).sum()
+    teacher_scores, rows = relation_scores(teacher, mask, heads, term)
+    student_scores, _ = relation_scores(student, mask, heads, term)
+    log_teacher, log_student = F.log_softmax(teacher_scores), F.log_softmax(student_scores)
+    return ((log_teacher.exp() * (log_teacher - log_student)).sum(-1) * rows).sum()
 
 
 def relation_loss(teacher_qkv, student_qkv, mask, heads, alpha=0.0, beta=0.0):

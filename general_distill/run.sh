@@ -1,7 +1,7 @@
 #!/bin/sh
-# The published general distillation: RoBERTa-wwm-ext-large (layer 20 of 24) into a student of 6 layers, 400,000 steps of 512
-# sentences. Writes pretrain/model_STEP. What follows the two arguments goes to general_distill.py and wins over what is
-# set here; on several GPUs: NPROC=8 sh run.sh ... (--batch_size is per process).
+# Runs the published general distillation: RoBERTa-wwm-ext-large (layer 20 of 24) into a student of 6 layers, 400,000
+# steps with batches of 512 sentences. Writes pretrain/model_STEP. Further arguments are passed on to general_distill.py
+# and override the settings below. On several GPUs: NPROC=8 sh run.sh ... (--batch_size is per process).
 set -e
 . "$(dirname -- "$0")/../common/launcher.sh"
 usage 2 $# "sh run.sh INPUT_DIR STUDENT [more arguments of general_distill.py]

@@ -1,8 +1,8 @@
-"""DynaBERT width pruning on PaddleSlim's OFA: which widths exist, what is important, the supernet, its sub-models.
+"""DynaBERT width pruning with PaddleSlim's OFA: valid widths, importance of heads and neurons, supernet, sub-models.
 
-A width w keeps round(w x heads) attention heads and the same share of FFN neurons in every layer; the hidden size
-stays. Ranking and reordering heads and neurons by importance first means that a narrower model is a prefix of each
-matrix (DynaBERT, arXiv 2004.04037); PaddleSlim's OFA (arXiv 1908.09791) trains several prefixes in one set of weights.
+A width w keeps round(w x heads) attention heads and the same share of FFN neurons in every layer; the hidden size is
+unchanged. Heads and neurons are first reordered by importance, so that a narrower model is a prefix of each matrix
+(DynaBERT, arXiv 2004.04037). PaddleSlim's OFA (arXiv 1908.09791) trains several prefixes in one set of weights.
 """
 
 import os
@@ -16,28 +16,28 @@ SUB_CONFIG = "model_config.json"
 
 
 def add_pruning_arguments(group):
-    help = "weight of the soft cross-entropy beside the hidden states' 0.1; raise it if the narrow model agrees too "
-    help += "rarely with the fine-tuned one"
+    help = "weight of the soft cross-entropy of the logits (the hidden states have 0.1); raise it if the pruned model "
+    help += "agrees too rarely with the fine-tuned one"
     group.add_argument("--lambda_logit", type=float, default=1.0, help=help)
-    help = "what ranks heads and neurons; dev is the published recipe, and shows the selection set to the ranking"
+    help = "split that ranks heads and neurons; dev is the published recipe, but models are also selected on dev"
     group.add_argument("--importance_split", choices=("train", "dev"), default="train", help=help)
-    help = "records that rank heads and neurons; lower it to start sooner"
+    help = "number of records used to rank heads and neurons; lower it to start sooner"
     group.add_argument("--importance_samples", type=int, default=2048, help=help, positive=True)
     group.add_flag("--do_train", "accepted; pruning always trains", default=None)
     group.add_flag("--do_eval", "accepted; pruning always evaluates", default=None, without_effect=True)
-    help = "largest difference of a logit allowed between the fine-tuned model and the supernet made from it"
+    help = "largest allowed difference of a logit between the fine-tuned model and its supernet"
     group.add_argument("--parity_tolerance", type=float, default=1e-3, help=help, without_effect=True)
 
 
 def check_widths(widths, record):
-    """Raises: UserError if a width leaves no whole heads and neurons of the model that the record describes."""
+    """Raises: UserError if a width is not valid for the model that the record describes."""
     architecture = record["model"]["architecture"]
     for width in widths:
         check_width(width, architecture["num_attention_heads"], architecture["intermediate_size"])
 
 
 def check_width(width, heads, neurons):
-    """The number of heads that a width keeps. Raises: UserError, with the widths that leave whole heads and neurons."""
+    """The number of heads that a width keeps. Raises: UserError with the valid widths, if this one is not valid."""
     allowed = [k for k in range(1, heads + 1) if neurons * k % heads == 0]
     kept = round(width * heads)
     if kept not in allowed or abs(width * heads - kept) > 1e-3:
@@ -123,20 +123,20 @@ def make_supernet(model, widths):
     weights = {name: value.numpy() for name, value in model.state_dict().items()}
     # Only the encoder's layers have a width. Converting the pooler would hide pooler.dense.weight from PaddleNLP.
     ofa.Convert(ofa.supernet(expand_ratio=sorted({*widths, 1.0}))).convert(modeling.encoder_of(model).encoder)
-    load_plain_state(model, weights)  # converting has made new layers with random weights
+    load_plain_state(model, weights)  # the conversion created layers with random weights
     supernet = ofa.OFA(model, elastic_order=["width"])
     set_width(supernet, 1.0)
     return supernet
 
 
 def check_reordered(teacher, supernet, features, tolerance):
-    """Raises: UserError if the supernet at full width does not compute what the model it was made from does.
+    """Raises: UserError if the supernet at full width gives other logits than the fine-tuned model.
 
-    Args: teacher: checkpoints.Classifier. tolerance: for the largest difference of a logit.
+    Args: teacher: checkpoints.Classifier. tolerance: largest allowed difference of a logit.
     """
     pad_id = teacher.tokenizer.pad_id
-    expected, found = (modeling.predict(model, features, pad_id) for model in (teacher.model, supernet))
-    exporting.check_parity(expected, found, f"{len(features)} dev records, reordered", tolerance)
+    expected, actual = (modeling.predict(model, features, pad_id) for model in (teacher.model, supernet))
+    exporting.check_parity(expected, actual, f"{len(features)} dev records, reordered", tolerance)
 
 
 def plain_state(model):
@@ -150,7 +150,7 @@ def load_plain_state(model, weights):
 
 
 def save_supernet(supernet, config, directory):
-    """Writes the weights of a supernet as those of an ordinary model of full width. Args: config: PaddleNLP's."""
+    """Writes the weights of a supernet as those of an ordinary model of full width. Args: config: PaddleNLP config."""
     config.save_pretrained(directory)
     paddle.save(plain_state(supernet.model), os.path.join(directory, checkpoints.WEIGHTS))
 
@@ -192,7 +192,7 @@ def slice_state(weights, width, heads):
 def build_sub_model(record, width):
     """An ordinary dynamic model with the narrow layers of that width and random weights.
 
-    Args: record: of the whole model, or another dict with its ``model`` and ``labels``.
+    Args: record: record of the full model, or another dict with its ``model`` and ``labels``.
     """
     architecture = record["model"]["architecture"]
     cls = modeling.model_class(record["model"]["model_type"])
@@ -210,7 +210,7 @@ def build_sub_model(record, width):
 
 
 def count_width(record, width):
-    """(params, flops) of the sub-model of that width. Args: record: of the whole model."""
+    """(params, flops) of the sub-model of that width. Args: record: record of the full model."""
     return modeling.count(build_sub_model(record, width))
 
 
@@ -226,8 +226,8 @@ def save_sub_model(directory, weights, record, width):
 def load_sub_model(directory):
     """Loads a pruned model for further training or inference: (model in eval mode, tokenizer, stage record).
 
-    ``from_pretrained`` cannot: it would build layers of full width. Args: directory: ``.../sub/model_width_0.75000``.
-    Raises: UserError if the directory is not one, or its weights are damaged.
+    ``from_pretrained`` would build layers of full width. Args: directory: ``.../sub/model_width_0.75000``.
+    Raises: UserError if the directory is not a pruned model, or its weights are damaged.
     """
     record = records.read_record(directory, "a pruned model (pruning/export.sh)")
     if SUB_CONFIG not in record["weights"]:
@@ -240,7 +240,7 @@ def load_sub_model(directory):
 
 
 class HiddenStates:
-    """Runs a classification model, or a supernet, and returns the outputs of its embeddings and of every layer, too."""
+    """Runs a classification model or a supernet. Also returns the outputs of the embeddings and of every layer."""
 
     def __init__(self, model):
         self.model, self.states, self.wanted = model, [], False
@@ -249,7 +249,7 @@ class HiddenStates:
             layer.register_forward_post_hook(self.keep)
 
     def keep(self, layer, inputs, output):
-        if self.wanted:  # evaluation runs the same model, and would accumulate the states of all of dev
+        if self.wanted:  # evaluation runs the same model, and must not collect the states of all of dev
             self.states.append(output)
 
     def run(self, inputs):

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Exports every width of a task that is found under DIR/TASK; what follows the two arguments goes to export_model.py.
+# Exports all pruned widths of a task under DIR/TASK. Further arguments are passed on to export_model.py.
 set -e
 . "$(dirname -- "$0")/../common/launcher.sh"
 usage 2 $# "sh export.sh DIR TASK [more arguments of export_model.py], e.g. sh export.sh pruned_models TNEWS"

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Exports every task and width under DIR (default: pruned_models). Goes on after a failure, and lists the failures.
-# With the best.json of a grid search in place of DIR: exports the fine-tuned model that it names for each task.
+# Exports all tasks and widths under DIR (default: pruned_models). Continues after a failure and lists all failures.
+# With the best.json of a grid search instead of DIR: exports the best fine-tuned model of each task.
 set -e
 . "$(dirname -- "$0")/../common/launcher.sh"
 dir=${1:-pruned_models}

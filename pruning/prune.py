@@ -2,7 +2,9 @@
 
 Reads a directory that finetuning/run_clue.py wrote, and the task's data. Ranks heads and FFN neurons by importance,
 trains every width of --width_mult_list in one supernet, and keeps each width's best checkpoint: writes
-<output_dir>/<width>/best_model/. Until then the state is in <output_dir>.unfinished: rerun the same command to resume.
+<output_dir>/<width>/best_model/, which still holds the full-size weights, the important heads and neurons first;
+export.sh cuts the width out of them. Until then the state of the last evaluation is in <output_dir>.unfinished: rerun
+the same command to resume from there.
 
     python prune.py --task_name CLUEWSC2020 --output_dir pruned_models/CLUEWSC2020 --width_mult_list 0.75 \\
         --model_name_or_path ../finetuning/ppminilm-6l-768h/models/CLUEWSC2020/1e-4_32 \\
@@ -26,19 +28,22 @@ def parse_args(argv=None):
     help = "directory that run_clue.py wrote: where pruning starts, and the teacher"
     checkpoints.add_classifier_arguments(main, help)
     cli.add_output_argument(main, "the directories of the widths go there", required=True)
-    help = "shares of heads and neurons to keep; several widths are trained at once, and take as many times as long"
+    help = "shares of heads and neurons to keep; k widths are trained at once and take about k times as long"
     main.add_argument("--width_mult_list", nargs="+", type=float, default=[0.75], help=help)
     dynabert.add_pruning_arguments(parser.add_argument_group("pruning"))
     training.add_training_arguments(parser)
     cli.add_input_arguments(parser)
     args = parser.parse_args(argv)
+    # Sorted, so that "0.5 0.75" and "0.75 0.5" are the same run.
     args.width_mult_list = sorted(set(args.width_mult_list), reverse=True)
     return args
 
 
 def prune(args):
     """Ranks, trains all widths, and writes the directory of each."""
-    # The fine-tuned model is both the start, whose weights are cut, and the teacher, which stays whole: two copies.
+    # The fine-tuned model is both the teacher, which stays as it is, and the start, which the supernet will use up: it
+    # is loaded twice, both in eval mode. --task_name is checked here, and --max_seq_length gets the model's own as
+    # default.
     teacher = checkpoints.load_classifier_for(args, args.model_name_or_path, model_type=args.model_type)
     student = checkpoints.load_classifier(args.model_name_or_path).model
     # 12 heads allow the widths k/12, which all leave whole neurons of 3072: 0.75 keeps 9 heads of 64 columns and 2304
@@ -48,32 +53,38 @@ def prune(args):
     splits = data.read_train_and_dev(data.task_of(teacher.record), args)
     described = {name: split.describe() for name, split in splits.items()}
 
-    # What the fine-tuned model notes (random weights, partial data) is true of the pruned one as well.
-    fields = {"task": teacher.record["task"], "labels": teacher.record["labels"]}
-    fields.update(notes=teacher.record["notes"], noted_by="pruning: ")
+    # The same run as in run_clue.py, with one output per width. What the fine-tuned model notes (random weights,
+    # partial data) is true of the pruned one as well.
+    fields = {"parent": teacher.parent, "data": described, "notes": teacher.record["notes"], "noted_by": "pruning: "}
+    fields.update(task=teacher.record["task"], labels=teacher.record["labels"])
+    # Widths as text from here on: they are keys of the state, which is kept as JSON.
     targets = {
         f"{width:g}": os.path.join(args.output_dir, f"{width:g}", "best_model") for width in args.width_mult_list
     }
-    with ResumableRun("prune", args, list(targets.values()), teacher.parent, described, **fields) as run:
-        if run.finished:
-            return
-        features = training.convert(args, run, splits, teacher.tokenizer, fields["labels"])
-        supernet = make_supernet(args, run, teacher, student, features)
-        state = train(args, run, teacher, supernet, features)
-        if run.is_first:
-            for width, directory in targets.items():
-                save_width(args, run, teacher, width, directory, state)
+    with ResumableRun("prune", args, list(targets.values()), **fields) as run:
+        if not run.finished:
+            features = training.convert(args, run, splits, teacher.tokenizer, fields["labels"])
+            supernet = make_supernet(args, run, teacher, student, features)
+            state = train(args, run, teacher, supernet, features)
+            if run.is_first:
+                for width, directory in targets.items():
+                    save_width(args, run, teacher, width, directory, state)
 
 
 def make_supernet(args, run, teacher, student, features):
     """The student as a supernet: every layer can compute with its first heads and neurons alone."""
-    if run.newest_state() is not None:  # the state that is going to be restored has been reordered already
+    # After a kill, the weights that are going to be restored are in order already. A run that was killed before its
+    # first evaluation ranks again, with the same result.
+    if run.newest_state() is not None:
         return dynabert.make_supernet(student, args.width_mult_list)
     # A width keeps the FIRST heads and neurons, so the important ones are moved to the front. The published recipe
-    # ranks them on dev, which also selects the checkpoint; ranking on train keeps dev unseen.
+    # ranks them on dev, which also selects the checkpoint; ranking on train keeps dev unseen. The importance of a head
+    # is |dL/dg| of a gate g = 1 on its output; that of a neuron comes from w dL/dw over its weights: both estimate how
+    # much the loss L would change without it.
     dynabert.rank_and_reorder(student, features[args.importance_split], teacher.tokenizer.pad_id, args)
     supernet = dynabert.make_supernet(student, args.width_mult_list)
-    # Moving a neuron moves its column in one matrix and its row in the next, so at full width nothing may change.
+    # Moving a neuron moves its column in one matrix and its row in the next, so at full width nothing must change. A
+    # wrong permutation would change every logit, so 32 records are enough to see it.
     dynabert.check_reordered(teacher, supernet, features["dev"][:32], args.parity_tolerance)
     return supernet
 
@@ -91,36 +102,42 @@ def train(args, run, teacher, supernet, features):
         print("before training: " + ", ".join(f"width {w} accuracy {s['accuracy']:.4f}" for w, s in scores.items()))
         state["evaluations"].append({"step": 0, **scores})
 
-    student_states, teacher_states = dynabert.HiddenStates(supernet), dynabert.HiddenStates(teacher.model)
+    # Each runs its model, and also returns what the embeddings and every layer put out.
+    student_recorder, teacher_recorder = dynabert.HiddenStates(supernet), dynabert.HiddenStates(teacher.model)
+    # Dropout is on while training, and off in modeling.score. The teacher stays in eval mode: its targets have no
+    # noise.
+    supernet.train()
     batches = training.training_batches(features["train"], args, state["step"], progress.steps, pad_id)
     for step, batch, share in progress.bar(batches, state["step"], args.task_name):
-        supernet.train()
-        loss_of_step = 0.0
-        if batch:
+        mean_loss = 0.0
+        if batch is not None:
             inputs = training.tensors(batch)
             with paddle.no_grad():
                 # Once per batch, for all widths.
-                teacher_logits, teacher_hidden = teacher_states.run(inputs)
+                teacher_logits, teacher_hidden = teacher_recorder.run(inputs)
             for width in args.width_mult_list:
                 # The widths share their weights: a narrow one is a part of a wide one. So their gradients are added up
-                # before the optimizer makes one step.
+                # (clipped by --max_grad_norm) before the optimizer takes one step. The mean of their losses is shown.
                 dynabert.set_width(supernet, width)
-                logits, hidden = student_states.run(inputs)
-                # DynaBERT's loss compares with the teacher, not with the labels: 0.1 x MSE of the hidden states of
-                # every layer + lambda_logit x cross-entropy with the teacher's probabilities. The hidden size is not
-                # pruned, so the hidden states of all widths have the same shape.
+                logits, hidden = student_recorder.run(inputs)
+                # DynaBERT's loss compares with the teacher, not with the labels: 0.1 x the sum of the MSE of the hidden
+                # states of embeddings and layers, padding included, + lambda_logit x cross-entropy with the teacher's
+                # probabilities. The hidden size is not pruned, so no projection is needed between the two. To learn
+                # from the labels as well, add the cross-entropy of logits and batch.labels here.
                 loss = dynabert.distillation_loss(hidden, teacher_hidden, logits, teacher_logits, args.lambda_logit)
-                # Share of this process in the joint batch, as in run_clue.py.
+                # share: the part of this process in the records of the step, as in run_clue.py.
                 loss = share * loss
                 loss.backward()
-                loss_of_step += float(loss) / len(args.width_mult_list)
+                mean_loss += float(loss) / len(args.width_mult_list)
         training.update(supernet.model, optimizer, schedule)
-        progress.loss(step, loss_of_step, schedule)
+        progress.loss(step, mean_loss, schedule)
 
         if run.is_first and (step % args.save_steps == 0 or step == progress.steps):
             keep_best(args, run, teacher, supernet, features["dev"], step, state, progress)
-            checkpoints_in_use = {best["directory"] for best in state["best"].values()}
-            run.save_state(step, supernet.model, optimizer, state, checkpoints_in_use)
+            # All checkpoints but the best of each width are deleted.
+            run.save_state(
+                step, supernet.model, optimizer, state, [best["directory"] for best in state["best"].values()]
+            )
     return state
 
 
@@ -155,14 +172,15 @@ def keep_best(args, run, teacher, supernet, dev_features, step, state, progress)
 
 
 def save_width(args, run, teacher, width, directory, state):
-    """Writes the result of one width, given as text."""
+    """Writes the result of one width. Args: width: as text, such as "0.75"."""
     record, best = teacher.record, state["best"][width]
     metrics = {name: best[name] for name in ("accuracy", "loss", "step")}
     metrics.update(selected_on="dev", max_seq_length=args.max_seq_length)
     metrics["accuracy_before_training"] = state["evaluations"][0][width]["accuracy"]
     metrics["accuracy_of_parent"] = record["metrics"]["accuracy"]
     model = {**record["model"], "width_mult": float(width), "initialized_from": teacher.parent["path"]}
-    # Those of the narrow model, not of the supernet: 49.1 M of 59.7 M parameters at width 0.75 (6 layers x 768).
+    # params and flops are those of the narrow model, not of the weights in the directory: at width 0.75 of 6 layers x
+    # 768, 49.1 M of 59.7 M parameters and 4.08 G of 5.44 G multiply-adds.
     params, flops = dynabert.count_width(record, float(width))
     fields = {"metrics": metrics, "model": model, "params": params, "flops": flops}
     checkpoint, evaluations = best["directory"], state["evaluations"]

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Prunes a fine-tuned model; what follows the eight arguments goes to prune.py. Writes pruned_models/TASK/WIDTH/best_model/.
-# With the best.json of a grid search in place of seven of them: the best cell of every task, with that cell's settings.
+# Prunes a fine-tuned model. Writes pruned_models/TASK/WIDTH/best_model/. Further arguments are passed on to prune.py.
+# With the best.json of a grid search: prunes the best model of each task, with the settings of its cell.
 set -e
 . "$(dirname -- "$0")/../common/launcher.sh"
 case ${1-} in

@@ -73,10 +73,8 @@ def quantize(
 ):
     """Writes the quantized graph of ``prefix`` into ``directory``.
 
-    Args:
-        features: what calibrates, in one batch.
-        algorithm: mse, avg, abs_max or hist; how the activation scales are chosen.
-        int8_embeddings: whether the word embeddings are stored in INT8, too.
+    Args: features: what calibrates, in one batch. algorithm: how the activation scales are chosen. int8_embeddings:
+        whether the word embeddings are stored in INT8, too.
     """
     with files.empty_directory(os.path.join(directory, ".float")) as scratch:
         if int8_embeddings:

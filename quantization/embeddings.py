@@ -1,6 +1,6 @@
 """Stores the word embeddings of an exported graph in INT8, with one scale per row.
 
-Calibrated quantization leaves them in FP32, and they are two thirds of a quantized file: 65 of 99 MB for 21128 x 768.
+Calibrated quantization leaves them in FP32: two thirds of a quantized file, 65 of 99 MB for 21128 x 768 embeddings.
 """
 
 import os
@@ -13,7 +13,7 @@ from common.compat import paddle
 def quantize_rows(weight):
     """(rows int8 [n, d], scales float32 [n, 1]) with rows * scales nearest to weight, float32 [n, d].
 
-    Symmetric, as the weights of the matrix products: scale = max |row| / 127 (arXiv 2004.09602, section 3).
+    Symmetric, like the weights of the matrix products: scale = max |row| / 127 (arXiv 2004.09602, section 3).
     """
     scales = np.abs(weight).max(1, keepdims=True) / 127
     scales[scales == 0] = 1
@@ -61,7 +61,7 @@ def store_in_int8(prefix, target):
                 inputs = {key: [getattr(value, "name", value)] for key, value in inputs.items()}
                 block._insert_op(position + i, type=kind, inputs=inputs, outputs={"Out": [outputs]}, attrs=attributes)
             block._remove_var(name)
-            # Not save_inference_model: it appends a scale operator, whose output may take the name of an older one.
+            # Not save_inference_model: it appends a scale operator, whose output may get a name that is already used.
             directory, name = os.path.split(target)
             is_parameter = paddle.static.io.is_persistable
             paddle.static.io.save_vars(

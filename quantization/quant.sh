@@ -1,5 +1,5 @@
 #!/bin/sh
-# Quantizes one exported model in all eight ways; what follows the two arguments goes to quant_post.py.
+# Quantizes one exported model in eight ways (4 algorithms, 4 or 8 samples). Further arguments go to quant_post.py.
 set -e
 . "$(dirname -- "$0")/../common/launcher.sh"
 usage 2 $# "sh quant.sh TASK INPUT_DIR [more arguments of quant_post.py]"

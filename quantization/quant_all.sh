@@ -1,7 +1,7 @@
 #!/bin/sh
-# Quantizes every exported model under $MODEL_DIR (default: ../pruning/pruned_models). Goes on after a failure, and lists
-# the failures at the end. Arguments go to quant_post.py. With the best.json of a grid search as the first one: quantizes
-# the fine-tuned model that it names for each task (pruning/export_all.sh BEST_JSON exports them).
+# Quantizes all exported models under $MODEL_DIR (default: ../pruning/pruned_models). Continues after a failure and
+# lists all failures at the end. Arguments are passed on to quant_post.py. With the best.json of a grid search as first
+# argument: quantizes the best fine-tuned model of each task (export them first: pruning/export_all.sh BEST_JSON).
 set -e
 . "$(dirname -- "$0")/../common/launcher.sh"
 MODEL_DIR=${MODEL_DIR:-$root/pruning/pruned_models}

@@ -97,7 +97,7 @@ def read(stage, directory, workspace, *more_words):
 def test_damaged_models(kind, copies, workspace, capsys, fault):
     files, stage = MODELS[kind]
     for name in files:
-        for damage, cause in DAMAGE.items():
+        for cause in DAMAGE.values():
             directory = copies(kind)
             cause(directory / name)
             refused(capsys, directory.parent / "out", [name], read, stage, directory, workspace)
@@ -229,7 +229,7 @@ def test_a_pickle_that_is_more_than_tensors_runs_nothing(tuned, workspace, tmp_p
     directory, mark = tmp_path / "m", str(tmp_path / "it_ran")
     shutil.copytree(tuned, directory, ignore=shutil.ignore_patterns("stage.json", "inference.*"))
     weights = directory / "model_state.pdparams"
-    state = {name: array for name, array in checkpoints.read_tensors(str(weights)).items()}
+    state = dict(checkpoints.read_tensors(str(weights)).items())
     weights.write_bytes(pickle.dumps({**state, "more": Payload(mark)}, protocol=4))
     with contextlib.suppress(NotImplementedError):  # an open file is no tensor; but it is open by then
         paddle.load(str(weights))

@@ -157,7 +157,7 @@ def test_a_later_stage_takes_the_student(distilled, workspace):
 
 def test_two_processes_equal_one_that_accumulates(distillation, tmp_path):
     """No dropout; a step small enough that Adam does not magnify the last bit of gradients that are nearly zero."""
-    root, arguments = distillation
+    _root, arguments = distillation
     arguments = [
         *arguments,
         "--learning_rate",
@@ -265,7 +265,7 @@ def test_what_does_not_fit_is_refused(distillation, tmp_path, changed, message):
     "student, layers, hidden, heads", [("6l-768h", 6, 768, 12), ("4l-256h", 4, 256, 16), ("2l-128h", 2, 128, 2)]
 )
 def test_published_students_take_the_teachers_vocabulary(distillation, student, layers, hidden, heads):
-    root, arguments = distillation
+    _root, arguments = distillation
     script = load_script("general_distill", "general_distill")
     at = arguments.index("--vocab_file")
     args = [

@@ -6,18 +6,20 @@ Once each; FAULTS=long (LONG=1 bash tests/faults.sh) tries more.
 import contextlib
 import hashlib
 import json
+import multiprocessing.forkserver
 import os
 import random
 import re
 import shutil
 import signal
 import subprocess
-import sys
+import tempfile
 import time
 from typing import NamedTuple
 
 import pytest
 from conftest import FAULTS, ROOT
+from kill_at import FORKS, Run
 from test_distillation import distillation  # noqa: F401
 from test_training import finetune_command, prune_command
 
@@ -28,7 +30,6 @@ SEED = int(os.environ.get("FAULTS_SEED", time.time_ns() % 1_000_000))  # of the 
 KILLS = {None: 1, "short": 1, "long": 20}[FAULTS]
 FULL_DISKS = {None: 1, "short": 1, "long": 5}[FAULTS]
 QUANTIZED = "int8.pdmodel"
-KILL_AT = os.path.join(ROOT, "tests/kill_at.py")
 
 
 def script(path, **options):
@@ -108,11 +109,25 @@ STAGES = {
     "quantization": Stage(quantize, "out/abs_max4", "--overwrite --seed 9"),
     "export to serving": Stage(serve, "server", "--feed_alias_names a,b"),
 }
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums in one order, so that results are the same bit for bit
+LOGS = tempfile.mkdtemp(prefix="faults")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """For the server that forks the runs: sums in one order, so that results are the same bit for bit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        multiprocessing.forkserver.ensure_running()
+        yield
+    shutil.rmtree(LOGS, ignore_errors=True)
+
+
+def start(command, *arguments):
+    return Run(command, os.path.join(LOGS, str(time.monotonic_ns())), *arguments)
 
 
 def run(command, status=0):
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    done = start(command).finish()
     assert done.returncode == status, done.stdout + done.stderr
     return done
 
@@ -131,25 +146,24 @@ def kill(command, directory, number, delay=0.0, second=None):
     Returns: whether it was killed; otherwise it has ended well.
     """
     at_once = not delay and second is None
-    ours, theirs = os.pipe()
-    process = subprocess.Popen(
-        [sys.executable, KILL_AT, str(directory), str(number), str(-1 if at_once else theirs), *command],
-        pass_fds=[theirs], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT, text=True,
-    )  # fmt: skip
-    os.close(theirs)
-    reached = os.read(ours, 1) == b"!"
-    os.close(ours)
+    ours, theirs = FORKS.Pipe(duplex=False)
+    process = start(command, directory, number, None if at_once else theirs)
+    theirs.close()
+    reached = False
+    with contextlib.suppress(EOFError):  # it has killed itself, or ended before that change
+        reached = ours.recv()
     if reached:
         time.sleep(delay)
         if second:
-            process.send_signal(signal.SIGSTOP)
+            os.kill(process.pid, signal.SIGSTOP)
             before = snapshot(directory)
             assert "another run is writing there" in one_line(run(second, 2))
             assert snapshot(directory) == before
-        process.kill()
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode in (0, -signal.SIGKILL), output
-    return process.returncode != 0
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+    done = process.finish()
+    assert done.returncode in (0, -signal.SIGKILL), done.stdout + done.stderr
+    return done.returncode != 0
 
 
 def comparable(path):
@@ -220,7 +234,8 @@ def undisturbed(request, inputs, tmp_path_factory):
     if request.param == "export to serving":
         pytest.importorskip("paddle_serving_app", reason="needs Paddle Serving: bash setup_env.sh --serving")
     stage, directory = STAGES[request.param], tmp_path_factory.mktemp("whole")
-    done = run([KILL_AT, str(directory), "0", "-1", *stage.command(inputs, directory)])
+    done = start(stage.command(inputs, directory), directory).finish()
+    assert done.returncode == 0, done.stdout + done.stderr
     changes, seconds = done.stdout.splitlines()[-1].split()
     return request.param, stage, directory, int(changes), float(seconds)
 

@@ -139,6 +139,7 @@ def results(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         tiny = {name: (kind, "small-2l-128h.json") for name, (kind, _) in perf_models.RANDOM.items()}
         patch.setattr(perf_models, "RANDOM", tiny)
+        patch.setattr(perf, "LEAST_SECONDS", 0.1)
         patch.setattr(perf, "CPU_ROWS", [perf.CPU_ROWS[i] for i in (0, 5, 7)])
         patch.setattr(data, "find_data_dir", no_download(data.find_data_dir))
         rows = perf.main(

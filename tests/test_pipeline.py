@@ -72,7 +72,7 @@ def test_pruned_widths_are_exported_and_accurate(tuned, pruned):
 @pytest.mark.parametrize("width", ["0.75", "0.5"])
 def test_sub_model_loads_again_and_equals_the_supernet(workspace, pruned, width):
     features = topics_features(workspace)
-    sub_model, tokenizer, _ = dynabert.load_sub_model(str(pruned / width / f"sub/model_width_{float(width):.5f}"))
+    sub_model, _tokenizer, _ = dynabert.load_sub_model(str(pruned / width / f"sub/model_width_{float(width):.5f}"))
     best, *_ = checkpoints.load_classifier(str(pruned / width / "best_model"), stage="prune")
     supernet = dynabert.make_supernet(best, [float(width)])
     dynabert.set_width(supernet, float(width))
@@ -211,7 +211,7 @@ def test_other_families_go_through_the_chain(workspace, tmp_path, model_type):
     accuracy = load_script("deploy/python", "infer").main(
         [*common, "--model_path", str(tmp_path / "static/float"), "--max_eval_samples", "10"]
     )
-    assert list(accuracy.values())[0] == pytest.approx(record(tmp_path / "static")["metrics"]["accuracy"], abs=0.11)
+    assert next(iter(accuracy.values())) == pytest.approx(record(tmp_path / "static")["metrics"]["accuracy"], abs=0.11)
 
 
 def test_a_new_task_starts_with_a_new_head(workspace, tuned, tmp_path):

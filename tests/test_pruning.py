@@ -181,8 +181,8 @@ def test_published_sizes(model_type, name, width, params, flops):
 
 def test_ernie_keeps_its_task_embeddings():
     cls = modeling.model_class("ernie")
-    config = dict(vocab_size=50, hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=3,
-                  max_position_embeddings=16, pad_token_id=0, use_task_id=True, task_type_vocab_size=5)  # fmt: skip
+    config = {"vocab_size": 50, "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "num_labels": 3,
+                  "max_position_embeddings": 16, "pad_token_id": 0, "use_task_id": True, "task_type_vocab_size": 5}  # fmt: skip
     model = cls(cls.config_class(**config))
     sub_model = dynabert.build_sub_model(described("ernie", modeling.architecture_of(model), 3), 1.0)
     assert sorted(sub_model.state_dict()) == sorted(model.state_dict())

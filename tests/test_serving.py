@@ -174,8 +174,7 @@ def test_pairs(pair_model, tmp_path):
             status, answer = service.post(wrong)
             assert status == 400 and said in answer["err_msg"] and "labels" not in answer
         done = subprocess.run(
-            [sys.executable, "deploy/serving/rpc_client.py", "--address", f"127.0.0.1:{service.rpc}"]
-            + ["--text", *(a for a, _ in pairs), "--text_pair", *(b for _, b in pairs)],
+            [sys.executable, "deploy/serving/rpc_client.py", "--address", f"127.0.0.1:{service.rpc}", "--text", *(a for a, _ in pairs), "--text_pair", *(b for _, b in pairs)],
             cwd=ROOT, capture_output=True, text=True,
         )  # fmt: skip
         rows = [json.loads(line) for line in done.stdout.splitlines()]

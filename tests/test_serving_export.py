@@ -38,7 +38,7 @@ def test_the_server_directory_runs(exports, tmp_path, kind):
     for _ in range(2):
         export(directory, name, tmp_path)
     server = tmp_path / "server"
-    record = checkpoints.open_graph(str(server / name))
+    record = checkpoints.open_graph(str(server / name)).record
     assert record["labels"] == records.read_record(str(directory))["labels"] and (server / "vocab.txt").is_file()
     features = [batching.Feature([2, *range(5, 5 + n), 3], [0] * (n + 2), None) for n in (3, 9, 20)]
     logits = [

@@ -20,17 +20,17 @@ def arguments(**changed):
 
     return Namespace(
         **{
-            **dict(
-                batch_size=4,
-                seed=3,
-                group_by_length=False,
-                learning_rate=1e-3,
-                warmup_steps=0,
-                weight_decay=0.1,
-                warmup_proportion=0.1,
-                adam_epsilon=1e-8,
-                max_grad_norm=1.0,
-            ),
+            **{
+                "batch_size": 4,
+                "seed": 3,
+                "group_by_length": False,
+                "learning_rate": 1e-3,
+                "warmup_steps": 0,
+                "weight_decay": 0.1,
+                "warmup_proportion": 0.1,
+                "adam_epsilon": 1e-8,
+                "max_grad_norm": 1.0,
+            },
             **changed,
         }
     )

@@ -13,11 +13,9 @@ import data
 import numpy as np
 from common import batching, cli, engine, tokenization
 
-LEAST_SECONDS = 4  # of a measurement: a shorter pass is repeated until the sum is above it, and the mean counts
-
 
 def file_order(examples, tokenizer, max_seq_length, batch_size):
-    """Yields the batches of examples as a plain loop makes them: in the order of the file, padded to the longest."""
+    """Yields the batches of a plain loop: examples in file order, each batch padded to its longest example."""
     for start in range(0, len(examples), batch_size):
         features = batching.convert(examples[start : start + batch_size], tokenizer, max_seq_length)
         batch = batching.collate(features, range(len(features)), tokenizer.pad_id)
@@ -31,10 +29,10 @@ def plain(runner, examples, tokenizer, max_seq_length, batch_size):
 
 
 def warm_up(runner, tokenizer, examples, max_seq_length, batch_size, steps, batches=engine.window_batches):
-    """Runs a batch of every shape of a pass, and ``steps`` batches at least. Returns: the number of shapes."""
-    coming = list(batches(examples, tokenizer, max_seq_length, batch_size))
-    shapes = {batch.input_ids.shape: batch for batch in coming}
-    more = (coming * steps)[: max(0, steps - len(shapes))]
+    """Runs one batch of every shape of a pass, and at least ``steps`` batches. Returns: the number of shapes."""
+    upcoming = list(batches(examples, tokenizer, max_seq_length, batch_size))
+    shapes = {batch.input_ids.shape: batch for batch in upcoming}
+    more = (upcoming * steps)[: max(0, steps - len(shapes))]
     if batches is file_order:
         for batch in [*shapes.values(), *more]:
             runner.run(batch)
@@ -46,7 +44,7 @@ def warm_up(runner, tokenizer, examples, max_seq_length, batch_size, steps, batc
 
 
 def latency(runner, tokenizer, examples, max_seq_length):
-    """(p50, p99) in milliseconds of one text at a time, tokenizing included, each length prepared before."""
+    """[p50, p99] latency in milliseconds of single texts, including tokenization. Every length is warmed up first."""
     rows = [batching.convert([example], tokenizer, max_seq_length) for example in examples]
     longest = max(len(row[0].input_ids) for row in rows)
 
@@ -64,7 +62,7 @@ def latency(runner, tokenizer, examples, max_seq_length):
 
 
 def time_runs(args, model, examples, runs=5):
-    """infer.py --perf: prints the time of all examples end to end, in every run and on average, and of single texts.
+    """For infer.py --perf: prints the end-to-end time of all examples, per run and on average, and of single texts.
 
     Args: model: infer.Model.
     """
@@ -83,19 +81,19 @@ def time_runs(args, model, examples, runs=5):
         f"{middle:.3f} s, slowest minus fastest {spread:.3f} s), batch size {args.batch_size}, maximum length {length}"
     )
     memory = peak_memory() / 1e6
-    # A single text is computed fastest in one stream that has all threads.
+    # Single texts are fastest in one stream that uses all threads.
     p50, p99 = latency(model.open_engine(features, streams=1), model.tokenizer, examples[:200], length)
     print(f"one at a time: p50 {p50:.2f} ms, p99 {p99:.2f} ms; peak memory before that {memory:.0f} MB")
 
 
 def peak_memory():
-    """Bytes that this process held at most; getrusage would also count the process that started it."""
+    """Peak memory of this process in bytes. getrusage would include the memory of the process that started it."""
     with open("/proc/self/status", encoding="ascii") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
 
 
 def open_runner(spec, features, pad_id):
-    """What computes: Paddle Inference, or a peer that peers.py knows."""
+    """Opens the engine of the specification: Paddle Inference, or another one that peers.py provides."""
     if spec["engine"] == "paddle":
         options = spec["device"], spec["precision"], spec["threads"], spec["device"] != "cpu", spec["batch_size"]
         return engine.open_engine(spec["prefix"], features, *options, pad_id, spec["streams"])
@@ -125,7 +123,7 @@ def main(argv=None):
     result["prepare_seconds"] = time.perf_counter() - started
     for fast, tokenizer in tokenizers.items():
         seconds = []
-        while sum(seconds) < LEAST_SECONDS:
+        while sum(seconds) < spec["least_seconds"]:
             started = time.perf_counter()
             if spec["plain"]:
                 logits = plain(runner, examples, tokenizer, length, size)
@@ -134,10 +132,10 @@ def main(argv=None):
             seconds.append(time.perf_counter() - started)
         result["passes"].append({"fast_tokenizer": fast, "seconds": float(np.mean(seconds)), "runs": len(seconds)})
     result["peak_memory"] = peak_memory()
-    if spec["latency"]:  # all threads for each text
+    if spec["latency"]:  # single texts use all threads
         single = runner if spec["streams"] == 1 else open_runner({**spec, "streams": 1}, features, tokenizer.pad_id)
         result["latency"] = latency(single, tokenizers[spec["fast_tokenizer"][0]], examples[: spec["latency"]], length)
-    if spec["check"]:  # the same model, the plain way, after everything was measured
+    if spec["check"]:  # a plain loop for comparison, after all measurements
         result["plain_logits"] = plain(runner, examples, tokenizer, length, size).tolist()
     result["logits"], result["labels"] = logits.tolist(), [example.label for example in examples]
     print(json.dumps(result))

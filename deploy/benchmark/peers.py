@@ -1,8 +1,8 @@
-"""The pruned network in INT8 against ONNX Runtime and OpenVINO: same sentences, order, batches and tokenizer.
+"""Compares the pruned INT8 model with ONNX Runtime and OpenVINO: same sentences, order, batches and tokenizer.
 
-Makes, from the same exported graph, ONNX Runtime's dynamically quantized model and OpenVINO's (NNCF, calibrated), then
-times all as perf.py does. Each peer gets our graph, whose last layer is computed for [CLS] alone, and the graph as it
-is usually exported. Needs packages of its own, which the pipeline does not:
+Quantizes the same exported graph with ONNX Runtime (dynamic) and with OpenVINO (NNCF, calibrated), and times all three
+like perf.py. The other engines run two graphs each: ours, which computes the last layer for [CLS] only, and the usual
+full export. Needs packages that the pipeline itself does not need:
 
     .venv/bin/python -m pip install --require-hashes -r requirements/peers.txt
     python peers.py
@@ -22,7 +22,7 @@ CALIBRATION = 300  # NNCF's own default
 
 
 class _Session:
-    """A compiled model of a peer behind the interface of a runner."""
+    """A model compiled by another engine, with the interface of a runner."""
 
     def __init__(self, infer):
         self.infer = infer
@@ -50,11 +50,11 @@ class OpenVINO(engine.Streams):
         settings = {
             "NUM_STREAMS": str(streams),
             "INFERENCE_NUM_THREADS": str(engine.thread_count(threads)),
-            "INFERENCE_PRECISION_HINT": precision,  # of what is not in INT8
+            "INFERENCE_PRECISION_HINT": precision,  # of the layers that are not INT8
         }
         compiled = openvino.Core().compile_model(path, "CPU", settings)
         requests = [compiled.create_infer_request() for _ in range(streams)]
-        starting = threading.Lock()  # two threads that hand over inputs at once deadlock (2026.4)
+        starting = threading.Lock()  # concurrent calls of start_async deadlock (2026.4)
 
         def infer(feed, request):
             with starting:
@@ -69,10 +69,10 @@ ENGINES = {"onnxruntime": OnnxRuntime, "openvino": OpenVINO}
 
 
 def convert(prefix, directory, features):
-    """Writes model.int8.onnx and model.int8.xml from the FP32 graph ``prefix``, unless made from it before."""
-    made = {suffix: files.file_hash(prefix + suffix) for suffix in (".pdiparams", ".pdmodel")}
-    made.update(package_versions())
-    perf_models.build_once(directory, made, lambda new: convert_all(prefix, os.path.join(new, "model"), features))
+    """Quantizes the FP32 graph ``prefix`` to model.int8.onnx and model.int8.xml, unless they are up to date."""
+    sources = {suffix: files.file_hash(prefix + suffix) for suffix in (".pdiparams", ".pdmodel")}
+    sources.update(package_versions())
+    perf_models.build_once(directory, sources, lambda new: convert_all(prefix, os.path.join(new, "model"), features))
 
 
 def package_versions():
@@ -94,7 +94,7 @@ def convert_all(prefix, target, features):
     options.optimized_model_filepath = f"{target}.basic.onnx"
     onnxruntime.InferenceSession(f"{target}.onnx", options)
     graph = onnx.load(f"{target}.basic.onnx").graph
-    # Weights per head, of the [CLS]-only layer, have no scales per channel there.
+    # It cannot quantize the per-head weights of the [CLS]-only layer per channel.
     per_head = {constant.name for constant in graph.initializer if len(constant.dims) == 3}
     excluded = [n.name for n in graph.node if n.op_type == "MatMul" and n.input[1] in per_head]
     options = {"per_channel": True, "op_types_to_quantize": ["MatMul"], "weight_type": QuantType.QInt8}
@@ -108,15 +108,15 @@ def convert_all(prefix, target, features):
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
-    parser.add_argument("--pruned", help="FP32 export of the pruned model (default: all three with random weights)")
-    parser.add_argument("--both", help="the same, quantized")
-    parser.add_argument("--full_graph", help="the FP32 export of the same model made with --cls_only False")
-    parser.add_argument("--rounds", type=int, default=5, help="each on its own part of TNEWS dev", positive=True)
-    help = "per round; 2000 x 5 rounds are all of TNEWS dev"
+    parser.add_argument("--pruned", help="FP32 export of the pruned model (default: random weights)")
+    parser.add_argument("--both", help="INT8 export of the same model (default: random weights)")
+    parser.add_argument("--full_graph", help="FP32 export of the same model with --cls_only False")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds, each on other sentences", positive=True)
+    help = "sentences per round; 2000 x 5 rounds cover all of TNEWS dev"
     parser.add_argument("--sentences", type=int, default=2000, positive=True, help=help)
-    parser.add_argument("--vocab_file", help="of a random model; default: a generated one")
-    parser.add_argument("--data_dir", help="with TNEWS; default: $CLUE_DATA_DIR, else downloaded, else generated")
-    parser.add_argument("--output_dir", default=perf.OUTPUT, help="results, and models made here")
+    parser.add_argument("--vocab_file", help="vocabulary of random models (default: a generated one)")
+    parser.add_argument("--data_dir", help="directory with TNEWS (default: $CLUE_DATA_DIR, download or generate)")
+    parser.add_argument("--output_dir", default=perf.OUTPUT, help="directory for results and generated models")
     return parser.parse_args(argv)
 
 
@@ -130,7 +130,7 @@ def main(argv=None):
         raise UserError(f"{error}; requirements/peers.txt lists what this comparison needs") from error
     given = {name: getattr(args, name) for name in ("pruned", "both", "full_graph")}
     if any(given.values()) and not all(given.values()):
-        raise UserError("--pruned, --both and --full_graph are of one model: name all three, or none")
+        raise UserError("--pruned, --both and --full_graph must be of one model: give all three or none")
     options = ["--output_dir", args.output_dir, "--rounds", str(args.rounds), "--sentences", str(args.sentences)]
     for name in ("vocab_file", "data_dir"):
         options += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
@@ -168,9 +168,9 @@ def main(argv=None):
     rows = []
     print("engine | sentences/s | ours is faster by | median, range of the rounds\n--- | --- | --- | ---")
     for name in specs:
-        found = perf.summary(name, rounds, name, baseline_fast=True)
+        own = perf.summary(name, rounds, name, baseline_fast=True)
         ours = perf.summary("PP-MiniLM + pruning + quantization", rounds, name, baseline_fast=True)
-        rate, (low, high) = found["sentences_per_second"], ours["range"]
+        rate, (low, high) = own["sentences_per_second"], ours["range"]
         faster = {key: ours[key] for key in ("speedup", "median", "range")}
         rows.append({"row": name, "sentences_per_second": rate, **faster})
         print(f"{name} | {rate:.0f} | {ours['speedup']:.2f}x | {ours['median']:.2f}, {low:.2f}-{high:.2f}")

@@ -1,9 +1,9 @@
-"""The speed table: BERT-base, PP-MiniLM, pruned, quantized, pruned and quantized, on TNEWS dev end to end.
+"""Measures the speed table: BERT-base, PP-MiniLM, pruned, quantized, pruned and quantized, end to end on TNEWS dev.
 
-Every measurement is a process of its own (measure.py) that loads, prepares and runs one model; a round runs all of
-them over the same sentences, the next round takes other sentences. The baseline is BERT-base in FP32 as a plain loop
-runs it: batches in the file's order, Python tokenizer. Models that are not at hand are built with random weights,
-which changes no speed. Writes perf.json (for summarize.py --perf) and perf.png to --output_dir.
+Each measurement runs in its own process (measure.py), which loads, prepares and runs one model. A round runs all models
+on the same sentences; the next round uses other sentences. The baseline is BERT-base in FP32 in a plain loop: batches
+in file order, Python tokenizer. Missing models are built with random weights, which does not affect the speed.
+Writes perf.json (for summarize.py --perf) and perf.png to --output_dir.
 
     bash ../python/infer_perf.sh               # about half an hour; SHORT=1 takes about two minutes
 """
@@ -25,14 +25,16 @@ from common import ROOT, UserError, batching, cli, engine, files, records
 from tqdm import tqdm
 
 OUTPUT = os.path.join(ROOT, "deploy", "python", "perf")  # beside infer_perf.sh
+# Minimum seconds per measurement: shorter passes are repeated up to this total, and their mean is reported.
+LEAST_SECONDS = 4
 
 
 class Row(NamedTuple):
     title: str
     model: str
     precision: str
-    name: str  # in perf.json; that of the row of summarize.py's CLUE table where there is one
-    published: str = ""  # speed-up on a T4 with TensorRT, with the fast tokenizer (without)
+    name: str  # in perf.json; equal to the name in summarize.py's CLUE table, if the row is there
+    published: str = ""  # speed-up on a T4 with TensorRT: with the fast tokenizer (without it)
     plain: bool = False
     streams: Optional[int] = None
 
@@ -51,7 +53,7 @@ GPU_ROWS = tuple(
     row._replace(precision=row.precision.replace("bf16", "fp16"), title=row.title.replace("BF16", "FP16"))
     for row in CPU_ROWS
 )
-# The fast path of the last row, one step after another; the step from Python's tokenizer is within each row.
+# The optimizations of the last row, added one by one. Each row is timed with the fast and the Python tokenizer.
 EFFECT_ROWS = (
     Row("plain loop, usual export", "both_full", "int8", "plain loop", plain=True),
     Row("+ sorted by length in windows", "both_full", "int8", "sorted", streams=1),
@@ -62,47 +64,47 @@ EFFECT_ROWS = (
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
-    models = parser.add_argument_group("models: file prefixes or directories of exports; default: found, else random")
+    models = parser.add_argument_group("models: file prefix or directory of an export; default: found, else random")
     for name, help in {
         "bert": "BERT-base, fine-tuned and exported with --cls_only False",
-        "finetuned": "default: the best TNEWS cell of finetuning/ppminilm-6l-768h",
-        "pruned": "default: pruning/pruned_models/TNEWS/0.75/sub_static",
-        "quantized": "default: the best of quantization/tnews_finetuned_quant_models",
+        "finetuned": "fine-tuned; default: the best TNEWS cell of finetuning/ppminilm-6l-768h",
+        "pruned": "pruned; default: pruning/pruned_models/TNEWS/0.75/sub_static",
+        "quantized": "quantized; default: the best of quantization/tnews_finetuned_quant_models",
         "both": "pruned and quantized; default: the best of quantization/tnews_quant_models",
-        "vocab_file": "of random models; default: that of the models found, else a generated one",
+        "vocab_file": "vocabulary of random models; default: that of the models found, else a generated one",
     }.items():
         models.add_argument(f"--{name}", type=cli.PathArgument, help=help)
-    models.add_argument("--random", action="store_true", help="random weights for all models that are not named here")
+    models.add_argument("--random", action="store_true", help="use random weights for all models not given here")
     timing = parser.add_argument_group("timing")
-    help = "one round of 640 sentences, without BF16 and the sorted BERT-base"
+    help = "quick run: one round of 640 sentences, without BF16 and the sorted BERT-base"
     timing.add_argument("--short", action="store_true", help=help)
-    timing.add_argument("--rounds", type=int, positive=True, help="each on its own part of dev (default: 5)")
-    help = "per round (default: 1000; 2000 x 5 rounds are all of TNEWS dev)"
+    timing.add_argument("--rounds", type=int, positive=True, help="rounds, each on its own part of dev (default: 5)")
+    help = "sentences per round (default: 1000; 2000 x 5 rounds cover all of TNEWS dev)"
     timing.add_argument("--sentences", type=int, positive=True, help=help)
-    timing.add_argument("--perf_warmup_steps", type=int, default=20, help="batches, at least, before the clock starts")
+    timing.add_argument("--perf_warmup_steps", type=int, default=20, help="minimum number of untimed batches")
     timing.add_argument("--batch_size", type=int, default=32, positive=True, help="sentences per batch")
-    timing.add_argument("--max_seq_length", type=int, default=128, positive=True, help="longer texts are cut")
+    timing.add_argument("--max_seq_length", type=int, default=128, positive=True, help="maximum tokens per text")
     engine.add_cpu_arguments(timing)
-    help = "the steps from a plain loop to the last row, one by one"
+    help = "measure the optimizations from a plain loop to the last row one by one"
     timing.add_argument("--effects", action="store_true", help=help)
-    timing.add_argument("--check", action="store_true", help="also compare predictions with a plain loop's, row by row")
+    timing.add_argument("--check", action="store_true", help="also compare predictions with those of a plain loop")
     other = parser.add_argument_group("other")
     cli.add_device_argument(other)
-    help = "with TNEWS; default: $CLUE_DATA_DIR, else downloaded, else generated"
+    help = "directory with TNEWS; default: $CLUE_DATA_DIR, else downloaded, else generated"
     other.add_argument("--data_dir", type=cli.PathArgument, help=help)
-    help = "where results go, and models that are built here"
+    help = "directory for results and generated models"
     other.add_argument("--output_dir", type=cli.PathArgument, default=OUTPUT, help=help)
     args = parser.parse_args(argv)
     engine.check_streams(args.streams, args.threads)
     if args.effects and any(getattr(args, name) for name in perf_models.MODELS):
-        parser.error("--effects compares graphs of one model, which it makes itself; name none")
+        parser.error("--effects compares graphs of one model, which it builds itself; give no model")
     args.rounds = args.rounds or (1 if args.short else 5)
     args.sentences = args.sentences or (640 if args.short else 1000)
     return args
 
 
 def run_round(specs, number, sentences, bar):
-    """{name: what measure.py prints} of a round, in turn forwards and backwards, so that a drift favours nobody."""
+    """{name: output of measure.py} of one round. The order alternates, so that a drift favours no row."""
     results = {}
     for name in list(specs)[:: -1 if number % 2 else 1]:
         spec = {**specs[name], "start": number * sentences, "stop": (number + 1) * sentences}
@@ -121,30 +123,31 @@ def run_round(specs, number, sentences, bar):
 
 
 def run_rounds(specs, rounds, sentences):
-    """[what run_round returns] of all rounds, with a bar."""
+    """List of the results of run_round for all rounds. Shows a progress bar."""
     with tqdm(total=rounds * len(specs), file=sys.stderr) as bar:
         return [run_round(specs, number, sentences, bar) for number in range(rounds)]
 
 
 def specification(args, prefix, precision, device, data_dir, plain=False, streams=None, **others):
-    """What measure.py needs to know about a row."""
+    """The specification of one measurement, which measure.py reads as JSON."""
     streams = 1 if plain else streams or args.streams or engine.default_streams(device, args.threads)
     common = {name: getattr(args, name) for name in ("threads", "batch_size", "check", "max_seq_length")}
     common.update(task="TNEWS", labels=data.get_task("TNEWS").labels, data_dir=data_dir, fast_tokenizer=[True, False])
-    common.update(engine="paddle", warmup_steps=args.perf_warmup_steps, latency=8 if args.short else 200)
+    common.update(engine="paddle", warmup_steps=args.perf_warmup_steps, least_seconds=LEAST_SECONDS)
+    common["latency"] = 8 if args.short else 200
     row = {"prefix": prefix, "tokenizer": os.path.dirname(prefix), "precision": precision, "device": device}
     return {**common, **row, "streams": streams, "plain": plain, **others}
 
 
 def find_sentences(args):
-    """(data_dir, Split of TNEWS dev, [note]); fits args.sentences to what is there. Raises: UserError for none."""
+    """(data_dir, Split of TNEWS dev, [note]); lowers args.sentences if dev is too small. Raises: UserError."""
     data_dir, dev, note = perf_models.find_sentences(args)
     notes = [note] if note else []
     if len(dev.examples) < args.rounds * args.sentences:
         args.sentences = len(dev.examples) // args.rounds
         notes.append(f"only {len(dev.examples)} dev records")
     if not args.sentences:
-        raise UserError(f"--rounds {args.rounds}: TNEWS dev has {len(dev.examples)} records, one a round is needed")
+        raise UserError(f"--rounds {args.rounds}: TNEWS dev has {len(dev.examples)} records, but each round needs one")
     return data_dir, dev, notes
 
 
@@ -153,7 +156,7 @@ def seconds_of(result, fast):
 
 
 def summary(name, rounds, baseline, fast=True, baseline_fast=False):
-    """Of one row: speed-up over another by the mean of the rounds, their median and range, and rates."""
+    """Speed-up of a row over ``baseline`` (mean, median and range over the rounds), and its throughput."""
     own = np.array([seconds_of(r[name], fast) for r in rounds])
     other = np.array([seconds_of(r[baseline], baseline_fast) for r in rounds])
     ratios = other / own
@@ -168,23 +171,23 @@ def summary(name, rounds, baseline, fast=True, baseline_fast=False):
 
 
 def agreement(name, rounds):
-    """Accuracy of a row, and with --check how its predictions differ from the plain loop's."""
+    """Accuracy of a row, and with --check how its predictions differ from those of a plain loop."""
     logits = np.concatenate([r[name]["logits"] for r in rounds])
     labels = np.concatenate([r[name]["labels"] for r in rounds])
-    found = {"accuracy": round(batching.accuracy(logits, labels), 6)}
+    result = {"accuracy": round(batching.accuracy(logits, labels), 6)}
     if "plain_logits" in rounds[0][name]:
         plain = np.concatenate([r[name]["plain_logits"] for r in rounds])
         flipped = logits.argmax(-1) != plain.argmax(-1)
         best = np.sort(plain, -1)
         margins = (best[:, -1] - best[:, -2])[flipped]
-        found.update(flips=int(flipped.sum()), largest_margin=round(float(margins.max(initial=0)), 6))
-        found["plain_accuracy"] = round(batching.accuracy(plain, labels), 6)
-    return found
+        result.update(flips=int(flipped.sum()), largest_margin=round(float(margins.max(initial=0)), 6))
+        result["plain_accuracy"] = round(batching.accuracy(plain, labels), 6)
+    return result
 
 
 def report(rows, rounds):
-    """[a row of perf.json]"""
-    found = []
+    """The rows of perf.json."""
+    described = []
     for row in rows:
         first, every = rounds[0][row.name], [r[row.name] for r in rounds]
         slow = summary(row.name, rounds, rows[0].name, fast=False)
@@ -195,12 +198,12 @@ def report(rows, rounds):
         shown["peak_memory"] = max(r["peak_memory"] for r in every)
         for name in ("load_seconds", "prepare_seconds"):
             shown[name] = round(float(np.median([r[name] for r in every])), 2)
-        found.append({**shown, **agreement(row.name, rounds)})
-    return found
+        described.append({**shown, **agreement(row.name, rounds)})
+    return described
 
 
 def table(found, trained):
-    """The published table's form as lines, Markdown but for leading bars."""
+    """Lines of the table, with the columns of the published one; Markdown without leading bars."""
     columns = "model | speed-up, fast tokenizer (Python's) | median, range | published | sentences/s | tokens/s | "
     columns += "p50, p99 at batch 1, ms | peak memory, MB | load + prepare, s | accuracy"
     lines = [columns, " | ".join(["---"] * 10)]
@@ -220,7 +223,7 @@ def table(found, trained):
 
 
 def draw(path, found, baseline, machine):
-    """The speed-ups as bars."""
+    """Draws the speed-ups as a bar chart."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -249,7 +252,7 @@ def main(argv=None):
     rows = CPU_ROWS if device == "cpu" else GPU_ROWS
     if args.effects:
         rows = EFFECT_ROWS
-    # Without AVX512 the engine would stay with FP32.
+    # Without AVX512, the engine would fall back to FP32.
     no_bf16 = device == "cpu" and "avx512f" not in records.describe_machine()["flags"]
     rows = [row for row in rows if not (args.short or no_bf16) or "16" not in row.precision]
     rows = [row for row in rows if not args.short or row.plain or row.model != "bert"]
@@ -269,7 +272,7 @@ def main(argv=None):
         for row in rows
     }
     if args.short:
-        specs[rows[0].name]["fast_tokenizer"] = [False]  # the baseline's own
+        specs[rows[0].name]["fast_tokenizer"] = [False]  # the baseline uses the Python tokenizer only
     started, name = time.time(), "effects" if args.effects else "perf"
     rounds = run_rounds(specs, args.rounds, args.sentences)
     machine, found = records.describe_machine(), report(rows, rounds)

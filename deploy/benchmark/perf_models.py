@@ -1,4 +1,4 @@
-"""The models and sentences that perf.py and peers.py time: found where the stages put them, or made."""
+"""Models and sentences for perf.py and peers.py: the outputs of the stages if they exist, else generated."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.join(HERE, "..", "..")
 sys.path[:0] = [ROOT, *(os.path.join(ROOT, name) for name in ("demo", "pruning", "quantization"))]
+import calibration
 import data
 import dynabert
 import generate_data
@@ -19,7 +20,7 @@ RANDOM = {"bert": ("bert", "bert-base.json"), "finetuned": ("ppminilm", "ppminil
 
 
 def find_sentences(args):
-    """(data_dir, Split, note or None) of TNEWS dev, generated where it can neither be found nor downloaded."""
+    """(data_dir, Split, note or None) of TNEWS dev; generated if it can neither be found nor downloaded."""
     task = data.get_task("TNEWS")
     try:
         return args.data_dir, data.read_split(task, "dev", args.data_dir), None
@@ -33,13 +34,13 @@ def find_sentences(args):
 
 
 def best_of(directory):
-    """The quantized variant in ``directory`` that is best on dev, or None."""
-    found = records.find_records([directory]) if os.path.isdir(directory) else []
-    return max(found, key=lambda record: record["metrics"]["accuracy"])["path"] if found else None
+    """Path of the quantized variant in ``directory`` with the best dev accuracy, or None."""
+    variants = records.find_records([directory]) if os.path.isdir(directory) else []
+    return max(variants, key=lambda record: record["metrics"]["accuracy"])["path"] if variants else None
 
 
 def find_models(args):
-    """{model: file prefix} of what was named or lies where the stages put it. Raises: UserError for no export."""
+    """{model: file prefix} of the models given or found in the stages' output directories. Raises: UserError."""
     named = {name: getattr(args, name) for name in MODELS}
     if not args.random:
         best = os.path.join(ROOT, "finetuning", "ppminilm-6l-768h", "best.json")
@@ -55,7 +56,7 @@ def find_models(args):
 
 
 def check_model(name, prefix, precision, device, max_seq_length):
-    """Raises: UserError for a model that the table cannot have in that place."""
+    """Raises: UserError if the model does not fit its row of the table."""
     record = checkpoints.open_graph(prefix, f"--{name}").record
     records.check_task(record, "TNEWS", prefix)
     engine.check_precision(prefix, device, precision)
@@ -67,9 +68,9 @@ def check_model(name, prefix, precision, device, max_seq_length):
 
 
 def build_once(directory, made, build):
-    """Calls build(scratch) and puts the scratch directory in the place of ``directory``, unless it is there.
+    """Calls build(scratch) and moves the scratch directory to ``directory``, unless that is up to date.
 
-    Args: made: what it is made from, as a JSON object; what was made from anything else is made anew.
+    Args: made: the inputs of the build, as a JSON object. A directory built from other inputs is rebuilt.
     """
     marker = os.path.join(directory, "made.json")
     if os.path.isfile(marker):
@@ -81,11 +82,11 @@ def build_once(directory, made, build):
         files.write_whole(os.path.join(scratch, "made.json"), json.dumps(made))
 
 
-def build_random(directory, vocab_file, calibration, device="cpu"):
-    """Writes the graphs with random weights to ``directory``/<model>/, unless they are there for this vocabulary."""
+def build_random(directory, vocab_file, samples, device="cpu"):
+    """Writes graphs with random weights to ``directory``/<model>/, unless they exist for this vocabulary."""
     tokenizer = tokenization.load_tokenizer(None, True, vocab_file)
-    on_cpu = device == "cpu"  # TensorRT wants whole layers and tables in floating point
-    made = {"vocabulary": files.file_hash(vocab_file), "on_cpu": on_cpu, **records.describe_versions()}
+    on_cpu = device == "cpu"  # TensorRT needs full layers and floating-point embeddings
+    sources = {"vocabulary": files.file_hash(vocab_file), "on_cpu": on_cpu, **records.describe_versions()}
 
     def build(scratch):
         print("building BERT-base and PP-MiniLM with random weights", file=sys.stderr)
@@ -105,16 +106,16 @@ def build_random(directory, vocab_file, calibration, device="cpu"):
         model.set_state_dict(dynabert.slice_state(weights, 0.75, architecture["num_attention_heads"]))
         exporting.export_static(model, prefix["pruned"], on_cpu)
         exporting.export_static(model, prefix["pruned_full"])
-        features = batching.convert(calibration, tokenizer, 128)
+        features = batching.convert(samples, tokenizer, 128)
         for name, source in (("quantized", "finetuned"), ("both", "pruned"), ("both_full", "pruned_full")):
             target = os.path.join(scratch, name)
             calibration.quantize(prefix[source], features, tokenizer.pad_id, "abs_max", target, int8_embeddings=on_cpu)
 
-    build_once(directory, made, build)
+    build_once(directory, sources, build)
 
 
 def complete(args, models, needed, sentences, device="cpu"):
-    """Adds random models for those of ``needed`` that ``models`` lacks. Returns: the names of these."""
+    """Adds models with random weights for ``needed`` names missing in ``models``. Returns: these names."""
     missing = [name for name in needed if name not in models]
     if missing:
         vocab_file = args.vocab_file

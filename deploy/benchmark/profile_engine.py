@@ -1,4 +1,4 @@
-"""Where the time of a CPU batch goes: the operators of the optimized graph with their precision, and oneDNN's times.
+"""Profiles one CPU batch: the operators of the optimized graph with their precision, and oneDNN's times.
 
 python profile_engine.py --model_path ../../quantization/tnews_quant_models/mse4 --precision int8
 """
@@ -14,7 +14,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import numpy as np
 from common import UserError, batching, checkpoints, cli, engine, exporting
 
-# Operators that compute; the others move, cast or reshape.
+# Operators that compute; the others only move, cast or reshape data.
 COMPUTING = set(
     "fc matmul matmul_v2 fused_matmul bmm softmax layer_norm elementwise_add elementwise_mul "
     "fused_elementwise_add lookup_table_v2 gelu relu tanh".split()
@@ -23,13 +23,13 @@ COMPUTING = set(
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
-    parser.add_argument("--model_path", required=True, help="file prefix of a graph, or the directory with it")
+    parser.add_argument("--model_path", required=True, help="file prefix or directory of an exported graph")
     parser.add_argument("--precision", choices=("fp32", "bf16", "int8"), help="default: int8 if quantized, else fp32")
-    parser.add_argument("--batch_size", type=int, default=32, help="sequences of the batch", positive=True)
-    parser.add_argument("--length", type=int, default=24, help="tokens of each; TNEWS has 23 on average", positive=True)
-    parser.add_argument("--threads", type=int, help="default: all cores", positive=True)
-    parser.add_argument("--batches", type=int, default=30, help="of which the times are averaged", positive=True)
-    parser.add_argument("--timed", action="store_true", help="only run the batches, as the child process does")
+    parser.add_argument("--batch_size", type=int, default=32, help="sequences per batch", positive=True)
+    parser.add_argument("--length", type=int, default=24, help="tokens per sequence; 23 on TNEWS", positive=True)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)", positive=True)
+    parser.add_argument("--batches", type=int, default=30, help="timed batches; their mean is reported", positive=True)
+    parser.add_argument("--timed", action="store_true", help="only run the batches; used by the child process")
     return parser.parse_args(argv)
 
 
@@ -38,15 +38,15 @@ def operators(path):
     counts = collections.Counter()
     for op in exporting.read_program(path).blocks[0].ops:
         if op.type in COMPUTING:
-            of = {attribute.name: attribute for attribute in op.attrs}
-            kind = of["mkldnn_data_type"].s if "mkldnn_data_type" in of else ""
+            attributes = {attribute.name: attribute for attribute in op.attrs}
+            kind = attributes["mkldnn_data_type"].s if "mkldnn_data_type" in attributes else ""
             counts[op.type.replace("fused_", ""), {"int8": "INT8", "bfloat16": "BF16"}.get(kind, "FP32")] += 1
     return counts
 
 
 def primitives(log):
     """{(primitive, types, shape): [count, milliseconds]} of oneDNN's verbose log, as version 3 writes it."""
-    found = {}
+    totals = {}
     for line in log.splitlines():
         if not line.startswith("onednn_verbose,exec,"):
             continue
@@ -55,14 +55,14 @@ def primitives(log):
         for memory in fields[6].split():  # such as src_s8:a:blocked:ab::f0
             role, data_type = memory.split(":")[0].split("_", 1)
             types.setdefault(role, data_type)
-        row = found.setdefault((fields[3], f"{types.get('src')} -> {types.get('dst')}", fields[-2]), [0, 0.0])
+        row = totals.setdefault((fields[3], f"{types.get('src')} -> {types.get('dst')}", fields[-2]), [0, 0.0])
         row[0] += 1
         row[1] += float(fields[-1])
-    return found
+    return totals
 
 
 def run_batches(args, runner):
-    """Milliseconds of each batch, after three to prepare; prints a line where the measured ones begin."""
+    """Runs three warm-up batches, prints a marker line, times the batches and prints their mean in milliseconds."""
     ids = np.random.default_rng(0).integers(1, 20, (args.batch_size, args.length))
     batch = batching.Batch(ids, np.zeros_like(ids), None, None)
     for _ in range(3):
@@ -98,13 +98,13 @@ def main(argv=None):
         why = (done.stderr.strip().splitlines() or [done.returncode])[-1]
         raise UserError(f"{prefix}: the timed run failed: {why}")
     log, _, tail = done.stdout.partition("measuring\n")[2].rpartition("mean ")
-    found, whole = primitives(log), float(tail)
+    totals, whole = primitives(log), float(tail)
     print(
         f"\nA batch of {args.batch_size} x {args.length} tokens, {whole:.1f} ms on average with oneDNN's log on:\n\n"
-        "primitive | types | shape | a batch | ms | share\n--- | --- | --- | --- | --- | ---"
+        "primitive | types | shape | per batch | ms | share\n--- | --- | --- | --- | --- | ---"
     )
     rest = whole
-    for (kind, types, shape), (count, milliseconds) in sorted(found.items(), key=lambda row: -row[1][1]):
+    for (kind, types, shape), (count, milliseconds) in sorted(totals.items(), key=lambda row: -row[1][1]):
         milliseconds /= args.batches
         rest -= milliseconds
         if milliseconds >= 0.003 * whole:

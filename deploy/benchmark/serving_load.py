@@ -1,11 +1,11 @@
-"""Load on the service: many clients at once, every answer checked, batching against one request after the other.
+"""Load test of the service with many concurrent clients: batching against one request at a time. Checks all answers.
 
-Reads a model directory; starts two services of it, one with batches (config_nlp.yml) and one with batch_size 1, and
-sends both the same requests, in rounds that alternate. Prints a table; with --output writes its figures as JSON.
+Reads a model directory. Starts two services with this model, one with batch_size 32 and one with batch_size 1, and
+sends both the same requests in alternating rounds. Prints a table; --output also writes its figures as JSON.
 
     python serving_load.py --model ../../quantization/tnews_quant_models/mse4 --input_file texts.txt
 
-Without --input_file the texts are random words of the vocabulary, of 4 to 120 characters.
+Without --input_file, the texts consist of 4 to 120 random characters of the vocabulary.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ import numpy as np
 import protocol
 from common import UserError, batching, checkpoints, cli, engine, files, records, texts
 
-# How far a logit may be from infer.py's: both pad, but to other lengths and in batches of other sizes, so sums may
-# round differently; BF16 keeps 8 bits, and in INT8 a last bit may move an activation to the next of 255 steps.
+# Largest allowed difference from infer.py's logits. Padding and batch sizes differ, so sums may round differently.
+# BF16 keeps only 8 bits. In INT8, a rounding difference may move an activation by one of 255 steps.
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2, "int8": 1e-2}
 
 
@@ -37,13 +37,13 @@ def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     parser.add_argument("--model", required=True, help="directory of an exported or quantized model")
     parser.add_argument("--precision", choices=sorted(TOLERANCE), help="default: int8 if quantized, else fp32")
-    parser.add_argument("--input_file", help="texts to send, as rpc_client.py takes them")
-    help = "per service and round, one text each"
+    parser.add_argument("--input_file", help="texts to send, in the format of rpc_client.py")
+    help = "requests per service and round, one text each"
     parser.add_argument("--requests", type=int, default=2000, positive=True, help=help)
-    help = "each sends its next request when it has the answer"
+    help = "concurrent clients; each sends its next request after the answer to the previous one"
     parser.add_argument("--clients", type=int, default=50, positive=True, help=help)
-    parser.add_argument("--rounds", type=int, default=3, positive=True)
-    parser.add_argument("--seed", type=int, default=0, help="of the random texts")
+    parser.add_argument("--rounds", type=int, default=3, positive=True, help="alternating rounds")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the texts")
     parser.add_argument("--output", help="JSON file for the figures")
     args = parser.parse_args(argv)
     args.text = args.text_pair = None
@@ -68,7 +68,7 @@ def free_port():
 
 @contextlib.contextmanager
 def service(args, batch_size):
-    """Runs web_service.py with that batch_size; gives its HTTP port."""
+    """Runs web_service.py with this batch_size within a context. Yields: its HTTP port."""
     with tempfile.TemporaryDirectory() as directory:
         config, port = os.path.join(directory, "config.yml"), free_port()
         with open(config, "w", encoding="utf-8") as file:
@@ -87,7 +87,7 @@ def service(args, batch_size):
 
 
 def send_all(port, examples, clients):
-    """Sends every example, ``clients`` at a time. Returns: (answers, seconds of each, seconds of all)."""
+    """Sends all examples from ``clients`` threads. Returns: (answers, seconds per request, total seconds)."""
     answers, seconds, waiting = [None] * len(examples), [0.0] * len(examples), iter(range(len(examples)))
     lock = threading.Lock()
 
@@ -118,13 +118,13 @@ def send_all(port, examples, clients):
 
 
 def confusable(logits, tolerance):
-    """The share of texts whose logits are also, to ``tolerance``, those of the text before: what a check of answers
-    would not notice. Logits: float32 [texts, classes]."""
+    """Share of texts whose logits equal those of the previous text within ``tolerance``: there, a check would not
+    notice swapped answers. Args: logits: float32 [texts, classes]."""
     return float((np.abs(logits - np.roll(logits, 1, 0)).max(-1) <= tolerance).mean())
 
 
 def count_right(answers, logits, labels, tolerance):
-    """How many answers have the logits that were computed offline, to ``tolerance``, and the label of their own."""
+    """Number of answers whose logits match the offline ones within ``tolerance`` and whose label fits their logits."""
     right = 0
     for answer, expected in zip(answers, logits):
         if answer and answer["err_no"] == 0:
@@ -147,12 +147,12 @@ def main(argv=None):
     else:
         examples = random_texts(tokenizer.vocab, pairs, args.requests, args.seed)
     features = batching.convert(examples, tokenizer, record["arguments"]["max_seq_length"])
-    # infer.py's engine, batch size and order: the numbers that every answer is compared with.
+    # The reference for all answers, computed with infer.py's engine, batch size and order.
     logits = engine.Engine(prefix, "cpu", precision).predict(features, pad_id=tokenizer.pad_id)
 
     alike = confusable(logits, TOLERANCE[precision])
     if alike > 0.05:
-        raise UserError(f"--model {args.model}: gives {alike:.0%} of the texts the same logits; it checks nothing")
+        raise UserError(f"--model {args.model}: {alike:.0%} of the texts get equal logits: nothing can be checked")
 
     figures = {"batched": [], "one by one": []}
     with service(args, 32) as batched, service(args, 1) as single:
@@ -185,8 +185,8 @@ def main(argv=None):
     ratios = [a["per_second"] / b["per_second"] for a, b in zip(figures["batched"], figures["one by one"])]
     print(f"\nbatched / one by one, by round: {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
     if args.output:
-        said = {"machine": machine, "requests": args.requests, "clients": args.clients, "rounds": figures}
-        files.write_whole(args.output, json.dumps(said, indent=1) + "\n")
+        report = {"machine": machine, "requests": args.requests, "clients": args.clients, "rounds": figures}
+        files.write_whole(args.output, json.dumps(report, indent=1) + "\n")
     wrong = sum(args.requests - row["right"] for rows in figures.values() for row in rows)
     if wrong:
         print(f"serving_load.py: {wrong} answers were wrong or missing", file=sys.stderr)

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Scores every quantized variant of every task found under $QUANT_DIR (default: ../../quantization) in INT8: a table for
-# each model, best marked. Goes on after a failure, and lists the failures at the end. Arguments go to infer.py.
+# Evaluates all quantized models under $QUANT_DIR (default: ../../quantization) in INT8. Prints one table per model
+# and marks its best variant. Continues after a failure and lists all failures at the end. Arguments go to infer.py.
 set -e
 . "$(dirname -- "$0")/../../common/launcher.sh"
 QUANT_DIR=${QUANT_DIR:-$root/quantization}

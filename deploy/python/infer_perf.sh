@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The speed table: BERT-base, PP-MiniLM, pruned, quantized, pruned and quantized, with and without the fast tokenizer.
-# About half an hour, SHORT=1 about two minutes. Arguments go to perf.py; `bash infer_perf.sh --help` lists them.
+# Measures the speed of BERT-base, PP-MiniLM, and its pruned and quantized models, with and without the fast tokenizer.
+# Takes half an hour, with SHORT=1 two minutes. Arguments are passed on to perf.py; see `bash infer_perf.sh --help`.
 set -e
 . "$(dirname -- "$0")/../../common/launcher.sh"
+short=
 [ "${SHORT:-0}" = 0 ] || short=--short
-# shellcheck disable=SC2086  # no device is no argument
+# shellcheck disable=SC2086  # an empty variable adds no argument
 exec "$PYTHON" "$root/deploy/benchmark/perf.py" $device_args $short "$@"

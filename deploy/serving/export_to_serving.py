@@ -1,8 +1,8 @@
-"""Prepares an exported model for Paddle Serving: the model beside the descriptions that its server and its client read.
+"""Prepares an exported model for Paddle Serving: copies the model and writes the server's and client's configurations.
 
-Reads the directory of a fine-tuned, pruned or quantized export; writes --server_path (model, tokenizer, stage.json,
-serving_server_conf.prototxt) and --client_path (serving_client_conf.prototxt), each whole. The descriptions name the
-inputs and outputs, as the converter of paddle_serving_client does, which needs paddle.fluid, gone since Paddle 2.5.
+Reads the directory of an exported fine-tuned, pruned or quantized model. Writes --server_path (model, tokenizer,
+stage.json, serving_server_conf.prototxt) and --client_path (serving_client_conf.prototxt). The configurations equal
+those of paddle_serving_client's converter, which needs paddle.fluid, removed in Paddle 2.5.
 
     python export_to_serving.py --dirname ../../quantization/tnews_quant_models/mse4 --model_filename int8.pdmodel \\
         --params_filename int8.pdiparams --server_path serving_server --client_path serving_client
@@ -16,24 +16,24 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import protocol
 from common import UserError, checkpoints, cli, exporting, files, records
 
-# Paddle Serving's numbers for Paddle's types of variables, by the names of framework.proto.
+# {data type name in Paddle's framework.proto: Paddle Serving's number for it}
 TYPES = {name: i for i, name in enumerate("INT64 FP32 INT32 FP64 INT16 FP16 BF16 UINT8 INT8 BOOL".split())}
 
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     parser.add_argument("--dirname", required=True, help="directory of the exported model")
-    parser.add_argument("--model_filename", help="name of its graph (default: the only .pdmodel there)")
-    parser.add_argument("--params_filename", help="name of its parameters (default: that of the graph, .pdiparams)")
+    parser.add_argument("--model_filename", help="file name of its graph (default: the only .pdmodel file)")
+    parser.add_argument("--params_filename", help="file name of its parameters (default: GRAPH.pdiparams)")
     parser.add_argument("--server_path", default="serving_server", help="directory for the server")
     parser.add_argument("--client_path", default="serving_client", help="directory for the client")
-    parser.add_argument("--feed_alias_names", help="other names for the inputs, with commas, in the graph's order")
-    parser.add_argument("--fetch_alias_names", help="other names for the outputs, likewise")
+    parser.add_argument("--feed_alias_names", help="comma-separated aliases of the inputs, in the graph's order")
+    parser.add_argument("--fetch_alias_names", help="comma-separated aliases of the outputs, in the graph's order")
     return parser.parse_args(argv)
 
 
 def read_variables(path):
-    """(inputs, outputs) of a .pdmodel in its order: lists of (name, type, shape without batch and length)."""
+    """(inputs, outputs) of a .pdmodel in the graph's order: lists of (name, type, shape without batch and length)."""
     from paddle.base.proto import framework_pb2
 
     block = exporting.read_program(path).blocks[0]
@@ -42,13 +42,13 @@ def read_variables(path):
     def described(kind, side):
         operators = [operator for operator in block.ops if operator.type == kind]
         operators.sort(key=lambda operator: next(a.i for a in operator.attrs if a.name == "col"))
-        found = []
+        entries = []
         for operator in operators:
             name = next(slot.arguments[0] for slot in getattr(operator, side) if slot.arguments)
             tensor = variables[name].tensor
             kind_of = framework_pb2.VarType.Type.Name(tensor.data_type)
-            found.append((name, TYPES[kind_of], [size for size in tensor.dims if size >= 0]))
-        return found
+            entries.append((name, TYPES[kind_of], [size for size in tensor.dims if size >= 0]))
+        return entries
 
     return described("feed", "outputs"), described("fetch", "inputs")
 
@@ -73,7 +73,7 @@ def describe(inputs, outputs, feed_alias_names=None, fetch_alias_names=None):
 
 
 def write_description(directory, side, config):
-    """serving_<side>_conf.prototxt, for people, and .stream.prototxt, the same message for programs."""
+    """Writes serving_<side>_conf.prototxt as text, and the same message in binary form as .stream.prototxt."""
     with open(os.path.join(directory, f"serving_{side}_conf.prototxt"), "w", encoding="utf-8") as file:
         file.write(str(config))
     with open(os.path.join(directory, f"serving_{side}_conf.stream.prototxt"), "wb") as file:

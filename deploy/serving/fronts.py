@@ -1,7 +1,7 @@
-"""The service's two fronts: gRPC and HTTP. Both read a request, hand it to Service.answer, and send what that returns.
+"""The fronts of the service, gRPC and HTTP: both parse a request, pass it to Service.answer, and send the response.
 
-Paddle Serving's own fronts are not used: they bind every interface, unpickle tensors of the caller, set no limits,
-and answer HTTP 200 whatever happened. Its operators, queues and messages are (worker.py, protocol.py).
+Paddle Serving's own fronts are not used: they bind every interface, unpickle tensors sent by clients, set no limits,
+and return HTTP 200 even for errors. Its operators, queues and messages are used (worker.py, protocol.py).
 """
 
 import json
@@ -16,12 +16,12 @@ import waitress.task
 import protocol
 from protocol import BAD_INPUT, NO_SERVICE, NOT_IMPLEMENTED, OK, UNKNOWN, ServiceError
 
-# For requests beyond worker_num: they are refused, and that must not wait for a thread.
+# Extra threads, so that requests beyond worker_num are rejected at once instead of waiting for a thread.
 SPARE_THREADS = 8
 
 
 def rpc_server(service, config):
-    """The gRPC server of Paddle Serving's pipeline service, not started."""
+    """Returns: a gRPC server for Paddle Serving's pipeline service; the caller starts it."""
 
     def inference(request, context):
         def read():
@@ -36,7 +36,7 @@ def rpc_server(service, config):
 
         return service.answer("rpc", read)
 
-    # The message is parsed above, where a damaged one can be answered.
+    # No deserializer here: inference() parses the message, so that it can reply to a malformed one.
     handler = grpc.unary_unary_rpc_method_handler(
         inference, response_serializer=protocol.messages().Response.SerializeToString
     )
@@ -73,7 +73,7 @@ def http_app(service, config):
     def health():
         response = service.answer("health", lambda: (service.health_fields, 0))
         if response.err_no == OK:
-            said = {
+            description = {
                 "task": service.model.record["task"],
                 "classes": service.model.labels,
                 "pairs": service.model.pairs,
@@ -81,25 +81,25 @@ def http_app(service, config):
                 "max_seq_length": service.model.longest,
             }
             del response.key[:], response.value[:]
-            response.key.extend(said)
-            response.value.extend(json.dumps(value, ensure_ascii=False) for value in said.values())
+            response.key.extend(description)
+            response.value.extend(json.dumps(value, ensure_ascii=False) for value in description.values())
         return reply(response)
 
     @app.errorhandler(Exception)
     def error(problem):
         status = getattr(problem, "code", None) or 500
-        said = {
+        by_status = {
             404: (NO_SERVICE, f"no such path; there are /{protocol.SERVICE}/prediction and /{protocol.SERVICE}/health"),
             405: (NOT_IMPLEMENTED, "POST to prediction, GET health"),
         }
-        err_no, message = said.get(status, (UNKNOWN if status >= 500 else BAD_INPUT, f"HTTP status {status}"))
+        err_no, message = by_status.get(status, (UNKNOWN if status >= 500 else BAD_INPUT, f"HTTP status {status}"))
         return reply(protocol.messages().Response(err_no=err_no, err_msg=message), status=status)
 
     return app
 
 
 class JsonErrorTask(waitress.task.ErrorTask):
-    """waitress's answer to what never reaches the application, such as too large a body, in the service's form."""
+    """Error reply in the service's JSON form to requests that waitress itself rejects, such as too large a body."""
 
     def execute(self):
         error, limit = self.request.error, self.channel.adj.max_request_body_size - 1
@@ -122,14 +122,14 @@ def http_server(service, config):
         port=config["http_port"],
         threads=config["worker_num"] + SPARE_THREADS,
         connection_limit=1000,
-        asyncore_use_poll=True,  # select() knows no more than 1024 files
-        max_request_body_size=config["max_body_bytes"] + 1,  # it refuses this size itself
-        channel_timeout=seconds,  # of a client that sends nothing
+        asyncore_use_poll=True,  # select() is limited to 1024 file descriptors
+        max_request_body_size=config["max_body_bytes"] + 1,  # waitress also rejects a body of exactly this size
+        channel_timeout=seconds,  # closes connections whose client sends nothing
         cleanup_interval=seconds,
         ident=None,
     )
 
 
 def unanswered(http):
-    """Whether waitress has a request that is not answered, or an answer that is not sent."""
+    """Whether waitress has unanswered requests or unsent responses."""
     return any(channel.requests or channel.total_outbufs_len for channel in list(http.active_channels.values()))

@@ -1,12 +1,12 @@
-"""What travels between clients and the service: requests, answers and the numbers of errors, over RPC and HTTP.
+"""Protocol between clients and the service: requests, responses and error numbers, over RPC and HTTP.
 
-A request names its texts by one of these sets of keys:
+A request contains its texts under one of these sets of keys:
 
     text                one text                      texts                    a list of them
     text, text_pair     one sentence pair             texts, text_pairs        two lists of the same length
 
-Over RPC it is Paddle Serving's pipeline message, whose values are strings, so that a list is written as JSON. Over HTTP
-it is that message as JSON, {"key": ["text"], "value": ["..."]}, or the plain object {"text": "..."}.
+Over RPC, a request is Paddle Serving's pipeline message. Its values are strings, so lists are encoded as JSON. Over
+HTTP, a request is that message as JSON, {"key": ["text"], "value": ["..."]}, or the plain object {"text": "..."}.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from common import UserError
 SERVICE = "ppminilm"
 METHOD = "/baidu.paddle_serving.pipeline_serving.PipelineService/inference"
 
-# Paddle Serving's numbers for what went wrong (CustomExceptionCode of paddle_serving_server 0.9.0), and HTTP's.
+# Paddle Serving's error numbers (CustomExceptionCode of paddle_serving_server 0.9.0), and their HTTP status codes.
 OK, NOT_IMPLEMENTED, UNAVAILABLE, NO_SERVICE, BAD_INPUT, TIMEOUT, UNKNOWN = 0, 3000, 3001, 3002, 5000, 6000, 10000
 HTTP_STATUS = {OK: 200, NOT_IMPLEMENTED: 405, UNAVAILABLE: 503, NO_SERVICE: 404, BAD_INPUT: 400, TIMEOUT: 504}
 JSON_TYPES = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list"}
 
 
 class ServiceError(Exception):
-    """A request is rejected. Args: err_no: one of the numbers above."""
+    """Raised to reject a request. Args: err_no: one of the numbers above."""
 
     def __init__(self, err_no, message):
         super().__init__(message)
@@ -40,12 +40,12 @@ class Query(NamedTuple):
     texts: list[str]
     pairs: Optional[list[str]]
     logid: int
-    expires: float  # time.monotonic() after which the answer would come too late
+    expires: float  # value of time.monotonic() at which the request times out
 
 
 @contextlib.contextmanager
 def needs_paddle_serving():
-    """Within this block, a missing package becomes a UserError that says how to install it."""
+    """Within this context, a missing package raises a UserError with the install command."""
     try:
         yield
     except ImportError as error:
@@ -60,7 +60,7 @@ def authority(host, port):
 def messages():
     """The module of Paddle Serving's pipeline messages, Request and Response.
 
-    It is loaded by its path: importing it by name would import the whole server, with Paddle, and make a log directory.
+    Loaded by its path: importing it by name would import the whole server, with Paddle, and create a log directory.
     """
     name = "paddle_serving_server.pipeline.proto.pipeline_service_pb2"
     if name not in sys.modules:
@@ -82,7 +82,7 @@ def parse_json(text, what):
 
 
 def check_name(name):
-    """Raises: ServiceError for the name of another service; the name may be empty."""
+    """Raises: ServiceError if the request names another service; an empty name is allowed."""
     if name not in ("", SERVICE):
         raise ServiceError(NO_SERVICE, f"there is no service of that name; this one is {SERVICE}")
 
@@ -101,7 +101,7 @@ def fields_of_message(message):
 
 
 def fields_of_body(body):
-    """({key: value}, logid, whether in the message's form) of an HTTP body, bytes. Raises: ServiceError."""
+    """({key: value}, logid, whether it has the form of the RPC message) of an HTTP body. Raises: ServiceError."""
     try:
         request = parse_json(body.decode("utf-8"), "the body")
     except UnicodeDecodeError as error:
@@ -124,16 +124,16 @@ def fields_of_body(body):
         message.key.extend(keys)
         message.value.extend(values)
         message.name = name
-    except (TypeError, ValueError) as error:  # UnicodeEncodeError among them
+    except (TypeError, ValueError) as error:  # includes UnicodeEncodeError
         raise ServiceError(BAD_INPUT, "name, key and value must be Unicode strings") from error
     return fields_of_message(message), logid, True
 
 
 def read_query(fields, logid, expires, pairs, max_texts):
-    """The Query of a request.
+    """Validates a request. Returns: its Query.
 
-    Args: fields: {key: value}. pairs: whether the model takes sentence pairs. max_texts: the most in one request.
-    Raises: ServiceError that says what is wrong, by the text's number and without its words.
+    Args: fields: {key: value}. pairs: whether the model takes sentence pairs. max_texts: maximum per request.
+    Raises: ServiceError that identifies an invalid text by its number and does not quote it.
     """
     forms = [("text", "text_pair"), ("texts", "text_pairs")] if pairs else [("text",), ("texts",)]
     keys = next((form for form in forms if set(form) == set(fields)), None)
@@ -160,13 +160,13 @@ def check_texts(key, texts, max_texts):
             raise ServiceError(BAD_INPUT, f"{which} must be a string, not {kind}")
         try:
             text.encode("utf-8")
-        except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair, which is no character
+        except UnicodeEncodeError as error:  # JSON can contain half of a surrogate pair
             raise ServiceError(BAD_INPUT, f"{which} is not Unicode ({error.reason})") from error
     return texts
 
 
 def body_of(response, in_message_form):
-    """The JSON of an HTTP answer, bytes, for a Response: in the message's form, or as a plain object."""
+    """JSON body, bytes, of the HTTP response for a Response: in the form of the RPC message, or as a plain object."""
     answer = {"err_no": response.err_no, "err_msg": response.err_msg}
     if in_message_form:
         answer.update(key=list(response.key), value=list(response.value), tensors=[])

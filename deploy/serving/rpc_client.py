@@ -1,10 +1,10 @@
-"""Asks the service: prints one JSON line for each text, over RPC or, with --http, over HTTP.
+"""Client of the service: sends texts over RPC, or HTTP with --http, and prints one JSON line per text.
 
     python rpc_client.py --text 今年的高考作文题 股市收盘上涨
     python rpc_client.py --http --address 127.0.0.1:18083 --input_file texts.txt
     echo 今年的高考作文题 | python rpc_client.py --input_file -
 
-Exit status: 0 if every text was answered, 1 if the service refused, failed or was not reached, 2 for wrong arguments.
+Exit status: 0 if all texts were answered, 1 if the service failed or was unreachable, 2 for invalid arguments.
 """
 
 import json
@@ -21,7 +21,7 @@ PORTS = {"rpc": 8091, "http": 18083}
 
 
 class Refused(Exception):
-    """An answer without a prediction, or none at all. ``again``: whether it is worth asking again."""
+    """Raised for an error response, or if there is no response. ``again``: whether a retry can succeed."""
 
     def __init__(self, message, again=False):
         super().__init__(message)
@@ -32,14 +32,14 @@ def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     texts.add_text_arguments(parser.add_argument_group("texts"))
     group = parser.add_argument_group("service")
-    group.add_argument("--http", action="store_true", help="over HTTP instead of RPC")
-    group.add_argument("--address", help="host:port (default: 127.0.0.1 and 8091, with --http 18083)")
+    group.add_argument("--http", action="store_true", help="use HTTP instead of RPC")
+    group.add_argument("--address", help="host:port (default: 127.0.0.1:8091, with --http 127.0.0.1:18083)")
     group.add_argument("--batch_size", type=int, default=32, help="texts per request", positive=True)
-    group.add_argument("--deadline", type=float, default=10.0, help="seconds for each request", positive=True)
-    group.add_argument("--retries", type=int, default=3, help="how often to ask again if it is unreachable or full")
-    help = "first wait until it is ready"
+    group.add_argument("--deadline", type=float, default=10.0, help="seconds per request, with retries", positive=True)
+    group.add_argument("--retries", type=int, default=3, help="retries if the service is unreachable or overloaded")
+    help = "first wait up to SECONDS until the service is ready"
     group.add_argument("--wait-ready", "--wait_ready", type=float, default=0.0, metavar="SECONDS", help=help)
-    group.add_argument("--task_name", default="", help="of the records, if --input_file is a .json of CLUE")
+    group.add_argument("--task_name", default="", help="CLUE task of the records, if --input_file is a .json file")
     args = parser.parse_args(argv)
     if bool(args.text) == bool(args.input_file):
         parser.error("give either --text or --input_file")
@@ -55,7 +55,7 @@ def parse_args(argv=None):
 
 
 def rpc(host, port):
-    """A function (fields, seconds) that asks over RPC. Returns from it: {key: value}. Raises in it: Refused."""
+    """Returns: function (fields, seconds) that sends a request over RPC, returns {key: value} and raises Refused."""
     import grpc
 
     pb = protocol.messages()
@@ -83,12 +83,12 @@ def http_session():
     import requests
 
     session = requests.Session()
-    session.trust_env = False  # a proxy of the environment is for other machines
+    session.trust_env = False  # ignore the proxy settings of the environment
     return session
 
 
 def http(host, port):
-    """As rpc, over HTTP."""
+    """Like rpc(), over HTTP."""
     import requests
 
     session = http_session()
@@ -114,7 +114,7 @@ def http(host, port):
 
 
 def ask_again(ask, fields, deadline, retries):
-    """Calls ask(fields, seconds left) and, while that is worth it, again, after 0.1, 0.2, 0.4, ... up to 1 second."""
+    """Calls ask(fields, seconds left). Retries if that can succeed, after pauses of 0.1, 0.2, 0.4, ... up to 1 s."""
     until, pause = time.monotonic() + deadline, 0.1
     while True:
         try:
@@ -127,7 +127,7 @@ def ask_again(ask, fields, deadline, retries):
 
 
 def wait_ready(host, port, seconds):
-    """Whether the service answers a health request, which takes the way of every other, within so many seconds."""
+    """Whether the service answers a health request, which runs the model like any other, within ``seconds``."""
     import requests
 
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
@@ -167,8 +167,8 @@ def main(argv=None):
             print(f"rpc_client.py: {where}: {refusal}", file=sys.stderr)
             sys.exit(1)
         for example, row, truncated in zip(chosen, answer["probabilities"], answer["truncated"]):
-            said = texts.answer(example, answer["classes"], row)
-            print(json.dumps({**said, "truncated": truncated}, ensure_ascii=False), flush=True)
+            result = texts.answer(example, answer["classes"], row)
+            print(json.dumps({**result, "truncated": truncated}, ensure_ascii=False), flush=True)
 
 
 if __name__ == "__main__":

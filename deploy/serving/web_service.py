@@ -1,7 +1,7 @@
-"""The service: classifies texts over HTTP (port 18083) and RPC (port 8091), with Paddle Serving's pipeline.
+"""Text classification service over HTTP (port 18083) and RPC (port 8091), built on Paddle Serving's pipeline.
 
-Reads config_nlp.yml and the model that export_to_serving.py prepared; writes log files. It runs in the foreground until
-SIGINT or SIGTERM, keeps the model in a process group of its own, and starts that anew should it die.
+Reads config_nlp.yml and the model that export_to_serving.py prepared. Writes log files. Runs in the foreground until
+SIGINT or SIGTERM. The model runs in a worker process with its own process group; a worker that dies is restarted.
 
     python web_service.py &
     python web_service.py --wait-ready 60
@@ -32,13 +32,13 @@ def number(default, least, most):
 
 
 class Section(pydantic.BaseModel):
-    """Settings of exactly these names and types."""
+    """Base class of the settings: rejects unknown names and values of the wrong type."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
 
 class LocalServiceConf(Section):
-    # Paddle Serving's name for it, model_config, is taken by pydantic.
+    # Paddle Serving calls this setting model_config, but pydantic reserves that name; hence the alias.
     model_directory: str = pydantic.Field("serving_server", alias="model_config")
     device_type: int = number(0, 0, 2)
     devices: str = ""
@@ -76,7 +76,7 @@ class Settings(Section):
     op: Operators = Operators()
 
 
-# The options of the command line that override settings.
+# {command-line option: dotted name of the setting that it overrides}
 LOCAL_SERVICE = "op.ppminilm.local_service_conf"
 OPTIONS = {name: name for name in ("host", "http_port", "rpc_port", "log_dir")}
 for _option, _name in (("model", "model_config"), ("precision", "precision"), ("threads", "thread_num")):
@@ -85,29 +85,27 @@ for _option, _name in (("model", "model_config"), ("precision", "precision"), ("
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
-    parser.add_argument("--config", default=os.path.join(HERE, "config_nlp.yml"), help="settings")
+    parser.add_argument("--config", default=os.path.join(HERE, "config_nlp.yml"), help="YAML file with the settings")
     over = parser.add_argument_group("overrides of the config file")
-    help = "directory of the model: export_to_serving.py's, or any exported or quantized one"
+    help = "model directory: --server_path of export_to_serving.py, or any exported or quantized model"
     over.add_argument("--model", help=help)
-    over.add_argument("--precision", help="fp32, bf16, fp16 or int8")
-    over.add_argument("--threads", type=int, help="CPU threads in all")
-    over.add_argument("--host", help="address to bind; 0.0.0.0 accepts connections from everywhere")
+    over.add_argument("--precision", help="numeric precision: fp32, bf16, fp16 or int8")
+    over.add_argument("--threads", type=int, help="CPU threads in total; 0: all cores")
+    over.add_argument("--host", help="address to bind; 0.0.0.0 accepts connections from other machines")
     over.add_argument("--http_port", type=int, help="port for HTTP")
     over.add_argument("--rpc_port", type=int, help="port for RPC")
-    over.add_argument("--log_dir", help="where PipelineServingLogs/ is made")
-    help = (
-        "start nothing; wait at most so long (60 without a number) until the service of these settings answers; exit "
-    )
-    help += "status 0 if it does, else 1"
+    over.add_argument("--log_dir", help="directory in which PipelineServingLogs/ is created")
+    help = "do not start a service; wait up to SECONDS (default: 60) until the running service at this host and "
+    help += "http_port answers; exit status 0 if it does, else 1"
     names = ("--wait-ready", "--wait_ready")
     parser.add_argument(*names, nargs="?", const=60.0, type=float, metavar="SECONDS", help=help)
     return parser.parse_args(argv)
 
 
 def check_settings(settings, source):
-    """All settings, as nested dicts with Paddle Serving's names; those that are not given have their defaults.
+    """Validates settings and fills in the defaults. Returns: nested dicts with Paddle Serving's names.
 
-    Args: source: for messages, where the settings come from. Raises: UserError naming the first wrong one.
+    Args: source: origin of the settings, for messages. Raises: UserError that names the first invalid setting.
     """
     try:
         return Settings.model_validate(settings).model_dump(by_alias=True)
@@ -115,14 +113,14 @@ def check_settings(settings, source):
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
-            raise UserError(f"{source}: no setting is called {name}; config_nlp.yml shows all there are") from error
+            raise UserError(f"{source}: no setting is called {name}; config_nlp.yml lists all settings") from error
         raise UserError(f"{source}: {name}: {first['input']!r}: {first['msg']}") from error
 
 
 def read_config(args):
     """The settings of the config file, overridden by the command line, as nested dicts; paths are absolute.
 
-    Raises: UserError naming the setting.
+    Raises: UserError that names the invalid setting.
     """
     import yaml
 
@@ -153,7 +151,7 @@ def read_config(args):
 
 
 def check_ports(config):
-    """Raises: UserError for a port that is in use, or an address that is not this machine's."""
+    """Raises: UserError if a port is in use, or if the address does not belong to this machine."""
     for name in ("http_port", "rpc_port"):
         try:
             family, kind, _, _, address = socket.getaddrinfo(config["host"], config[name], type=socket.SOCK_STREAM)[0]
@@ -167,30 +165,30 @@ def check_ports(config):
 
 
 class Supervisor:
-    """Keeps one worker running, in a session of its own: what fails in there can kill its process group, as Paddle
-    Serving does, and not this process or its parent."""
+    """Keeps one worker process running, in its own session. Paddle Serving kills its whole process group when it
+    fails; this process and its parent survive that."""
 
     def __init__(self, config):
         self.config, self.worker, self.stopping = config, None, False
 
     def start(self):
-        """Starts the worker. Returns: whether it got ready; False if it ended before."""
+        """Starts the worker. Returns: True once the worker is ready, False if it ended before that."""
         log_dir = os.path.join(self.config["log_dir"], "PipelineServingLogs")
         os.makedirs(log_dir, exist_ok=True)
-        ready, tell = os.pipe()
-        mode = "wb" if self.worker is None else "ab"  # kept across restarts: it may say why the last one ended
+        ready, worker_end = os.pipe()
+        mode = "wb" if self.worker is None else "ab"  # kept across restarts: it may show why the worker ended
         with open(os.path.join(log_dir, "worker.out"), mode) as out:
             self.worker = subprocess.Popen(
                 [sys.executable, os.path.abspath(__file__)],
                 stdin=subprocess.PIPE,
                 stdout=out,
-                pass_fds=[tell],
+                pass_fds=[worker_end],
                 start_new_session=True,
                 text=True,
-                env={**os.environ, WORKER: str(tell), "SERVING_LOG_PATH": self.config["log_dir"]},
+                env={**os.environ, WORKER: str(worker_end), "SERVING_LOG_PATH": self.config["log_dir"]},
             )
-        os.close(tell)
-        if self.stopping:  # the signal came before there was a worker to pass it on to
+        os.close(worker_end)
+        if self.stopping:  # the signal arrived before the worker was started
             self.stop()
         with contextlib.suppress(BrokenPipeError), self.worker.stdin as stdin:
             json.dump({**self.config, "supervisor": os.getpid()}, stdin)
@@ -198,7 +196,7 @@ class Supervisor:
             return pipe.read(1) == b"!"
 
     def stop(self, *_):
-        """Lets the worker finish what it is answering; after the time it has for that, ends it."""
+        """Asks the worker to finish the running requests and exit; kills it when the grace period is over."""
         self.stopping = True
         if self.worker is not None:
             signal.signal(signal.SIGALRM, lambda *_: self.end())
@@ -211,7 +209,7 @@ class Supervisor:
             os.killpg(self.worker.pid, signal.SIGKILL)
 
     def run(self):
-        """Returns: the exit status."""
+        """Runs the worker and restarts it when it dies. Returns: the exit status."""
         signal.signal(signal.SIGTERM, self.stop)
         signal.signal(signal.SIGINT, self.stop)
         config, been_ready, quick_ends = self.config, False, 0
@@ -222,31 +220,31 @@ class Supervisor:
                 where = f"http://{protocol.authority(config['host'], config['http_port'])}/ppminilm/prediction"
                 print(f"web_service.py: ready, {where} and RPC on port {config['rpc_port']}", flush=True)
             status = self.worker.wait()
-            self.end()  # whatever else is in its group
+            self.end()  # kills the other processes of its group
             if self.stopping:
                 return 0
             if status == 2 and not been_ready:
-                return 2  # it has said why
-            said = f"web_service.py: the worker ended with status {status}{'' if ready else ' before it was ready'}"
-            said += f"; see {os.path.join(config['log_dir'], 'PipelineServingLogs')}"
+                return 2  # the worker has printed the reason
+            message = f"web_service.py: the worker ended with status {status}{'' if ready else ' before it was ready'}"
+            message += f"; see {os.path.join(config['log_dir'], 'PipelineServingLogs')}"
             quick_ends = quick_ends + 1 if not ready or time.monotonic() - since < 30 else 0
             been_ready = been_ready or ready
             if not been_ready or quick_ends == 3:
-                print(f"{said}; giving up", file=sys.stderr)
+                print(f"{message}; giving up", file=sys.stderr)
                 return 1
-            print(f"{said}; starting it anew", file=sys.stderr, flush=True)
+            print(f"{message}; starting it anew", file=sys.stderr, flush=True)
 
 
-WORKER = "PPMINILM_WORKER"  # in the environment: this process is the worker, and tells on that file that it is ready
+WORKER = "PPMINILM_WORKER"  # environment variable, set for the worker only: the file descriptor for its ready signal
 
 
 def work():
-    """Is the worker: settings come as JSON on standard input."""
+    """Runs as the worker process. Reads the settings as JSON from standard input."""
     import worker
 
     def ready():
-        with contextlib.suppress(BrokenPipeError), open(int(os.environ[WORKER]), "wb", 0) as tell:
-            tell.write(b"!")
+        with contextlib.suppress(BrokenPipeError), open(int(os.environ[WORKER]), "wb", 0) as pipe:
+            pipe.write(b"!")
 
     worker.serve(json.load(sys.stdin), ready)
 

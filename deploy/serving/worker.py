@@ -1,6 +1,6 @@
-"""The process that holds the model: Paddle Serving's pipeline behind gRPC and HTTP. web_service.py starts it.
+"""The worker process, started by web_service.py: runs the model in Paddle Serving's pipeline behind gRPC and HTTP.
 
-fronts.py (RPC, HTTP) -> Service -> TextRequestOp -> PPMiniLMOp: tokenizes, computes what waits together -> answer
+fronts.py (RPC, HTTP) -> Service -> TextRequestOp -> PPMiniLMOp (tokenizes, runs waiting requests as a batch) -> answer
 """
 
 import json
@@ -22,21 +22,21 @@ from protocol import BAD_INPUT, OK, TIMEOUT, UNAVAILABLE, UNKNOWN, ServiceError
 pipeline = compat.paddle_serving()
 log = logging.getLogger("ppminilm")
 
-# Rows of a batch. A oneDNN operator is prepared anew for every shape, which takes many times as long as running it
-# and keeps a copy of the weights, so only these are run, each once before the ports open.
+# Batch sizes that are run. oneDNN prepares its operators for every new shape: this takes many times as long as a run
+# and copies the weights. So only these batch sizes are used, and each of them is run once before the ports open.
 ROWS = {"cpu": (8, 4, 2, 1), "gpu": (32, 16, 8, 4, 2, 1)}
-# What a run costs beyond its rows x length tokens, in tokens: 6 layers in INT8 took 5 to 6 ms and 0.13 ms a token.
+# Fixed cost of a run, expressed in tokens. Measured with 6 layers in INT8: 5 to 6 ms per run and 0.13 ms per token.
 RUN_COST = 48
 
 
 def padded_lengths(longest):
-    """The sequence lengths that are run, ascending: few enough to be prepared, close enough to waste little."""
+    """Sequence lengths to which texts are padded, ascending: few enough to prepare them all, with little padding."""
     steps = [*range(16, 64, 16), *range(64, 256, 32), *range(256, longest, 64)]
     return [length for length in steps if length < longest] + [longest]
 
 
 class Model:
-    """The exported model, in the place where Paddle Serving's operator expects a local service handler."""
+    """The exported model, with the interface of Paddle Serving's local service handler."""
 
     def __init__(self, path, device, precision, threads, use_trt=False):
         graph = checkpoints.open_graph(path, "--model")
@@ -53,14 +53,14 @@ class Model:
         self.last_run = time.monotonic()
 
     def prepare(self):
-        """Runs every shape once."""
+        """Runs one batch of every shape, so that oneDNN prepares its operators."""
         for length in self.lengths:
             for rows in self.rows:
                 ids = np.full((rows, length), self.tokenizer.sep_id)
                 self.run_once(ids, np.zeros_like(ids))
 
     def run_once(self, input_ids, token_type_ids):
-        """Logits of one batch of a prepared shape, int64 [rows, length]."""
+        """Logits of one batch. Args: int64 arrays [rows, length] of a prepared shape."""
         logits = self.engine.run(batching.Batch(input_ids, token_type_ids, None, None))
         self.last_run = time.monotonic()
         return logits
@@ -77,9 +77,9 @@ class Model:
         return self
 
     def tokenize(self, query):
-        """(input_ids, token_type_ids, truncated) of a Query: int64 [texts, longest] twice, and a list of bool.
+        """(input_ids, token_type_ids, truncated) of a Query: two int64 arrays [texts, longest] and a list of bool.
 
-        Raises: ServiceError for a text of which no token is left, such as an empty one.
+        Raises: ServiceError for a text without tokens, such as an empty one.
         """
         encoded = self.tokenizer.encode(query.texts, query.pairs, self.longest + 1)
         truncated = [len(ids) > self.longest for ids, _ in encoded]
@@ -88,7 +88,7 @@ class Model:
                 [query.texts[i]], [query.pairs[i]] if query.pairs else None, self.longest
             )[0]
         for number, (_, types) in enumerate(encoded, 1):
-            if types.count(0) < 3 or (self.pairs and types.count(1) < 2):  # no more than [CLS], [SEP]
+            if types.count(0) < 3 or (self.pairs and types.count(1) < 2):  # only [CLS] and [SEP]
                 raise ServiceError(BAD_INPUT, f"text {number} is empty")
         features = [batching.Feature(ids, types, None) for ids, types in encoded]
         return *self.arrays(features), truncated
@@ -98,11 +98,11 @@ class Model:
         return batch.input_ids, batch.token_type_ids
 
     def run(self, input_ids, token_type_ids):
-        """Logits, float32 [texts, classes], of padded int64 [texts, longest] arrays, in runs that cost the least."""
+        """Logits, float32 [texts, classes], of padded int64 arrays [texts, longest], split into the cheapest runs."""
         tokens = input_ids.shape[1] - (input_ids[:, ::-1] != self.tokenizer.pad_id).argmax(1)
         order = np.argsort(tokens, kind="stable")
         lengths = [self.lengths[i] for i in np.searchsorted(self.lengths, tokens[order])]
-        # cheapest[n]: (cost of the n shortest texts, rows of the last run among them); its last row is the longest.
+        # cheapest[n]: (lowest cost of the n shortest texts, batch size of the run with the longest of them).
         cheapest = [(0, 0)]
         for n, length in enumerate(lengths, 1):
             cheapest.append(
@@ -119,14 +119,14 @@ class Model:
 
 
 class TextRequestOp(pipeline.RequestOp):
-    """Hands on what the front has read. Paddle Serving's own unpickles what a caller sends as a tensor."""
+    """Passes on the Query that the front has parsed. Paddle Serving's RequestOp would unpickle tensors of clients."""
 
     def unpack_request_package(self, query):
         return {"query": query}, query.logid, None, ""
 
 
 class PPMiniLMOp(pipeline.Op):
-    """Tokenizes, runs the model on the requests that wait, and tells labels, probabilities and logits."""
+    """Tokenizes, runs the model on the waiting requests, and returns labels, probabilities and logits."""
 
     def __init__(self, request_op, model):
         super().__init__(
@@ -135,15 +135,15 @@ class PPMiniLMOp(pipeline.Op):
         self.model = model
 
     def init_client(self, client_config, server_endpoints):
-        """Prepares the shapes, here because oneDNN keeps what it prepared for the thread that ran it."""
+        """Prepares all shapes in the thread that runs the model: oneDNN caches prepared operators per thread."""
         self.model.prepare()
         return self.model
 
     def _auto_batching_generator(self, input_channel, op_name, batch_size, timeout, op_info_prefix):
-        """Yields the waiting requests, up to batch_size texts in all, or one request that is larger.
+        """Yields lists of waiting requests with at most batch_size texts in total, or one larger request.
 
-        A single request is passed on at once, without a timer that ticks while idle. Many large requests are not put
-        together, so that each is answered as soon as possible.
+        A single request is passed on at once; no timer runs while the service is idle. Large requests are not
+        merged, so that each is answered as soon as possible.
         """
         held = None
         while True:
@@ -183,7 +183,7 @@ class PPMiniLMOp(pipeline.Op):
         answer = {
             "labels": [self.model.labels[i] for i in logits.argmax(-1)],
             "probabilities": [[round(p, 6) for p in row] for row in batching.softmax(logits).tolist()],
-            # Nine digits tell every float32 from its neighbours.
+            # Nine significant digits identify every float32 value.
             "logits": [[float(f"{value:.9g}") for value in row] for row in logits],
             "classes": self.model.labels,
             "truncated": request["truncated"],
@@ -192,12 +192,12 @@ class PPMiniLMOp(pipeline.Op):
 
 
 class Service:
-    """What both fronts call: limits, the pipeline, the log."""
+    """Answers the requests of both fronts: enforces the limits, calls the pipeline and writes the log."""
 
     def __init__(self, model, config):
         self.model, self.config, self.closing = model, config, False
         self.timeout = config["timeout_ms"] / 1000
-        self.running, self.lock = {}, threading.Lock()  # when each request that is being answered came
+        self.running, self.lock = {}, threading.Lock()  # {running request: its arrival time}
         op = PPMiniLMOp(TextRequestOp(), model)
         op.init_from_dict({"timeout": -1, "auto_batching_timeout": -1, **config["op"][protocol.SERVICE]})
         graph = {"retry": 1, "use_profile": False, "channel_size": 0, "channel_recv_frist_arrive": False}
@@ -213,8 +213,8 @@ class Service:
             raise RuntimeError(f"the model gave no answer: {response.err_msg}; see {config['log_dir']}")
 
     def answer(self, front, read):
-        """The Response to a request. Args: front: its name in the log. read: a function that gives (fields, logid)."""
-        came, logid, count = time.monotonic(), 0, 0
+        """Returns: the Response. Args: front: its name in the log. read: function that returns (fields, logid)."""
+        start, logid, count = time.monotonic(), 0, 0
         response = protocol.messages().Response()
         key = object()
         try:
@@ -222,28 +222,28 @@ class Service:
                 if self.closing or len(self.running) >= self.config["worker_num"]:
                     why = "is stopping" if self.closing else "has too many requests waiting"
                     raise ServiceError(UNAVAILABLE, f"the service {why}; try again")
-                self.running[key] = came
+                self.running[key] = start
             fields, logid = read()
-            query = protocol.read_query(fields, logid, came + self.timeout, self.model.pairs, self.config["max_texts"])
+            query = protocol.read_query(fields, logid, start + self.timeout, self.model.pairs, self.config["max_texts"])
             count = len(query.texts)
             response = self.pipeline.call(query)
         except ServiceError as error:
             response.err_no, response.err_msg = error.err_no, str(error)
         except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]  # and not its message, which may quote the request
+            place = traceback.extract_tb(error.__traceback__)[-1]  # not the message: it may quote the request
             log.error("logid %d: %s, %s:%d", logid, type(error).__name__, place.filename, place.lineno)
             response.err_no = UNKNOWN
         finally:
             self.running.pop(key, None)
-        if response.err_no == UNKNOWN:  # Paddle Serving's own words name methods and data
+        if response.err_no == UNKNOWN:  # Paddle Serving's message would reveal methods and data
             response.err_msg = "the service failed to answer this request"
-        milliseconds = 1000 * (time.monotonic() - came)
+        milliseconds = 1000 * (time.monotonic() - start)
         log.info("%s logid %d: %d texts, %.1f ms, err_no %d", front, logid, count, milliseconds, response.err_no)
         return response
 
 
 def set_up_logs():
-    """Paddle Serving's log files, which it opens when it is imported, kept small and without a line per queue entry."""
+    """Limits the size of Paddle Serving's log files, which it opens on import, and omits lines about queue entries."""
     logging.getLogger("paddle_serving_server").setLevel(logging.WARNING)
     logging.getLogger("waitress").setLevel(logging.ERROR)  # it warns whenever a request waits for a thread
     for handler in logging.getLogger().handlers:
@@ -251,8 +251,8 @@ def set_up_logs():
 
 
 def watch(service):
-    """Ends the process when web_service.py is gone, or when requests wait and the model has not run for long: they
-    would wait for ever."""
+    """Ends the process when web_service.py is gone, or when requests wait but the model has not run for too long:
+    it hangs, and they would never be answered."""
     while True:
         time.sleep(0.5)
         if os.getppid() != service.config["supervisor"]:
@@ -261,7 +261,7 @@ def watch(service):
         oldest = min(list(service.running.values()), default=now)
         silent = now - max(oldest, service.model.last_run)
         if silent > service.timeout + 30:
-            log.critical("requests wait and nothing has happened for %.0f s: ending this process", silent)
+            log.critical("requests are waiting, but the model has not run for %.0f s: ending this process", silent)
             os._exit(1)
 
 
