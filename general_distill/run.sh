@@ -21,6 +21,8 @@ case ${NPROC:-1} in
 esac
 [ "${NPROC:-1}" -eq 1 ] || launch="-m paddle.distributed.launch --nproc_per_node $NPROC"
 
+# 512 sentences per step in all: NPROC processes take equal parts, 64 each with NPROC=8. Layer 20 of the teacher has index
+# 19. beta 1 is the loss of sample-sample relations alone.
 "$PYTHON" -u $launch "$here/general_distill.py" --input_dir "$input" --output_dir pretrain \
     --teacher_model_type roberta --teacher_model_name_or_path roberta-wwm-ext-large --teacher_layer_index 19 \
     --num_relation_heads 64 --alpha 0 --beta 1 --max_seq_length 128 --batch_size "$((512 / ${NPROC:-1}))" \

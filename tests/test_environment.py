@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 LOCKS = sorted(glob.glob(os.path.join(ROOT, "requirements", "*.txt")))
-BASE = os.path.join(sys.base_prefix, "bin", "python%d.%d" % sys.version_info[:2])
+BASE = os.path.join(sys.base_prefix, "bin", f"python{sys.version_info[0]}.{sys.version_info[1]}")
 
 
 @pytest.mark.parametrize("lock", LOCKS, ids=os.path.basename)
