@@ -1,5 +1,5 @@
 #!/bin/sh
-# One task through every stage, as you would type it: fine-tune, export, prune to 3/4 width, export, quantize in eight ways,
+# Takes one task through every stage, with the commands of the README: fine-tune, export, prune to 3/4 width, export, quantize in eight ways,
 # score in INT8, and print the table of it all.
 #
 #   sh run_all.sh TASK LR BATCH EPOCHS MAX_SEQ_LEN GPU_ID MODEL [more arguments of run_clue.py]

@@ -6,6 +6,7 @@ Batch(int64 [32, 24], int64 [32, 24], int64 [32], ...)  batches: 32 features, pa
 float32 [n, classes]                                    gather: logits in the order of the features
 """
 
+import sys
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -49,9 +50,16 @@ def show_samples(examples, features, tokenizer, labels, count=3):
     for example, feature in list(zip(examples, features))[:count]:
         texts = [text for text in example[:2] if text is not None]
         label = "none" if example.label is None else f"{labels[example.label]} (class {example.label})"
-        print(f"sample of line {example.line}: {' / '.join(texts)}")
-        print(f"  tokens: {' '.join(tokenizer.vocab[i] for i in feature.input_ids)}")
-        print(f"  ids: {' '.join(map(str, feature.input_ids))}; label: {label}")
+        print(printable(f"sample of line {example.line}: {' / '.join(texts)}"))
+        print(printable(f"  tokens: {' '.join(tokenizer.vocab[i] for i in feature.input_ids)}"))
+        print(printable(f"  ids: {' '.join(map(str, feature.input_ids))}; label: {label}"))
+
+
+def printable(text):
+    """The text with escapes for control characters, and for what standard output cannot encode."""
+    encoding = sys.stdout.encoding or "utf-8"
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def by_length(features):

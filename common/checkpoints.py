@@ -109,7 +109,7 @@ def load_pretrained(
         )
     if len(tokenizer.vocab) > model.config.vocab_size:
         raise UserError(
-            f"{source}: the vocabulary has {len(tokenizer.vocab)} tokens, the model {model.config.vocab_size}"
+            f"{name or source}: the vocabulary has {len(tokenizer.vocab)} tokens, the model {model.config.vocab_size}"
         )
     if max_seq_length is not None:
         records.check_sequence_length(max_seq_length, model.config.max_position_embeddings)
@@ -268,8 +268,8 @@ def set_parameters(model, path, new_head=False):
         if new_head and (in_head or missing_pooler):
             new_parameters.append(name)
             continue
-        found = "is not there" if array is None else f"has shape {list(array.shape)}, not {parameter.shape}"
-        raise UserError(f"{path}: {name} {found}: weights of another architecture, width or number of labels")
+        problem = "is not there" if array is None else f"has shape {list(array.shape)}, not {parameter.shape}"
+        raise UserError(f"{path}: {name} {problem}: weights of another architecture, width or number of labels")
     return new_parameters
 
 

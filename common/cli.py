@@ -149,8 +149,7 @@ def add_device_argument(group):
 
 def add_data_arguments(group):
     """--data_dir and the sample limits."""
-    help = "directory with the task's train.json and dev.json; default: $CLUE_DATA_DIR, else PaddleNLP downloads the "
-    help += "CLUE task"
+    help = "directory with train.json and dev.json; default: $CLUE_DATA_DIR, else PaddleNLP downloads the CLUE task"
     # A record knows the data by its md5, wherever it lies.
     group.add_argument("--data_dir", type=PathArgument, help=help, without_effect=True)
     for split in ("train", "eval"):
@@ -160,14 +159,10 @@ def add_data_arguments(group):
 
 def add_tokenizer_arguments(group):
     """--use_faster_tokenizer and --max_seq_length."""
-    help = (
-        "tokenize in Rust: same ids as PaddleNLP's Python tokenizer, about seven times faster; False takes PaddleNLP's"
-    )
+    help = "tokenize in Rust: the ids of PaddleNLP's Python tokenizer (which False takes), about seven times faster"
     group.add_flag("--use_faster_tokenizer", help, default=True)
-    help = (
-        "tokens per sequence, longer ones are cut; lower it to save time and memory if your texts are short (default: "
-    )
-    help += "the length that the model was fine-tuned with, else 128)"
+    help = "tokens per sequence, longer ones are cut; lower it to save time and memory if your texts are short "
+    help += "(default: the length that the model was fine-tuned with, else 128)"
     group.add_argument("--max_seq_length", type=int, help=help)
 
 

@@ -19,10 +19,8 @@ def add_export_arguments(parser, group):
     group.add_argument("--model_type", choices=sorted(modeling.MODEL_TYPES), help=help)
     help = "largest difference of a logit allowed between the model and its graph"
     group.add_argument("--parity_tolerance", type=float, default=1e-4, help=help, without_effect=True)
-    help = (
-        "compute the last layer for the [CLS] position alone, which is all that the classifier reads: the same logits "
-    )
-    help += "in less time (default: on for a CPU, off for a GPU, where TensorRT fuses whole layers)"
+    help = "compute the last layer for the [CLS] position alone, which is all that the classifier reads: the same "
+    help += "logits in less time (default: on for a CPU, off for a GPU, where TensorRT fuses whole layers)"
     group.add_flag("--cls_only", help, default=None)
     cli.add_device_argument(group)
     cli.add_input_arguments(parser)

@@ -10,11 +10,10 @@ from common.compat import paddle
 
 
 def start():
-    """Joins the processes that paddle.distributed.launch started, if it did. Returns: this process's rank."""
+    """Joins the processes that paddle.distributed.launch started, if it did."""
     if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1:
         with cli.quiet():
             paddle.distributed.init_parallel_env()
-    return rank()
 
 
 def rank():

@@ -117,17 +117,13 @@ def check_record(record, path):
             f"{path}: written by another version of this project (schema {record['schema']}, not {VERSION}); repeat "
             "the stage that wrote it"
         )
-    schemas = [StageRecord]
-    if isinstance(record, dict) and record.get("stage") in TASK_STAGES:
-        schemas.append(TaskRecord)
-    for schema in schemas:
-        try:
-            schema.model_validate(record)
-        except pydantic.ValidationError as error:
-            place = ".".join(map(str, error.errors()[0]["loc"])) or "(all of it)"
-            raise UserError(
-                f"{path}: not a stage record: field {place!r} is missing or of the wrong type; {ADVICE}"
-            ) from error
+    is_of_task = isinstance(record, dict) and record.get("stage") in TASK_STAGES
+    try:
+        (TaskRecord if is_of_task else StageRecord).model_validate(record)
+    except pydantic.ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"])) or "(all of it)"
+        reason = f"field {place!r} is missing or of the wrong type"
+        raise UserError(f"{path}: not a stage record: {reason}; {ADVICE}") from error
     return record
 
 
@@ -136,27 +132,23 @@ def check_record(record, path):
 
 def describe_machine():
     """CPU model, the instruction sets that matter here, cores."""
-    flags, model = [], platform.processor() or platform.machine()
     with open("/proc/cpuinfo", encoding="utf-8") as file:
-        for line in file:
-            key, _, value = (part.strip() for part in line.partition(":"))
-            if key == "model name":
-                model = value
-            elif key == "flags":
-                wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
-                flags = [flag for flag in wanted if flag in value.split()]
-                break
-    return {"cpu": model, "flags": flags, "cores": CORES}
+        lines = file.read().split("\n\n")[0].splitlines()  # of the first core
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+    flags = [flag for flag in wanted if flag in fields.get("flags", "").split()]
+    cpu = fields.get("model name") or platform.processor() or platform.machine()
+    return {"cpu": cpu, "flags": flags, "cores": CORES}
 
 
 def describe_versions():
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in ("paddlepaddle", "paddlepaddle-gpu", "paddlenlp", "paddleslim", "tokenizers", "numpy"):
         with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            versions[package] = version(package)
+    return versions
 
 
 def make_record(stage, arguments, seconds, **fields):
@@ -228,7 +220,7 @@ def check_sequence_length(length, positions):
         raise UserError(f"--max_seq_length {length}: must be from 4 to {positions}, the model's number of positions")
 
 
-def show_inherited(directory, record, args, file=None):
+def show_inherited(directory, record, args):
     """Prints what a stage takes over from the stage before, and what its own arguments override."""
     architecture, own_length = record["model"]["architecture"], record["arguments"]["max_seq_length"]
     shape = f"{record['model']['model_type']}, {architecture.get('num_hidden_layers', '?')} layers x "
@@ -237,11 +229,8 @@ def show_inherited(directory, record, args, file=None):
     if args.max_seq_length not in (None, own_length):
         length += f" (overridden by --max_seq_length {args.max_seq_length})"
     accuracy = f"dev accuracy {record['metrics']['accuracy']:.4f}"
-    print(
-        f"taken over from {directory}: task {record['task']}, {len(record['labels'])} labels, {length}, {shape}, "
-        f"{accuracy}",
-        file=file,
-    )
+    task = f"task {record['task']}, {len(record['labels'])} labels"
+    print(f"taken over from {directory}: {task}, {length}, {shape}, {accuracy}")
 
 
 # Which record was made from which
@@ -265,9 +254,8 @@ def parameter_hashes(hashes):
 
 
 def find_records(directories):
-    """Every stage record below the directories. Each gets ``path``, where it was found, and ``directory``, the name by
-    which other records know it."""
-    found = []
+    """Every stage record below the directories, each with its ``path`` and ``directory``, its name in other records."""
+    records = []
     for root in directories:
         if not os.path.isdir(root):
             raise UserError(f"{root}: no such directory")
@@ -275,8 +263,8 @@ def find_records(directories):
             # Changed in place, so that the walk does not enter what is unfinished or being written.
             subdirectories[:] = sorted(d for d in subdirectories if d[0] != "." and not d.endswith(".unfinished"))
             if RECORD in names:
-                found.append({**read_record(directory), "directory": files.relative(directory), "path": directory})
-    return found
+                records.append({**read_record(directory), "directory": files.relative(directory), "path": directory})
+    return records
 
 
 def parent_among(record, found):
@@ -305,7 +293,7 @@ def children_among(found):
 
 def descendants(root, children):
     """The records made from ``root``, directly or not, each after its parent. Args: children: of children_among."""
-    found = []
+    records = []
     for record in children.get(root["path"], []):
-        found += [record, *descendants(record, children)]
-    return found
+        records += [record, *descendants(record, children)]
+    return records

@@ -57,12 +57,12 @@ def check_replaceable(directory, stage, inside=()):
         if os.path.commonpath([os.path.abspath(directory), os.path.abspath(path)]) == os.path.abspath(directory):
             raise UserError(f"{directory}: cannot be the output, {path} lies in it")
     if os.path.exists(directory) and os.listdir(directory):
-        found = None
+        written_by = None
         path = os.path.join(directory, records.RECORD)
         # Not read_record: a record of another version will do.
         with contextlib.suppress(OSError, ValueError, AttributeError), open(path, encoding="utf-8") as file:
-            found = json.load(file).get("stage")
-        if found != stage:
+            written_by = json.load(file).get("stage")
+        if written_by != stage:
             raise UserError(f"{directory}: exists and holds something else; name another directory or remove it")
 
 
@@ -324,6 +324,4 @@ class ResumableRun(Run):
         schedule.step(state["step"])
         optimizer.set_state_dict({**entries, "LR_Scheduler": schedule.state_dict()})
         self.seconds_before = state["seconds"]
-        if self.is_first:
-            print(f"going on after step {state['step']}")
         return state

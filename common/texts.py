@@ -66,15 +66,15 @@ def _read_lines(path):
 def answer(example, labels, probabilities):
     """The JSON object that answers a text. Args: probabilities: float [classes], of ``labels``."""
     best = int(np.argmax(probabilities))
-    said = {
+    fields = {
         "text": example.text,
         "label": labels[best],
         "probability": round(float(probabilities[best]), 6),
         "probabilities": {label: round(float(p), 6) for label, p in zip(labels, probabilities)},
     }
     if example.text_pair is not None:
-        said["text_pair"] = example.text_pair
-    return said
+        fields["text_pair"] = example.text_pair
+    return fields
 
 
 def submission_path(task_name, directory):

@@ -40,9 +40,7 @@ def add_training_arguments(parser, **defaults):
     group.add_argument("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon")
     help = "clips the global norm of the gradients; 0 does not clip"
     group.add_argument("--max_grad_norm", type=float, default=1.0, help=help)
-    help = (
-        "put records of similar length into a batch: less padding, up to twice as fast on a CPU, a little less random"
-    )
+    help = "put records of similar length into a batch: less padding, up to twice as fast, a little less random"
     group.add_flag("--group_by_length", help)
     help = "steps between loss lines"
     group.add_argument("--logging_steps", type=int, default=100, help=help, positive=True, without_effect=True)
@@ -77,23 +75,24 @@ def convert(args, run, splits, tokenizer, labels):
     """Texts to token ids, once for all epochs: {name of the split: list of batching.Feature}.
 
     Prints three samples and the plan of the training: what is wrong with them is wrong in everything that follows.
-    Notes in the run if the vocabulary does not fit the data.
 
     Args: run: runs.ResumableRun. splits: {name: data.Split} with ``train``. labels: names of the classes.
     """
     features = {}
     for name, split in splits.items():
         features[name] = batching.convert(split.examples, tokenizer, args.max_seq_length)
-    if not run.is_first:
-        return features
-    train = features["train"]
-    batching.show_samples(splits["train"].examples, train, tokenizer, labels)
-    show_plan(args, len(train))
-    unknown = unknown_share(train, tokenizer.unk_id)
+    if run.is_first:
+        batching.show_samples(splits["train"].examples, features["train"], tokenizer, labels)
+        show_plan(args, len(features["train"]))
+    return features
+
+
+def note_unknown_tokens(run, features, tokenizer):
+    """Warns, and adds a note to the run, if more than 5 % of the tokens are unknown to the vocabulary."""
+    unknown = unknown_share(features, tokenizer.unk_id)
     if unknown > 0.05:
         run.notes.append(f"{unknown:.0%} of train's tokens are unknown to the vocabulary")
         print(f"warning: {run.notes[-1]}: does it fit?", file=sys.stderr)
-    return features
 
 
 def unknown_share(features, unk_id):
@@ -178,9 +177,8 @@ def training_batches(features, args, first_step, steps, pad_id=0):
         seed_step(args.seed, step)
         joint = order[position * joint_size : (position + 1) * joint_size]
         part = joint[rank * args.batch_size : (rank + 1) * args.batch_size]
-        length = max(
-            len(features[i].input_ids) for i in joint
-        )  # the same in all processes: pruning's loss sees padding
+        # The same length in all processes, because pruning's loss includes padding.
+        length = max(len(features[i].input_ids) for i in joint)
         batch = batching.collate(features, part, pad_id, length) if len(part) else None
         yield step, batch, len(part) / len(joint)
 
@@ -226,6 +224,8 @@ class Progress:
     def bar(self, iterable, first_step, description):
         """Yields what the iterable does; shows a bar on a terminal. Args: first_step: number of steps done before."""
         disable = None if processes.is_first() else True  # None: only where there is no terminal
+        if first_step and processes.is_first():
+            print(f"going on after step {first_step} of {self.steps}")
         self.progress_bar = tqdm(
             iterable, total=self.steps, initial=first_step, desc=description, mininterval=1, disable=disable
         )

@@ -4,8 +4,8 @@ Reads an architecture and a directory of text files with one sentence per line. 
 stage.json to --output_dir at the end. Training states go to <output_dir>.unfinished; rerun the same command to resume.
 Real teachers see a thousand times more text; this one only shows how the stages work together.
 
-    python pretrain_mlm.py --init_config 4l-256h.json --vocab_file vocab.txt --input_dir corpus --output_dir teacher \\
-        --max_steps 2000 --batch_size 64 --learning_rate 1e-3 --group_by_length
+    python pretrain_mlm.py --init_config ../configs/teacher-2l-192h.json --vocab_file vocab.txt --input_dir corpus \\
+        --output_dir teacher --max_steps 2000 --batch_size 64 --learning_rate 1e-3 --group_by_length
 """
 
 import os
@@ -14,7 +14,7 @@ import time
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 sys.path[:0] = [ROOT, os.path.join(ROOT, "general_distill")]
-from common import UserError, checkpoints, cli, modeling, training
+from common import UserError, checkpoints, cli, modeling, processes, training
 from common.compat import paddle
 from common.runs import ResumableRun
 from corpus import Corpus, make_batch
@@ -107,6 +107,8 @@ def train(args, run, corpus, model, tokenizer):
 def main(argv=None):
     args = parse_args(argv)
     training.start(args)
+    if processes.world_size() > 1:
+        raise UserError("pretrain_mlm.py trains in one process")
     corpus = Corpus(args.input_dir, args.seed)
     if args.max_steps <= 0:
         args.max_steps = args.num_train_epochs * corpus.batches_per_epoch(args.batch_size)

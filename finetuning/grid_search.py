@@ -255,6 +255,7 @@ def prepare(cells, args):
     Returns: {cell: reason} for the cells of tasks without data. Raises: UserError for a model that cannot be loaded.
     """
     asked = asked_of(cells[0], args)
+    asked.max_seq_length = None  # it differs by task: a model that is too short for one fails in the cells of that one
     checkpoints.load_pretrained_for(asked, 2)
     failed = {}
     for task in dict.fromkeys(cell.task for cell in cells):

@@ -76,6 +76,8 @@ def fine_tune(args):
     with ResumableRun("finetune", args, [args.output_dir], **fields) as run:
         if not run.finished:
             features = training.convert(args, run, splits, start.tokenizer, task.labels)
+            if run.is_first:
+                training.note_unknown_tokens(run, features["train"], start.tokenizer)
             state = train(args, run, start.model, features, start.tokenizer.pad_id)
             if run.is_first:  # of several processes, the only one that writes
                 save_best(args, run, state, start.tokenizer)

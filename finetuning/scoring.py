@@ -10,9 +10,9 @@ def read_split(args, directory, split, max_samples=None):
     """(checkpoints.Classifier of a fine-tuned directory, data.Split, list of batching.Feature)"""
     classifier = checkpoints.load_classifier(directory, args.use_faster_tokenizer)
     records.check_task(classifier.record, args.task_name, directory)
-    found = data.read_split(data.task_of(classifier.record), split, args.data_dir, max_samples)
+    loaded = data.read_split(data.task_of(classifier.record), split, args.data_dir, max_samples)
     length = records.sequence_length(args, classifier.record)
-    return classifier, found, batching.convert(found.examples, classifier.tokenizer, length)
+    return classifier, loaded, batching.convert(loaded.examples, classifier.tokenizer, length)
 
 
 def evaluate(args, directory):

@@ -20,8 +20,9 @@ from common import UserError, cli, files, records
 
 # Arguments of run_clue.py that must be equal in all compared runs: all that affect training, except the seed.
 SHARED_ARGUMENTS = (
-    "learning_rate batch_size num_train_epochs max_steps weight_decay warmup_steps warmup_proportion adam_epsilon "
-    "max_grad_norm group_by_length save_steps max_seq_length max_train_samples max_eval_samples use_faster_tokenizer"
+    "model_type learning_rate batch_size num_train_epochs max_steps weight_decay warmup_steps warmup_proportion "
+    "adam_epsilon max_grad_norm group_by_length save_steps max_seq_length max_train_samples max_eval_samples "
+    "use_faster_tokenizer"
 ).split()
 
 

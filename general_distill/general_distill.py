@@ -102,6 +102,9 @@ def train(args, run, corpus, teacher, student):
     # all micro-batches of the step have been seen, so the sum is first divided by an estimate, which keeps it near 1
     # (FP16 would overflow), and the gradients are corrected at the end.
     expected_rows = float(args.num_relation_heads * args.batch_size * args.max_seq_length)
+    # Killed after its last step, or its result was removed: nothing is left but to write it.
+    if run.is_first and state["step"] == progress.steps:
+        save_model(args, run, state["step"], student, state["losses"])
     started, tokens, interval = time.time(), 0, state["interval"]
     for step in progress.bar(range(state["step"] + 1, progress.steps + 1), state["step"], "distil"):
         # Dropout of the student is a function of seed and step, so a resumed run repeats it exactly.

@@ -21,10 +21,7 @@ def add_quantization_arguments(group, algorithms, samples):
     help = "largest difference allowed between the FP32 graph's accuracy and the one that training recorded in "
     help += "stage.json, if both are on the same dev data; a difference of two records is always allowed"
     group.add_argument("--accuracy_tolerance", type=float, default=0.005, help=help, without_effect=True)
-    help = (
-        "also store the word embeddings in INT8, with one scale per row: about half the file (default: on for a CPU; "
-    )
-    help += "TensorRT takes no such table)"
+    help = "also store word embeddings in INT8, one scale per row: half the file (default: on a CPU, not for TensorRT)"
     group.add_flag("--int8_embeddings", help, default=None)
     group.add_argument("--seed", type=int, default=42, help="chooses the calibration samples")
     cli.add_device_argument(group)
@@ -42,8 +39,6 @@ def add_file_name_arguments(group):
 
 def check_file_names(args, graph):
     """Raises: UserError for file names that are not those of the graph, or that do not belong together."""
-    if min(args.calib_samples) < 1:
-        raise UserError(f"--calib_samples {min(args.calib_samples)}: must be above 0")
     for given, suffix in ((args.input_model_filename, ".pdmodel"), (args.input_param_filename, ".pdiparams")):
         if given not in (None, graph.name + suffix):
             raise UserError(f"{given}: {args.input_dir} holds {graph.name}{suffix}")

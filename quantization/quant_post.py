@@ -8,6 +8,7 @@ with FP32's on less than --min_agreement of dev is not written. Variants that ar
     python quant_post.py --task_name TNEWS --input_dir ../pruning/pruned_models/TNEWS/0.75/sub_static
 """
 
+import dataclasses
 import itertools
 import os
 import sys
@@ -35,7 +36,10 @@ def parse_args(argv=None):
     calibration.add_quantization_arguments(parser.add_argument_group("other"), ALGORITHMS, SAMPLES)
     calibration.add_file_name_arguments(parser.add_argument_group("file names"))
     cli.add_input_arguments(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if min(args.calib_samples) < 1:
+        raise UserError(f"--calib_samples {min(args.calib_samples)}: must be above 0")
+    return args
 
 
 def default_output_dir(record):
@@ -50,6 +54,8 @@ def quantize_all(args):
     # The exported FP32 graph, and the record of the model in it: task, labels and length need not be typed again.
     record = records.read_record(args.input_dir, "an exported model")
     records.check_task(record, args.task_name, args.input_dir)
+    if record["stage"] == "quantize":
+        raise UserError(f"{args.input_dir}: quantized already; name the directory of the exported FP32 graph")
     graph = checkpoints.open_graph(args.input_dir, "--input_dir")
     calibration.check_file_names(args, graph)
     tokenizer = graph.tokenizer(args.use_faster_tokenizer)
@@ -58,7 +64,8 @@ def quantize_all(args):
     args.output_dir = args.output_dir or cli.PathArgument(default_output_dir(record))
 
     # Calibration takes train records, so that dev, on which the best variant is chosen, stays unseen.
-    task = data.task_of(record)
+    # It takes so few that it does not matter whether the train file is the complete official one: no train_size.
+    task = dataclasses.replace(data.task_of(record), train_size=None)
     samples = data.read_split(task, args.calib_split, args.data_dir, args.max_train_samples)
     dev = data.read_split(task, "dev", args.data_dir, args.max_eval_samples)
     if max(args.calib_samples) > len(samples.examples):
@@ -74,8 +81,7 @@ def quantize_all(args):
         # FP32 in the same engine is what INT8 has to agree with. On the dev data of the training its accuracy has to be
         # the recorded one, or the graph is not the model that was trained.
         features = batching.convert(dev.examples, tokenizer, args.max_seq_length)
-        fp32 = engine.open_engine(graph.prefix, features, args.device)
-        fp32_logits = fp32.predict(features, pad_id=tokenizer.pad_id)
+        fp32_logits = engine.open_engine(graph.prefix, features, args.device).predict(features, pad_id=tokenizer.pad_id)
         fp32_accuracy = batching.accuracy(fp32_logits, [feature.label for feature in features])
         calibration.check_accuracy(fp32_accuracy, record, described["dev"], args)
         print(engine.preflight("int8"))

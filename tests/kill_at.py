@@ -1,7 +1,7 @@
 """Runs a stage script up to its N-th change of a file below a directory, for tests/test_faults.py.
 
-A server process imports Paddle and PaddleNLP once and forks for each run, which saves three seconds of imports per run. All
-else is as in a new process: nothing was computed before the fork.
+A server process imports common.compat, Paddle and PaddleNLP once and forks for each run, which saves three seconds of
+imports per run. Nothing else was done before the fork. What these imports change is set for all runs alike.
 """
 
 import multiprocessing

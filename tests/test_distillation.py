@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import pytest
 from conftest import FILLER, ROOT, load_script, record
 
 import relations
-from common import UserError, checkpoints, modeling
+from common import UserError, checkpoints, modeling, runs
 from corpus import Corpus
 
 
@@ -146,6 +147,28 @@ def test_the_student_learns_the_relations(distilled):
     losses = record(distilled / "model_30")["losses"]
     assert losses[-1][1] < 0.8 * losses[0][1]
     assert sorted(os.listdir(distilled)) == ["model_10", "model_20", "model_30"]
+
+
+def test_a_save_before_the_first_logging_step_and_a_model_written_again(distillation, tmp_path, capsys):
+    """Each saved model has a loss; a finished run whose model was removed writes it again from its last state."""
+    _, arguments = distillation
+    script = load_script("general_distill", "general_distill")
+    words = [*map(str, arguments), "--output_dir", str(tmp_path / "o"), "--max_steps", "3", "--save_steps", "1"]
+    words += ["--logging_steps", "100", "--max_seq_length", "16"]
+    kept = []
+
+    def keep(run, *_):
+        kept.append(shutil.copytree(run.work, tmp_path / "kept"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.ResumableRun, "_remove", keep)  # as if killed before it could clear away
+        script.main(words)
+    assert [len(record(tmp_path / f"o/model_{step}")["losses"]) for step in (1, 2, 3)] == [1, 2, 3]
+    before = weights(tmp_path / "o/model_3")
+    shutil.rmtree(tmp_path / "o")
+    script.main(words)
+    assert all(np.array_equal(before[name], array) for name, array in weights(tmp_path / "o/model_3").items())
+    assert record(tmp_path / "o/model_3")["metrics"]["loss"] and not (tmp_path / "o.unfinished").exists()
 
 
 def test_a_later_stage_takes_the_student(distilled, workspace):

@@ -105,9 +105,11 @@ def test_calibration_split_is_recorded(workspace, pruned, tmp_path, capsys):
         quantize(workspace, pruned / "0.75/sub_static", tmp_path / "q", "--max_eval_samples", "50")
 
 
-def test_inputs_that_are_no_export_are_refused(workspace, tuned, pruned, tmp_path):
+def test_inputs_that_are_no_export_are_refused(workspace, tuned, pruned, quantized, tmp_path):
     with pytest.raises(UserError, match="not exported"):
         quantize(workspace, pruned / "0.75/best_model", tmp_path / "q")
+    with pytest.raises(UserError, match="quantized already"):
+        quantize(workspace, quantized / "mse4", tmp_path / "q")
     shutil.copytree(pruned / "0.75/sub_static", tmp_path / "damaged")
     with open(tmp_path / "damaged/float.pdiparams", "r+b") as file:
         file.truncate(1000)

@@ -156,10 +156,13 @@ def test_a_failed_cell_does_not_stop_the_others(workspace):
     ("topics", ["--no_such_argument"], "unrecognized arguments: --no_such_argument"),
     ("topics", ["--init_config", "missing.json", "--vocab_file", "vocab.txt"], "missing.json: no such file"),
     ("topics", ["--learning_rate", "1e-3"], "--learning_rate: the search sets it for each cell"),
+    ("topics", ["--save_steps", "0"], "--save_steps 0: must be above 0"),
 ])  # fmt: skip
 def test_what_would_fail_in_every_cell_fails_before_the_first(workspace, monkeypatch, capsys, task, more, message):
     monkeypatch.chdir(workspace)
     script = load_script("finetuning", "grid_search")
+    with pytest.raises(UserError, match=r"--learning_rate -1.0: must be above 0"):  # of the second cell alone
+        script.main(["--model", "early", "--tasks", task, "--device", "cpu", "--learning_rates", "2e-3", "-1"])
     with pytest.raises((SystemExit, UserError)) as failure:
         script.main(["--model", "early", "--tasks", task, "--device", "cpu", "--", "--data_dir", "data", *more])
     assert message in str(failure.value) + capsys.readouterr().err

@@ -162,8 +162,10 @@ def test_what_kills_its_process_group_kills_no_more(model, tmp_path):
         ("http_prot: 1", "no setting is called http_prot"),
         ("http_port: many", "http_port: 'many': Input should be a valid integer"),
         ("http_port: 80", "http_port: 80: Input should be greater than or equal to 1024"),
-        ("dag: {is_thread_op: false}", "dag.is_thread_op: False: Input should be True"),
-        ("op: {ppminilm: {concurrency: 2}}", "concurrency: 2: Input should be 1"),
+        ("dag: {is_thread_op: false}", "dag.is_thread_op: False: Value error, process mode is not supported"),
+        ("dag: {is_thread_op: 1}", "dag.is_thread_op: 1: Input should be a valid boolean"),
+        ("op: {ppminilm: {concurrency: 2}}", "concurrency: 2: Input should be less than or equal to 1"),
+        ("op: {ppminilm: {concurrency: true}}", "concurrency: True: Input should be a valid integer"),
         ("op: {other: {concurrency: 1}}", "no setting is called op.other"),
         ("op: {ppminilm: {local_service_conf: {precision: int4}}}", "precision: 'int4': Input should be ''"),
         ("- a\n- b", "must be settings"),
@@ -178,6 +180,11 @@ def test_wrong_settings(tmp_path, settings, words):
     with pytest.raises(UserError, match=re.escape(words)) as error:
         web_service.check_ports(web_service.read_config(web_service.parse_args(["--config", str(config)])))
     assert "\n" not in str(error.value)
+
+
+def test_wrong_overrides_go_by_the_name_of_their_option():
+    with pytest.raises(UserError, match=r"^--threads: -1: Input should be greater than or equal to 0"):
+        web_service.read_config(web_service.parse_args(["--threads", "-1"]))
 
 
 def test_the_settings_in_the_file_are_the_defaults(tmp_path):

@@ -9,7 +9,10 @@ import sys
 import tokenize
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_script
+from test_distillation import distillation  # noqa: F401
+
+from common import cli
 
 COMMON = sorted(name[:-3] for name in os.listdir(os.path.join(ROOT, "common")) if name.endswith(".py"))
 STAGES = {
@@ -75,14 +78,25 @@ def test_the_root_holds_what_a_user_edits_and_runs():
     assert sorted(n for n in os.listdir(ROOT) if n.endswith(".py")) == ["data.py", "summarize.py"]
 
 
+def top_level_modules(path):
+    """The modules that a file imports outside of functions, in the order of the lines."""
+    found = []
+    for node in ast.parse(read(path)).body:
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append(node.module)
+    return [module.split(".")[0] for module in found]
+
+
 def test_common_comes_before_paddle():
     """Paddle reads what common/__init__.py sets while it is imported."""
     for path in project_modules().values():
-        lines = imports(path)
-        paddle = [line for line, module, _ in lines if module.split(".")[0] in ("paddle", "paddlenlp", "paddleslim")]
-        common = [line for line, module, _ in lines if module.split(".")[0] == "common"]
-        assert not paddle or min(common) < min(paddle), path
-        assert not any(module == "paddle" for _, module, _ in lines), f"{path}: from common.compat import paddle"
+        modules = top_level_modules(path)
+        assert "paddle" not in modules, f"{path}: from common.compat import paddle"
+        assert not {"paddlenlp", "paddleslim"} & set(modules), f"{path}: imports these where they are needed"
+        late = {module.split(".")[0] for _, module, _ in imports(path)} & {"paddle", "paddlenlp", "paddleslim"}
+        assert not late or {"common", "data"} & set(modules), path
 
 
 def test_light_tools_stay_light():
@@ -118,11 +132,74 @@ def test_a_stage_script_reads_as_a_template(directory):
 
 
 @pytest.mark.parametrize("directory", STAGES)
-def test_a_stage_is_copied_with_common_and_data(tmp_path, directory):
+def test_a_stage_is_copied_with_common_and_data(tmp_path, directory, workspace, distillation, tuned):  # noqa: F811
     """Its directory, common/ and data.py, somewhere else, are a stage that runs."""
     for name in ("common", directory):
         shutil.copytree(os.path.join(ROOT, name), tmp_path / name, ignore=shutil.ignore_patterns("*models*", "*.json"))
     shutil.copy(os.path.join(ROOT, "data.py"), tmp_path)
+    of_task = ["--task_name", "topics", "--data_dir", workspace / "data", "--max_eval_samples", "20"]
+    output = ["--output_dir", tmp_path / "out"]
+    init = ["--init_config", workspace / "tiny.json", "--vocab_file", workspace / "vocab.txt"]
+    arguments = {
+        "finetuning": [*of_task, *output, *init, "--max_steps", "2"],
+        "pruning": [*of_task, *output, "--model_name_or_path", tuned, "--max_steps", "1", "--importance_samples", "9"],
+        "quantization": [*of_task, *output, "--input_dir", tuned, "--algorithms", "abs_max", "--min_agreement", "0"],
+        "general_distill": [*distillation[1], *output, "--max_steps", "2"],
+        "deploy/python": [*of_task, "--model_path", tuned],
+    }[directory]
     script = tmp_path / directory / f"{STAGES[directory]}.py"
-    done = subprocess.run([sys.executable, str(script), "--help"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert directory == "deploy/python" or list(tmp_path.glob("out/**/stage.json"))
+
+
+# What each parser declares: arguments that do not change the result, and those that records write as paths.
+OF_DATA = {"task_name", "data_dir", "output_dir"}
+OF_TRAINING = {"logging_steps", "visualdl_dir", "overwrite"}
+DECLARED = {
+    ("finetuning", "run_clue"): (
+        OF_DATA | OF_TRAINING | {"do_eval", "do_predict"},
+        {"model_name_or_path", "init_config", "vocab_file", "output_dir", "data_dir", "visualdl_dir"},
+        "--task_name t",
+    ),
+    ("pruning", "prune"): (
+        OF_DATA | OF_TRAINING | {"do_eval", "parity_tolerance"},
+        {"model_name_or_path", "output_dir", "data_dir", "visualdl_dir"},
+        "--task_name t",
+    ),
+    ("quantization", "quant_post"): (
+        OF_DATA | {"input_dir", "algorithms", "calib_samples", "min_agreement", "accuracy_tolerance", "overwrite"},
+        {"input_dir", "output_dir", "data_dir", "model_name_or_path"},
+        "--task_name t",
+    ),
+    ("general_distill", "general_distill"): (
+        OF_TRAINING | {"input_dir", "output_dir"},
+        {"student_model_name_or_path", "teacher_model_name_or_path", "init_config", "vocab_file", "input_dir"}
+        | {"output_dir", "visualdl_dir"},
+        "",
+    ),
+    ("finetuning", "export_model"): (
+        {"task_name", "parity_tolerance", "data_dir"}, {"model_path", "data_dir"}, "--task_name t",
+    ),
+    ("pruning", "export_model"): (
+        {"task_name", "parity_tolerance", "data_dir"},
+        {"model_name_or_path", "sub_model_output_dir", "static_sub_model", "data_dir"},
+        "--task_name t",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", DECLARED, ids="/".join)
+def test_arguments_declare_what_they_are(script):
+    """A run is the same run if it differs in these alone; records name no directory of a user."""
+    without_effect, paths, words = DECLARED[script]
+    names = [name for name in sorted(paths) if name != "init_config"]
+    words = [*words.split(), *(word for name in names for word in (f"--{name}", "/home/someone/deep/place"))]
+    if "init_config" in paths:
+        words += ["--init_config", "/home/someone/deep/place"]
+    args = load_script(*script).parse_args(words)
+    assert args.without_effect == without_effect
+    described = cli.describe(args)
+    assert {name for name, value in described.items() if value == ".../deep/place"} == paths
+    assert "someone" not in str(described)

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, load_script, record
 
 import data
-from common import UserError, batching, checkpoints, cli, files, modeling, records, runs, training
+from common import UserError, batching, checkpoints, cli, files, modeling, records, runs, tokenization, training
 
 
 def arguments(**changed):
@@ -50,6 +50,56 @@ def test_an_epoch_sees_each_record_once(group_by_length):
         len(f.input_ids) for f in features
     )
     assert padding < 1.02 if group_by_length else padding > 1.2
+
+
+@pytest.mark.parametrize(
+    "examples, changed, numbers",
+    [
+        (
+            53360,
+            {},
+            ["53,360 train records / 32 = 1,668 steps an epoch", "3 epochs = 5,004 steps", "500;", "51 in all"],
+        ),
+        (
+            33,
+            {"num_train_epochs": 1},
+            ["33 train records / 32 = 2 steps", "1 epochs = 2 steps", "first 0;", "1 in all"],
+        ),
+        (1000, {"max_steps": 250, "warmup_steps": 7}, ["--max_steps = 250 steps", "in the first 7;", "3 in all"]),
+    ],
+)
+def test_the_plan_is_the_arithmetic_of_the_training(capsys, examples, changed, numbers):
+    defaults = {"batch_size": 32, "num_train_epochs": 3, "max_steps": -1, "save_steps": 100}
+    args = arguments(**{**defaults, **changed})
+    training.show_plan(args, examples)
+    plan = capsys.readouterr().out
+    assert all(number in plan for number in numbers), plan
+    features = [batching.Feature([2], [0], 0)] * examples
+    steps = training.total_steps(args, examples)
+    counted = sum(1 for _ in training.training_batches(features, args, 0, steps))
+    assert f"= {counted:,} steps;" in plan
+
+
+def test_samples_are_shown_whatever_their_text(workspace, capsys, monkeypatch):
+    """Text, tokens, ids and label; half a surrogate pair, control characters and emoji end no training."""
+    import io
+
+    tokenizer = tokenization.load_tokenizer(None, True, str(workspace / "vocab.txt"))
+    texts = ["足球\ud83d", "一\n\x1b[31m丁", "七😀"]
+    examples = [batching.Example(text, None, 1, number) for number, text in enumerate(texts, 1)]
+    features = batching.convert(examples, tokenizer, 16)
+    batching.show_samples(examples, features, tokenizer, ["体育", "财经"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 9 and lines[0] == "sample of line 1: 足球\\ud83d"
+    assert lines[1] == "  tokens: [CLS] 足 球 [SEP]" and lines[2].endswith("label: 财经 (class 1)")
+    assert lines[2].startswith(f"  ids: {' '.join(map(str, features[0].input_ids))};")
+    for encoding in ("ascii", "gbk"):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr("sys.stdout", stream)
+        batching.show_samples(examples, features, tokenizer, ["体育", "财经"])
+        monkeypatch.undo()
+        stream.flush()
+        assert stream.buffer.getvalue().count(b"\n") == 9
 
 
 def test_weight_decay_spares_biases_and_norms(tuned):

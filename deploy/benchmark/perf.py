@@ -275,17 +275,19 @@ def main(argv=None):
         specs[rows[0].name]["fast_tokenizer"] = [False]  # the baseline uses the Python tokenizer only
     started, name = time.time(), "effects" if args.effects else "perf"
     rounds = run_rounds(specs, args.rounds, args.sentences)
-    machine, found = records.describe_machine(), report(rows, rounds)
-    lines = table(found, {row.name: row.model not in missing for row in rows})
+    machine, measured = records.describe_machine(), report(rows, rounds)
+    lines = table(measured, {row.name: row.model not in missing for row in rows})
     sentences = f"{args.rounds} rounds of {args.sentences} TNEWS dev sentences"
     settings = f"batch {args.batch_size}, maximum length {args.max_seq_length}"
     notes.append(f"{sentences}, {settings}, on {device}: {machine['cpu']}, {machine['cores']} cores")
     print("\n".join([*lines, "", *(f"- {note}" for note in notes)]))
     result = {"date": time.strftime("%Y-%m-%d", time.gmtime(started)), "machine": machine, "notes": notes}
-    result.update(versions=records.describe_versions(), arguments=cli.describe(args), data=dev.describe(), rows=found)
+    result.update(
+        versions=records.describe_versions(), arguments=cli.describe(args), data=dev.describe(), rows=measured
+    )
     files.write_json(os.path.join(args.output_dir, f"{name}.json"), result)
-    draw(os.path.join(args.output_dir, f"{name}.png"), found, rows[0].title, machine)
-    return found
+    draw(os.path.join(args.output_dir, f"{name}.png"), measured, rows[0].title, machine)
+    return measured
 
 
 if __name__ == "__main__":

@@ -67,19 +67,19 @@ def check_model(name, prefix, precision, device, max_seq_length):
         raise UserError(f"--bert {prefix}: the baseline is the usual graph; export it with --cls_only False")
 
 
-def build_once(directory, made, build):
+def build_once(directory, inputs, build):
     """Calls build(scratch) and moves the scratch directory to ``directory``, unless that is up to date.
 
-    Args: made: the inputs of the build, as a JSON object. A directory built from other inputs is rebuilt.
+    Args: inputs: of the build, as a JSON object. A directory built from other inputs is rebuilt.
     """
     marker = os.path.join(directory, "made.json")
     if os.path.isfile(marker):
         with open(marker, encoding="utf-8") as file:
-            if json.load(file) == made:
+            if json.load(file) == inputs:
                 return
     with files.whole_directory(directory) as scratch:
         build(scratch)
-        files.write_whole(os.path.join(scratch, "made.json"), json.dumps(made))
+        files.write_whole(os.path.join(scratch, "made.json"), json.dumps(inputs))
 
 
 def build_random(directory, vocab_file, samples, device="cpu"):

@@ -23,7 +23,7 @@ TYPES = {name: i for i, name in enumerate("INT64 FP32 INT32 FP64 INT16 FP16 BF16
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     parser.add_argument("--dirname", required=True, help="directory of the exported model")
-    parser.add_argument("--model_filename", help="file name of its graph (default: the only .pdmodel file)")
+    parser.add_argument("--model_filename", help="name of its graph (default: the one that stage.json names)")
     parser.add_argument("--params_filename", help="file name of its parameters (default: GRAPH.pdiparams)")
     parser.add_argument("--server_path", default="serving_server", help="directory for the server")
     parser.add_argument("--client_path", default="serving_client", help="directory for the client")

@@ -47,7 +47,7 @@ class LocalServiceConf(Section):
 
 
 class Operator(Section):
-    concurrency: Literal[1] = 1
+    concurrency: int = number(1, 1, 1)
     batch_size: int = number(32, 1, 1024)
     local_service_conf: LocalServiceConf = LocalServiceConf()
 
@@ -57,7 +57,14 @@ class Operators(Section):
 
 
 class Dag(Section):
-    is_thread_op: Literal[True] = True
+    is_thread_op: bool = True
+
+    @pydantic.field_validator("is_thread_op")
+    @classmethod
+    def only_threads(cls, value):
+        if not value:
+            raise ValueError("process mode is not supported, it must be true")
+        return value
 
 
 class Settings(Section):
@@ -112,6 +119,8 @@ def check_settings(settings, source):
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
+        if not source.startswith("--config"):  # an option, which is the name that the user knows
+            raise UserError(f"{source}: {first['input']!r}: {first['msg']}") from error
         if first["type"] == "extra_forbidden":
             raise UserError(f"{source}: no setting is called {name}; config_nlp.yml lists all settings") from error
         raise UserError(f"{source}: {name}: {first['input']!r}: {first['msg']}") from error
