@@ -16,7 +16,7 @@ SUB_CONFIG = "model_config.json"
 
 
 def add_pruning_arguments(group):
-    help = "weight of the logits' loss (hidden states: 0.1); raise it if the pruned model agrees with its teacher too rarely"
+    help = "weight of the logits' loss (hidden states: 0.1); raise it if the pruned model disagrees with its teacher"
     group.add_argument("--lambda_logit", type=float, default=1.0, help=help)
     help = "split that ranks heads and neurons; dev is the published recipe, but models are also selected on dev"
     group.add_argument("--importance_split", choices=("train", "dev"), default="train", help=help)
