@@ -189,7 +189,7 @@ class ResumableRun(Run):
 
     def __exit__(self, kind, error, trace):
         if kind is None:
-            processes.wait_for_all()  # the launcher would take one that ends early for one that failed
+            processes.wait_for_all()  # no process ends while another one is still writing
             if self.lock and not self.finished and self.written >= set(self.outputs):
                 self._remove()
         self._leave()

@@ -5,8 +5,8 @@ tokenizer, evaluations.jsonl and stage.json to --output_dir, complete or not at 
 state of the last evaluation is in <output_dir>.unfinished: rerun the same command to resume from there.
 
 As a template, copy this directory, common/ and data.py. Yours to write are parse_args, objective and evaluate. Leave as
-they are: ResumableRun (refuses, resumes, writes), training_batches and update (several processes), and `run.is_first`
-around all that writes.
+they are: ResumableRun (refuses, resumes, writes), and training_batches, update and progress.loss, which all processes
+have to call; `run.is_first` stands around evaluation and writing alone.
 
     python run_clue.py --task_name TNEWS --model_name_or_path ppminilm-6l-768h --learning_rate 5e-5 --batch_size 32 \\
         --num_train_epochs 3 --output_dir ppminilm-6l-768h/models/TNEWS/5e-5_32
@@ -64,23 +64,27 @@ def fine_tune(args):
     # For stage.json, with the md5 of each file: changed data makes it a different run.
     described = {name: split.describe() for name, split in splits.items()}
 
-    # The model: a pre-trained encoder, and a classifier [hidden_size, labels] whose weights are random so far.
+    # The model: an encoder, and a classifier [hidden_size, labels]. The classifier is random, unless the directory
+    # holds one of that shape; with --init_config everything is. All processes have the same seed, hence the same
+    # weights.
     start = checkpoints.load_pretrained_for(args, len(task.labels))
 
     # The run. It knows whether this result is there already, refuses a directory that holds another one, and keeps the
     # state from which the same command resumes. For stage.json it gets what the result is made from: parent (directory
-    # and hashes of the weights that training starts from), data, and notes (what is random or partial), which every
-    # later stage inherits.
+    # and hashes of the weights that training starts from), data, notes (what is random or partial), which every later
+    # stage inherits, and model, params and flops.
     fields = {"parent": start.parent, "data": described, "notes": start.notes, **start.fields}
     fields.update(task=task.name, labels=list(task.labels))
     with ResumableRun("finetune", args, [args.output_dir], **fields) as run:
         if not run.finished:
+            # Every process tokenizes; the first one also prints three samples and the plan.
             features = training.convert(args, run, splits, start.tokenizer, task.labels)
             if run.is_first:
                 training.note_unknown_tokens(run, features["train"], start.tokenizer)
             state = train(args, run, start.model, features, start.tokenizer.pad_id)
             if run.is_first:  # of several processes, the only one that writes
                 save_best(args, run, state, start.tokenizer)
+        # Here all processes wait for each other, and the working directory goes, as the output is written.
     if args.do_predict and run.is_first:
         scoring.predict_test(args, args.output_dir)
 
@@ -89,7 +93,8 @@ def objective(model, batch):
     """The mean loss over a batch, float32 []: the place for another loss on the same labels.
 
     Another kind of target (a score, several labels per text) also concerns data.read_split, which reads the labels, the
-    number of outputs in fine_tune, batching.scores, and what evaluate and save_best call accuracy.
+    number of outputs in fine_tune, batching.scores, and what evaluate and save_best call accuracy. The code is not part
+    of what makes a run: after a change here name another --output_dir, or the old result counts as finished.
     """
     logits = model(*training.tensors(batch))  # float32 [batch_size, labels]
     return paddle.nn.functional.cross_entropy(logits, paddle.to_tensor(batch.labels))
@@ -107,7 +112,7 @@ def train(args, run, model, features, pad_id):
     optimizer, schedule = training.make_optimizer(model, args, progress.steps)
     # After a kill: weights, AdamW's moments, step, evaluations and best of the last evaluation, so at most --save_steps
     # steps are repeated. Otherwise step 0 and the values given here. No random state is kept: the order of the data and
-    # dropout follow from seed and step, so a resumed run equals an uninterrupted one.
+    # dropout follow from seed and step, so a run that resumes with as many processes equals an uninterrupted one.
     state = run.restore(model, optimizer, schedule, best=None, evaluations=[])
 
     # Dropout is on while training, and off in modeling.score.
@@ -124,6 +129,7 @@ def train(args, run, model, features, pad_id):
         # Sums the gradients over the processes, which wait for each other here; clips them (--max_grad_norm); takes one
         # step of AdamW and one of the schedule; clears the gradients.
         training.update(model, optimizer, schedule)
+        # Sums the parts of the loss over the processes; the first one prints their mean every --logging_steps steps.
         progress.loss(step, loss, schedule)
 
         # The published search evaluated every 100 steps: 51 times for TNEWS. The best checkpoint often lies within an
@@ -164,8 +170,8 @@ def save_best(args, run, state, tokenizer):
     metrics.update(selected_on="dev", max_seq_length=args.max_seq_length, evaluated_every=args.save_steps)
     checkpoint, evaluations = best["directory"], state["evaluations"]
     with run.output(args.output_dir, checkpoint=checkpoint, evaluations=evaluations, metrics=metrics) as directory:
-        # The run has copied the checkpoint there, and adds evaluations.jsonl and stage.json. The tokenizer travels with
-        # the model, so that no later stage has to be told which one it was.
+        # The run has put checkpoint and evaluations.jsonl there, and adds stage.json. The tokenizer travels with the
+        # model, so that no later stage has to be told which one it was.
         tokenizer.save(directory)
     print(
         f"{run.fields['task']}: dev accuracy {best['accuracy']:.4f} at step {best['step']} "

@@ -9,7 +9,8 @@ import os
 
 import numpy as np
 
-from common import UserError, batching, checkpoints, compat, exporting, files, modeling, records, tokenization
+from common import UserError, batching, checkpoints, compat, exporting
+from common import files, modeling, processes, records, tokenization
 from common.compat import paddle
 
 SUB_CONFIG = "model_config.json"
@@ -22,7 +23,7 @@ def add_pruning_arguments(group):
     group.add_argument("--importance_split", choices=("train", "dev"), default="train", help=help)
     help = "number of records used to rank heads and neurons; lower it to start sooner"
     group.add_argument("--importance_samples", type=int, default=2048, help=help, positive=True)
-    group.add_flag("--do_train", "accepted; pruning always trains", default=None)
+    group.add_flag("--do_train", "accepted; pruning always trains", default=None, without_effect=True)
     group.add_flag("--do_eval", "accepted; pruning always evaluates", default=None, without_effect=True)
     help = "largest allowed difference of a logit between the fine-tuned model and its supernet"
     group.add_argument("--parity_tolerance", type=float, default=1e-3, help=help, without_effect=True)
@@ -110,7 +111,8 @@ def rank_and_reorder(model, features, pad_id, args):
     """Ranks heads and neurons on --importance_samples of the features, and puts the important ones first."""
     chosen = np.random.default_rng(args.seed).permutation(len(features))[: args.importance_samples]
     chosen = [features[i] for i in chosen]
-    print(f"ranking heads and neurons on {len(chosen)} {args.importance_split} records")
+    if processes.is_first():
+        print(f"ranking heads and neurons on {len(chosen)} {args.importance_split} records")
     # Batches of a fixed size: the ranking must not depend on --batch_size or on the number of processes.
     batches = batching.batches(chosen, 32, pad_id, batching.by_length(chosen))
     reorder(model, *importance(model, batches))

@@ -44,6 +44,7 @@ def prune(args):
     # The fine-tuned model is both the teacher, which stays as it is, and the start, which the supernet will use up: it
     # is loaded twice, both in eval mode. --task_name is checked here, and --max_seq_length gets the model's own as
     # default.
+    # teacher.record is its stage.json, teacher.parent what the result will say about where it comes from.
     teacher = checkpoints.load_classifier_for(args, args.model_name_or_path, model_type=args.model_type)
     student = checkpoints.load_classifier(args.model_name_or_path).model
     # 12 heads allow the widths k/12, which all leave whole neurons of 3072: 0.75 keeps 9 heads of 64 columns and 2304
@@ -53,8 +54,9 @@ def prune(args):
     splits = data.read_train_and_dev(data.task_of(teacher.record), args)
     described = {name: split.describe() for name, split in splits.items()}
 
-    # The same run as in run_clue.py, with one output per width. What the fine-tuned model notes (random weights,
-    # partial data) is true of the pruned one as well.
+    # The same run as in run_clue.py, with one output per width and one working directory for all. What the fine-tuned
+    # model notes (random weights, partial data) is true of the pruned one as well.
+    # noted_by stands before the notes on this stage's own partial data.
     fields = {"parent": teacher.parent, "data": described, "notes": teacher.record["notes"], "noted_by": "pruning: "}
     fields.update(task=teacher.record["task"], labels=teacher.record["labels"])
     # Widths as text from here on: they are keys of the state, which is kept as JSON.
@@ -64,24 +66,26 @@ def prune(args):
     with ResumableRun("prune", args, list(targets.values()), **fields) as run:
         if not run.finished:
             features = training.convert(args, run, splits, teacher.tokenizer, fields["labels"])
-            supernet = make_supernet(args, run, teacher, student, features)
+            supernet = rank_and_make_supernet(args, run, teacher, student, features)
             state = train(args, run, teacher, supernet, features)
             if run.is_first:
                 for width, directory in targets.items():
                     save_width(args, run, teacher, width, directory, state)
 
 
-def make_supernet(args, run, teacher, student, features):
+def rank_and_make_supernet(args, run, teacher, student, features):
     """The student as a supernet: every layer can compute with its first heads and neurons alone."""
     # After a kill, the weights that are going to be restored are in order already. A run that was killed before its
-    # first evaluation ranks again, with the same result.
+    # first saved state ranks again, with the same result.
     if run.newest_state() is not None:
         return dynabert.make_supernet(student, args.width_mult_list)
     # A width keeps the FIRST heads and neurons, so the important ones are moved to the front. The published recipe
     # ranks them on dev, which also selects the checkpoint; ranking on train keeps dev unseen. The importance of a head
     # is |dL/dg| of a gate g = 1 on its output; that of a neuron comes from w dL/dw over its weights: both estimate how
-    # much the loss L would change without it.
+    # much the loss L would change without it. Every process ranks the same --importance_samples records, in the same
+    # batches, and so gets the same order.
     dynabert.rank_and_reorder(student, features[args.importance_split], teacher.tokenizer.pad_id, args)
+    # PaddleSlim's OFA: set_width switches it to a width; supernet.model is the network that holds the weights.
     supernet = dynabert.make_supernet(student, args.width_mult_list)
     # Moving a neuron moves its column in one matrix and its row in the next, so at full width nothing must change. A
     # wrong permutation would change every logit, so 32 records are enough to see it.

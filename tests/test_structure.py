@@ -164,7 +164,7 @@ DECLARED = {
         "--task_name t",
     ),
     ("pruning", "prune"): (
-        OF_DATA | OF_TRAINING | {"do_eval", "parity_tolerance"},
+        OF_DATA | OF_TRAINING | {"do_train", "do_eval", "parity_tolerance"},
         {"model_name_or_path", "output_dir", "data_dir", "visualdl_dir"},
         "--task_name t",
     ),
