@@ -92,6 +92,7 @@ class _DevSplit(_Split):
 
 class _TaskData(_Fields):
     dev: _DevSplit
+    __pydantic_extra__: dict[str, _Split]  # the other splits
 
 
 class _TaskMetrics(_Fields):
@@ -113,10 +114,7 @@ ADVICE = "repeat the stage that wrote it, with --overwrite if it has that"
 def check_record(record, path):
     """Returns: record. Raises: UserError naming the first field that is missing or of the wrong type."""
     if isinstance(record, dict) and record.get("schema", VERSION) != VERSION:
-        raise UserError(
-            f"{path}: written by another version of this project (schema {record['schema']}, not {VERSION}); repeat "
-            "the stage that wrote it"
-        )
+        raise UserError(f"{path}: written by another version (schema {record['schema']}, not {VERSION}); {ADVICE}")
     is_of_task = isinstance(record, dict) and record.get("stage") in TASK_STAGES
     try:
         (TaskRecord if is_of_task else StageRecord).model_validate(record)
