@@ -114,7 +114,8 @@ ADVICE = "repeat the stage that wrote it, with --overwrite if it has that"
 def check_record(record, path):
     """Returns: record. Raises: UserError naming the first field that is missing or of the wrong type."""
     if isinstance(record, dict) and record.get("schema", VERSION) != VERSION:
-        raise UserError(f"{path}: written by another version (schema {record['schema']}, not {VERSION}); {ADVICE}")
+        reason = f"written by another version of this project (schema {record['schema']}, not {VERSION})"
+        raise UserError(f"{path}: {reason}; {ADVICE}")
     is_of_task = isinstance(record, dict) and record.get("stage") in TASK_STAGES
     try:
         (TaskRecord if is_of_task else StageRecord).model_validate(record)
