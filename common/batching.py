@@ -47,10 +47,10 @@ def convert(examples, tokenizer, max_seq_length):
 
 def show_samples(examples, features, tokenizer, labels, count=3):
     """Prints the first converted examples: text, tokens, ids, label. What is wrong here is wrong in the whole run."""
-    for example, feature in list(zip(examples, features))[:count]:
+    for number, (example, feature) in enumerate(list(zip(examples, features))[:count], 1):
         texts = [text for text in example[:2] if text is not None]
         label = "none" if example.label is None else f"{labels[example.label]} (class {example.label})"
-        print(printable(f"sample of line {example.line}: {' / '.join(texts)}"))
+        print(printable(f"sample {number}: {' / '.join(texts)}"))
         print(printable(f"  tokens: {' '.join(tokenizer.vocab[i] for i in feature.input_ids)}"))
         print(printable(f"  ids: {' '.join(map(str, feature.input_ids))}; label: {label}"))
 

@@ -19,7 +19,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "paddle":
         raise
-    print(f"{sys.executable} has no Paddle: run `sh setup_env.sh`, then `. .venv/bin/activate`", file=sys.stderr)
+    print(f"{sys.executable} has no Paddle: run `bash setup_env.sh`, then `. .venv/bin/activate`", file=sys.stderr)
     sys.exit(2)
 
 # Paddle prints a C++ stack trace for every SIGTERM, also for one that was meant.

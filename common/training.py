@@ -109,8 +109,8 @@ def show_plan(args, examples):
     warmup = args.warmup_steps or int(args.warmup_proportion * steps)
     print(
         f"plan: {examples:,} train records / {size} = {per_epoch:,} steps an epoch, {epochs} = {steps:,} steps; "
-        f"the learning rate rises to {args.learning_rate:g} in the first {warmup:,}; every {args.save_steps} steps an "
-        f"evaluation, {math.ceil(steps / args.save_steps):,} in all"
+        f"warm-up {warmup:,} steps, to learning rate {args.learning_rate:g}; an evaluation every {args.save_steps} "
+        f"steps, {math.ceil(steps / args.save_steps):,} in all"
     )
 
 
@@ -202,9 +202,7 @@ def update(model, optimizer, schedule):
 def check_loss(loss, step):
     """Raises: UserError if the loss became NaN or infinite, from which no training recovers."""
     if not math.isfinite(loss):
-        raise UserError(
-            f"the loss of step {step} is {loss}; try a lower --learning_rate or --max_grad_norm, with --overwrite"
-        )
+        raise UserError(f"the loss of step {step} is {loss}; lower --learning_rate or --max_grad_norm with --overwrite")
 
 
 class Progress:

@@ -28,9 +28,7 @@ class Corpus:
 
     def __init__(self, directory, seed):
         if not os.path.isdir(directory):
-            raise UserError(
-                f"--input_dir {directory}: no such directory; one with text files, one sentence per line, is needed"
-            )
+            raise UserError(f"--input_dir {directory}: no such directory; it holds text files, one sentence per line")
         names = sorted(n for n in os.listdir(directory) if os.path.isfile(os.path.join(directory, n)) and n[0] != ".")
         self.shards = [os.path.join(directory, name) for name in names]
         self.seed = seed
@@ -59,6 +57,12 @@ class Corpus:
             if group_by_length:
                 order = sort_into_batches(order, [len(text) for text in block], batch_size, random)
             yield from (block[i] for i in order)
+
+    def show_samples(self, tokenizer, max_seq_length):
+        """Prints three sentences as teacher and student see them."""
+        sentences = enumerate(itertools.islice(self.lines(0), 3), 1)
+        examples = [batching.Example(text, None, None, number) for number, text in sentences]
+        batching.show_samples(examples, batching.convert(examples, tokenizer, max_seq_length), tokenizer, labels=[])
 
     def batches_per_epoch(self, batch_size):
         return -(-sum(1 for _ in self.lines(0)) // batch_size)

@@ -144,9 +144,8 @@ def train(args, run, corpus, teacher, student):
         if step % args.logging_steps == 0 or is_saved:
             mean, interval = sum(interval) / len(interval), []
             state["losses"].append([step, round(mean, 8)])
-            pace = tokens * world / (time.time() - started)
-            line = f"step {step}/{progress.steps} loss {mean:.6f} lr {schedule.get_lr():.2e} {pace:.0f} tokens/s"
-            progress.write(line)
+            pace = round(tokens * world / (time.time() - started))
+            progress.write(f"step {step}/{progress.steps} loss {mean:.6f} lr {schedule.get_lr():.2e} {pace} tokens/s")
             progress.scalars(step, {"train/loss": mean, "train/tokens_per_second": pace})
         if run.is_first and is_saved:
             save_model(args, run, step, student, state["losses"])
@@ -184,6 +183,7 @@ def main(argv=None):
         if run.finished:
             return
         if run.is_first:
+            corpus.show_samples(teacher.tokenizer, args.max_seq_length)
             print(
                 f"plan: {args.max_steps:,} steps of {args.batch_size} sentences x {per_step} micro-batches = "
                 f"{args.max_steps * args.batch_size * per_step:,} sentences; layer {args.teacher_layer_index} of the "

@@ -25,11 +25,12 @@ class Run:
             kill -9 does; or, if ``pause`` is given, it says so and goes on. 0: never; then the last line of standard
             output is how many changes there were, and the seconds since the first.
         pause: the writing end of a FORKS.Pipe, which gets True before that change.
+        stops: after that it does not go on, but stops itself, as by kill -STOP.
     """
 
-    def __init__(self, command, log, directory=None, number=0, pause=None):
+    def __init__(self, command, log, directory=None, number=0, pause=None, stops=False):
         self.paths = [f"{log}.out", f"{log}.err"]
-        arguments = (command, self.paths, directory and os.path.abspath(directory), number, pause)
+        arguments = (command, self.paths, directory and os.path.abspath(directory), number, pause, stops)
         self.process = FORKS.Process(target=run_script, args=arguments)
         self.process.start()
         self.pid = self.process.pid
@@ -55,7 +56,7 @@ def changed_path(event, arguments):
     return path
 
 
-def run_script(command, paths, directory, number, pause):
+def run_script(command, paths, directory, number, pause, stops):
     """In the forked process."""
     for descriptor, path in enumerate(paths, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
@@ -70,6 +71,8 @@ def run_script(command, paths, directory, number, pause):
         if changes == number:
             if pause:
                 pause.send(True)
+                if stops:
+                    os.kill(os.getpid(), signal.SIGSTOP)
             else:
                 os.kill(os.getpid(), signal.SIGKILL)
 

@@ -148,7 +148,7 @@ def kill(command, directory, number, delay=0.0, second=None):
     """
     at_once = not delay and second is None
     ours, theirs = FORKS.Pipe(duplex=False)
-    process = start(command, directory, number, None if at_once else theirs)
+    process = start(command, directory, number, None if at_once else theirs, second is not None)
     theirs.close()
     reached = False
     with contextlib.suppress(EOFError):  # it has killed itself, or ended before that change
@@ -156,7 +156,7 @@ def kill(command, directory, number, delay=0.0, second=None):
     if reached:
         time.sleep(delay)
         if second:
-            os.kill(process.pid, signal.SIGSTOP)
+            os.kill(process.pid, signal.SIGSTOP)  # it stops itself, and perhaps has not come to that yet
             before = snapshot(directory)
             assert "another run is writing there" in one_line(run(second, 2))
             assert snapshot(directory) == before

@@ -65,7 +65,7 @@ def test_an_epoch_sees_each_record_once(group_by_length):
             {"num_train_epochs": 1},
             ["33 train records / 32 = 2 steps", "1 epochs = 2 steps", "first 0;", "1 in all"],
         ),
-        (1000, {"max_steps": 250, "warmup_steps": 7}, ["--max_steps = 250 steps", "in the first 7;", "3 in all"]),
+        (1000, {"max_steps": 250, "warmup_steps": 7}, ["--max_steps = 250 steps", "warm-up 7 steps,", "3 in all"]),
     ],
 )
 def test_the_plan_is_the_arithmetic_of_the_training(capsys, examples, changed, numbers):
@@ -90,7 +90,7 @@ def test_samples_are_shown_whatever_their_text(workspace, capsys, monkeypatch):
     features = batching.convert(examples, tokenizer, 16)
     batching.show_samples(examples, features, tokenizer, ["体育", "财经"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 9 and lines[0] == "sample of line 1: 足球\\ud83d"
+    assert len(lines) == 9 and lines[0] == "sample 1: 足球\\ud83d"
     assert lines[1] == "  tokens: [CLS] 足 球 [SEP]" and lines[2].endswith("label: 财经 (class 1)")
     assert lines[2].startswith(f"  ids: {' '.join(map(str, features[0].input_ids))};")
     for encoding in ("ascii", "gbk"):
