@@ -58,12 +58,17 @@ def test_an_epoch_sees_each_record_once(group_by_length):
         (
             53360,
             {},
-            ["53,360 train records / 32 = 1,668 steps an epoch", "3 epochs = 5,004 steps", "500;", "51 in all"],
+            [
+                "53,360 train records / 32 = 1,668 steps an epoch",
+                "3 epochs = 5,004 steps",
+                "warm-up 500 steps,",
+                "51 in all",
+            ],
         ),
         (
             33,
             {"num_train_epochs": 1},
-            ["33 train records / 32 = 2 steps", "1 epochs = 2 steps", "first 0;", "1 in all"],
+            ["33 train records / 32 = 2 steps", "1 epochs = 2 steps", "warm-up 0 steps,", "1 in all"],
         ),
         (1000, {"max_steps": 250, "warmup_steps": 7}, ["--max_steps = 250 steps", "warm-up 7 steps,", "3 in all"]),
     ],
