@@ -155,6 +155,15 @@ def write_json_lines(path, rows):
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def read_json(path, name=None, advice=""):
+    """The content of a JSON file. Args: name: of the file in messages. Raises: UserError if it is not JSON."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except ValueError as error:
+        raise UserError(f"{name or path}: not JSON ({error}){advice}") from error
+
+
 def read_json_lines(path):
     """Yields (line number, JSON object) of a file with one object per line. Raises: UserError naming file and line."""
     with open(path, "rb") as file:  # in bytes: text mode would also end lines at a lone CR

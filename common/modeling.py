@@ -1,10 +1,9 @@
 """Encoders with a classification head: families, architectures, sizes, predictions. checkpoints.py loads them."""
 
-import json
 import math
 import os
 
-from common import UserError, batching
+from common import UserError, batching, files
 from common.compat import paddle
 
 # --model_type: the beginning of the names of PaddleNLP's classes.
@@ -54,11 +53,7 @@ def random_config(model_type, init_config, vocab_size, num_labels):
     option = f"--init_config {init_config}"
     if not os.path.isfile(init_config):
         raise UserError(f"{option}: no such file")
-    try:
-        with open(init_config, encoding="utf-8") as file:
-            given = json.load(file)
-    except ValueError as error:
-        raise UserError(f"{option}: not JSON ({error})") from error
+    given = files.read_json(init_config, option)
     if not isinstance(given, dict):
         raise UserError(f"{option}: must be a JSON object")
     unknown = sorted(set(given) - {*ARCHITECTURE, *ERNIE_ARCHITECTURE})

@@ -4,7 +4,6 @@ Every output directory carries one. The next stage and summarize.py read it, nev
 """
 
 import contextlib
-import json
 import os
 import platform
 from typing import Any, Optional
@@ -178,11 +177,7 @@ def read_record(directory, what="a stage's output"):
         raise UserError(f"{directory}: no such directory; {what} is needed")
     if not os.path.isfile(path):
         raise UserError(f"{directory}: no {RECORD} there, so it is not {what}")
-    try:
-        with open(path, encoding="utf-8") as file:
-            record = json.load(file)
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); {ADVICE}") from error
+    record = files.read_json(path, advice=f"; {ADVICE}")
     if isinstance(record, dict) and record.get("schema") == 1:  # version 1 had no hashes of these files
         record.update(schema=VERSION, files={})
     return check_record(record, path)

@@ -90,9 +90,12 @@ class Run:
         self.notes = [*notes, *(f"{noted_by}partial {name} data: {why}" for name, why in partial.items())]
         self.identity = identity(self.arguments, parent, data, self.without_effect)
 
+    def identity_of(self, record):
+        return identity(record["arguments"], record["parent"], record["data"], self.without_effect)
+
     def has_made(self, record, ignoring=()):
         """Whether a record is that of exactly this run. Args: ignoring: names of arguments that may differ."""
-        before = identity(record["arguments"], record["parent"], record["data"], self.without_effect)
+        before = self.identity_of(record)
         return all(before.get(name) == value for name, value in self.identity.items() if name not in ignoring)
 
     def has_finished(self, directory):
@@ -110,8 +113,7 @@ class Run:
         if self.overwrite:
             return False
         record = records.read_record(directory)
-        before = identity(record["arguments"], record["parent"], record["data"], self.without_effect)
-        changed = difference(before, self.identity)
+        changed = difference(self.identity_of(record), self.identity)
         if changed:
             raise UserError(
                 f"{directory}: holds the result of something else ({changed}); "

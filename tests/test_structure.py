@@ -195,9 +195,9 @@ def test_arguments_declare_what_they_are(script):
     """A run is the same run if it differs in these alone; records name no directory of a user."""
     without_effect, paths, words = DECLARED[script]
     names = [name for name in sorted(paths) if name != "init_config"]
-    words = [*words.split(), *(word for name in names for word in (f"--{name}", "/home/someone/deep/place"))]
+    words = [*words.split(), *(word for name in names for word in (f"--{name}", "/data/someone/deep/place"))]
     if "init_config" in paths:
-        words += ["--init_config", "/home/someone/deep/place"]
+        words += ["--init_config", "/data/someone/deep/place"]
     args = load_script(*script).parse_args(words)
     assert args.without_effect == without_effect
     described = cli.describe(args)

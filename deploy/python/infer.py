@@ -184,8 +184,9 @@ def main(argv=None):
         print("--use_trt: no GPU here, oneDNN is used instead", file=sys.stderr)
     models = [Model(args, path) for path in args.model_path]
     # What to expect of the precision on this CPU, before any time is spent: INT8 without VNNI is slow and may saturate.
-    if args.device == "cpu" and engine.preflight(args.precision):
-        print(engine.preflight(args.precision), file=sys.stderr)
+    expectation = engine.preflight(args.precision) if args.device == "cpu" else None
+    if expectation:
+        print(expectation, file=sys.stderr)
     if args.text or args.input_file:
         return classify_texts(args, models)
     if args.predict_test:
