@@ -9,7 +9,6 @@ Weights are read by read_tensors, which takes nothing but tensors, and compared 
 """
 
 import codecs
-import json
 import os
 import pickle
 import re
@@ -163,11 +162,7 @@ def check_model_type(directory, model_type):
         path = os.path.join(directory, "model_config.json")  # a pruned model's
     if not os.path.isfile(path):
         return
-    try:
-        with open(path, encoding="utf-8") as file:
-            config = dict(json.load(file))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a JSON object ({error})") from error
+    config = files.read_json_object(path)
     if "width_mult" in config:
         raise UserError(
             f"{directory}: a pruned model; dynabert.load_sub_model loads it, these scripts start from whole ones"

@@ -164,6 +164,15 @@ def read_json(path, name=None, advice=""):
         raise UserError(f"{name or path}: not JSON ({error}){advice}") from error
 
 
+def read_json_object(path):
+    """The content of a JSON file, a dict. Raises: UserError if it is none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return dict(json.load(file))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a JSON object ({error})") from error
+
+
 def read_json_lines(path):
     """Yields (line number, JSON object) of a file with one object per line. Raises: UserError naming file and line."""
     with open(path, "rb") as file:  # in bytes: text mode would also end lines at a lone CR

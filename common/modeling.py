@@ -79,17 +79,18 @@ def count(model):
     return params, 128 * sum(math.prod(p.shape) for p in matrices)
 
 
+def tensors(batch):
+    """(input_ids, token_type_ids) of a Batch as Paddle's int64 tensors [batch_size, tokens]."""
+    return paddle.to_tensor(batch.input_ids), paddle.to_tensor(batch.token_type_ids)
+
+
 @paddle.no_grad()
 def predict(model, features, pad_id=0, batch_size=128):
     """Logits of a model in eval mode: float32 [n, classes] in the order of the features. Keeps the model's mode."""
     training = model.training
     model.eval()
-
-    def run(batch):
-        return model(paddle.to_tensor(batch.input_ids), paddle.to_tensor(batch.token_type_ids)).numpy()
-
     sorted_batches = batching.batches(features, batch_size, pad_id, batching.by_length(features))
-    logits = batching.gather(((batch, run(batch)) for batch in sorted_batches), len(features))
+    logits = batching.gather(((batch, model(*tensors(batch)).numpy()) for batch in sorted_batches), len(features))
     if training:
         model.train()
     return logits

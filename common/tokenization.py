@@ -10,7 +10,7 @@ import re
 import tempfile
 import unicodedata
 
-from common import UserError
+from common import UserError, files
 
 
 class _BasicTokens(dict):
@@ -167,11 +167,7 @@ def load_tokenizer(directory, use_faster_tokenizer=True, vocab_file=None, lower_
         vocab_file = os.path.join(directory, "vocab.txt")
         config = os.path.join(directory, "tokenizer_config.json")
         if os.path.isfile(config):
-            try:
-                with open(config, encoding="utf-8") as file:
-                    lower_case = dict(json.load(file)).get("do_lower_case", True)
-            except (ValueError, TypeError) as error:
-                raise UserError(f"{config}: not a JSON object ({error})") from error
+            lower_case = files.read_json_object(config).get("do_lower_case", True)
     if not os.path.isfile(vocab_file):
         raise UserError(f"{vocab_file}: no such vocabulary; every stage writes its tokenizer files beside the model")
     try:

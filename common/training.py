@@ -183,11 +183,6 @@ def training_batches(features, args, first_step, steps, pad_id=0):
         yield step, batch, len(part) / len(joint)
 
 
-def tensors(batch):
-    """(input_ids, token_type_ids) of a Batch as Paddle's int64 tensors [batch_size, tokens]."""
-    return paddle.to_tensor(batch.input_ids), paddle.to_tensor(batch.token_type_ids)
-
-
 # The update and the log
 
 

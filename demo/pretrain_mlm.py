@@ -78,7 +78,7 @@ def train(args, run, corpus, model, tokenizer):
         batch, count = make_batch(texts, tokenizer, args.max_seq_length)
         random = np.random.default_rng([args.seed, step])
         input_ids, positions, expected = mask_tokens(batch.input_ids, tokenizer, args.mlm_probability, random)
-        hidden = modeling.encoder_of(model)(*training.tensors(batch._replace(input_ids=input_ids)))[0]
+        hidden = modeling.encoder_of(model)(*modeling.tensors(batch._replace(input_ids=input_ids)))[0]
         # Vocabulary scores are computed for the chosen tokens only: a sixth of the work that all tokens would take.
         chosen = paddle.gather(hidden.reshape([-1, hidden.shape[-1]]), paddle.to_tensor(positions))
         scores = model.lm_head(chosen)

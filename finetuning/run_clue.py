@@ -96,7 +96,7 @@ def objective(model, batch):
     number of outputs in fine_tune, batching.scores, and what evaluate and save_best call accuracy. The code is not part
     of what makes a run: after a change here name another --output_dir, or the old result counts as finished.
     """
-    logits = model(*training.tensors(batch))  # float32 [batch_size, labels]
+    logits = model(*modeling.tensors(batch))  # float32 [batch_size, labels]
     return paddle.nn.functional.cross_entropy(logits, paddle.to_tensor(batch.labels))
 
 

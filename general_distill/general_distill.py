@@ -116,7 +116,7 @@ def train(args, run, corpus, teacher, student):
                 continue
             # Tokenized here, not beforehand: the corpus may be larger than memory.
             batch, count = make_batch(texts, tokenizer, args.max_seq_length)
-            inputs = training.tensors(batch)
+            inputs = modeling.tensors(batch)
             mask = (inputs[0] != tokenizer.pad_id).astype("float32")
             with paddle.amp.auto_cast(enable=args.use_amp):
                 with paddle.no_grad():

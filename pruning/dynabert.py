@@ -82,7 +82,7 @@ def importance(model, batches):
     head_importance = np.zeros([len(layers), layers[0].self_attn.num_heads])
     neuron_importance = np.zeros([len(layers), layers[0].linear1.weight.shape[1]])
     for batch in batches:
-        logits = model(paddle.to_tensor(batch.input_ids), paddle.to_tensor(batch.token_type_ids))
+        logits = model(*modeling.tensors(batch))
         paddle.nn.functional.cross_entropy(logits, paddle.to_tensor(batch.labels)).backward()
         for i, (layer, gate) in enumerate(zip(layers, gates)):
             head_importance[i] += np.abs(gate.grad.numpy())

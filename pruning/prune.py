@@ -115,7 +115,7 @@ def train(args, run, teacher, supernet, features):
     for step, batch, share in progress.bar(batches, state["step"], args.task_name):
         mean_loss = 0.0
         if batch is not None:
-            inputs = training.tensors(batch)
+            inputs = modeling.tensors(batch)
             with paddle.no_grad():
                 # Once per batch, for all widths.
                 teacher_logits, teacher_hidden = teacher_recorder.run(inputs)
