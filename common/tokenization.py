@@ -91,10 +91,10 @@ class _Tokenizer:
 
     def save(self, directory):
         """Writes ``vocab.txt`` and ``tokenizer_config.json``, which PaddleNLP's tokenizers load as well."""
-        with open(os.path.join(directory, "vocab.txt"), "w", encoding="utf-8", newline="\n") as file:
-            file.write("".join(f"{token}\n" for token in self.vocab))
         with open(os.path.join(directory, "tokenizer_config.json"), "w", encoding="utf-8") as file:
             json.dump({"do_lower_case": self.lower_case}, file)
+        # Last, and whole: no directory is read without it, so none that was left by kill -9 lacks the file above.
+        files.write_whole(os.path.join(directory, "vocab.txt"), "".join(f"{token}\n" for token in self.vocab))
 
 
 class FastTokenizer(_Tokenizer):

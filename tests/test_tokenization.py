@@ -142,6 +142,20 @@ def test_saved_tokenizer_loads_in_paddlenlp(both, tmp_path):
     )
 
 
+def test_a_tokenizer_that_was_saved_in_part_is_refused(both, tmp_path, monkeypatch):
+    """Killed while saving: vocab.txt, without which no directory is read, comes last and whole."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        both[0].save(str(tmp_path))
+    assert (tmp_path / "tokenizer_config.json").read_text(encoding="utf-8") == '{"do_lower_case": true}'
+    with pytest.raises(UserError, match="no such vocabulary"):
+        tokenization.load_tokenizer(str(tmp_path))
+
+
 CLUE = os.environ.get("CLUE_DATA_DIR")  # read here: a fixture hides it from the tests
 
 
