@@ -16,7 +16,7 @@ import os
 import sys
 
 from common import ROOT, UserError, cli, files, tables
-from common.records import children_among, descendants, find_records
+from common.records import STAGES, children_among, descendants, find_records, score
 
 DEFAULT_DIRECTORIES = ("general_distill", "finetuning", "pruning", "quantization")
 BEST = "best.json"
@@ -43,7 +43,7 @@ def write_best(model):
     for task, record in tables.best_cells(roots).items():
         cells[task] = {
             "path": os.path.relpath(record["path"], model),
-            "accuracy": tables.accuracy(record),
+            tables.metric_of(record): score(record),
             "selected_on": "dev",
             "remarks": tables.remarks(record),
             "cells": sum(other["task"] == task for other in roots),
@@ -90,7 +90,8 @@ def main(argv=None):
     records = find_records(directories)
     wanted = (args.task_name or "").lower()
     roots = [r for r in records if r["stage"] == "finetune" and wanted in ("", r["task"].lower())]
-    if not roots:
+    own_stages = [r for r in records if r["stage"] not in STAGES and wanted in ("", r["task"].lower())]
+    if not roots and not own_stages:
         print(
             f"summarize.py: no finished fine-tuned model{' of ' + args.task_name if args.task_name else ''} under "
             f"{', '.join(map(files.relative, directories))}; name the directory it is in",
@@ -119,15 +120,19 @@ def main(argv=None):
         for root in of_model:
             family = descendants(root, children)
             kept += [{k: v for k, v in record.items() if k != "path"} for record in (root, *family)]
+            own_stages = [record for record in own_stages if record not in family]
             if family or root in best:
                 blocks.append(tables.family_table(root, family))
                 flat_rows += tables.family_rows(model, root, family)
+    if own_stages:  # those that are in no table above
+        blocks.append(tables.table_of_own_stages(own_stages))
     if args.format == "markdown":
         print("\n\n".join("\n".join(block) for block in blocks))
     elif args.format == "json":
         print(json.dumps(flat_rows, ensure_ascii=False, indent=1))
     else:
-        writer = csv.DictWriter(sys.stdout, tables.COLUMNS, restval="", lineterminator="\n")
+        others = tables.COLUMNS_OF_OTHER_METRICS if any("metric" in row for row in flat_rows) else []
+        writer = csv.DictWriter(sys.stdout, tables.COLUMNS + others, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(flat_rows)
     if args.json:

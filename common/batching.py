@@ -1,13 +1,13 @@
-"""From texts to arrays and back: examples are tokenized to features, features are padded to batches, logits are scored.
+"""From texts to arrays: examples are tokenized to features, features are padded to batches, logits put in their order.
 
-Example("股市收盘上涨", None, 4, 1)                     one record of a task, its label as a number
+Example("股市收盘上涨", None, 4, 1)                     one record of a task, its label as its objective reads it
 Feature([101, 5500, 2356, ... 102], [0, 0, ...], 4)     convert: token ids, [CLS] first, [SEP] last
 Batch(int64 [32, 24], int64 [32, 24], int64 [32], ...)  batches: 32 features, padded to the longest
-float32 [n, classes]                                    gather: logits in the order of the features
+float32 [n, outputs]                                    gather: logits in the order of the features
 """
 
 import sys
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
@@ -15,20 +15,20 @@ import numpy as np
 class Example(NamedTuple):
     text: str
     text_pair: Optional[str]  # None for tasks of single texts
-    label: Optional[int]  # None if it is not known
+    label: Any  # the target that objectives.read_label made of it; None if it is not known
     line: int  # line number in its file, from 1
 
 
 class Feature(NamedTuple):
     input_ids: list  # of int
     token_type_ids: list  # 0 for the first text, 1 for the second
-    label: Optional[int]
+    label: Any
 
 
 class Batch(NamedTuple):
     input_ids: np.ndarray  # int64 [batch_size, tokens]
     token_type_ids: np.ndarray  # int64 [batch_size, tokens]
-    labels: Optional[np.ndarray]  # int64 [batch_size]
+    labels: Optional[np.ndarray]  # targets, int64 [batch_size] or float32 [batch_size, ...]
     index: Optional[np.ndarray]  # int64 [batch_size]: the place of each row among the features
 
 
@@ -45,11 +45,11 @@ def convert(examples, tokenizer, max_seq_length):
     return [Feature(ids, types, example.label) for (ids, types), example in zip(encoded, examples)]
 
 
-def show_samples(examples, features, tokenizer, labels, count=3):
+def show_samples(examples, features, tokenizer, task=None, count=3):
     """Prints the first converted examples: text, tokens, ids, label. What is wrong here is wrong in the whole run."""
     for number, (example, feature) in enumerate(list(zip(examples, features))[:count], 1):
         texts = [text for text in example[:2] if text is not None]
-        label = "none" if example.label is None else f"{labels[example.label]} (class {example.label})"
+        label = "none" if example.label is None else task.objective.show_label(example.label, task.labels)
         print(printable(f"sample {number}: {' / '.join(texts)}"))
         print(printable(f"  tokens: {' '.join(tokenizer.vocab[i] for i in feature.input_ids)}"))
         print(printable(f"  ids: {' '.join(map(str, feature.input_ids))}; label: {label}"))
@@ -76,7 +76,7 @@ def collate(features, index, pad_id=0, length=None):
     for i, row in enumerate(rows):
         input_ids[i, : len(row.input_ids)] = row.input_ids
         token_type_ids[i, : len(row.token_type_ids)] = row.token_type_ids
-    labels = None if rows[0].label is None else np.array([row.label for row in rows], dtype="int64")
+    labels = None if rows[0].label is None else targets(rows)
     return Batch(input_ids, token_type_ids, labels, np.asarray(index))
 
 
@@ -108,7 +108,7 @@ def batches(features, batch_size, pad_id=0, order=None, longest=None):
 
 
 def gather(computed, count):
-    """float32 [count, classes] of the (Batch, logits) pairs in ``computed``: each row in the place of its feature."""
+    """float32 [count, outputs] of the (Batch, logits) pairs in ``computed``: each row in the place of its feature."""
     logits = None
     for batch, rows in computed:
         if logits is None:
@@ -117,22 +117,7 @@ def gather(computed, count):
     return logits
 
 
-def accuracy(logits, labels):
-    """Share of rows whose largest logit is the label's. logits: [n, classes], labels: int [n]."""
-    return float((np.asarray(logits).argmax(-1) == np.asarray(labels)).mean())
-
-
-def softmax(logits):
-    """Probabilities float64 [n, classes] of logits [n, classes]."""
-    logits = np.asarray(logits, "float64")
-    exponentials = np.exp(logits - logits.max(-1, keepdims=True))
-    return exponentials / exponentials.sum(-1, keepdims=True)
-
-
-def scores(logits, labels):
-    """{accuracy, loss} of logits [n, classes] for labels int [n]; the loss is the mean cross-entropy in nats."""
-    logits = np.asarray(logits, "float64")
-    shifted = logits - logits.max(-1, keepdims=True)
-    log_probabilities = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    log_likelihood = log_probabilities[np.arange(len(labels)), labels]
-    return {"accuracy": round(accuracy(logits, labels), 6), "loss": round(float(-log_likelihood.mean()), 6)}
+def targets(features):
+    """The targets of features as one array: int64 or float32 [n, ...]. See common/objectives.py."""
+    array = np.array([feature.label for feature in features])
+    return array.astype("float32" if array.dtype.kind == "f" else "int64")

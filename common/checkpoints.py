@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
-from common import UserError, cli, compat, files, modeling, processes, records, tokenization
+from common import UserError, cli, compat, files, modeling, objectives, processes, records, tokenization
 
 WEIGHTS = "model_state.pdparams"
 
@@ -190,6 +190,10 @@ class Classifier(NamedTuple):
     record: dict  # its stage.json
     parent: dict  # the field ``parent`` of what is made from it
 
+    @property
+    def objective(self):
+        return objectives.of_record(self.record)
+
 
 def load_classifier(directory, use_faster_tokenizer=True, stage="finetune"):
     """The classification model that a stage wrote.
@@ -201,6 +205,7 @@ def load_classifier(directory, use_faster_tokenizer=True, stage="finetune"):
     if record["stage"] != stage:
         raise UserError(f"{directory}: written by stage {record['stage']}, a model of stage {stage} is needed")
     check_hashes(directory, record)
+    objectives.of_record(record)  # refuses one that is not known here
     model, _ = read_model(modeling.model_class(record["model"]["model_type"]), directory, len(record["labels"]))
     model.eval()
     tokenizer = tokenization.load_tokenizer(directory, use_faster_tokenizer)
@@ -276,6 +281,10 @@ class Graph(NamedTuple):
     record: dict  # the stage.json beside it
 
     @property
+    def objective(self):
+        return objectives.of_record(self.record)
+
+    @property
     def directory(self):
         return os.path.dirname(os.path.abspath(self.prefix))
 
@@ -307,6 +316,7 @@ def open_graph(path, option="--model_path"):
         place = os.path.join(graph.directory, records.RECORD)
         raise UserError(f"{prefix}: {place} does not name these files; export them again")
     records.check_files(graph.directory, record, records.graph_files(record))
+    objectives.of_record(record)  # refuses one that is not known here
     return graph
 
 

@@ -117,12 +117,19 @@ def boolean(text):
 
 
 def describe(args):
-    """The arguments as records keep them: sorted, paths relative to the repository."""
-    described = dict(sorted(vars(args).items()))
-    for name, value in described.items():
-        if isinstance(value, PathArgument):
-            described[name] = value.described()
-    return described
+    """The arguments as records keep them: sorted, paths relative to the repository.
+
+    An absolute path is shortened also where its argument does not say that it is one.
+    """
+    return {name: _described(value) for name, value in sorted(vars(args).items())}
+
+
+def _described(value):
+    if isinstance(value, PathArgument):
+        return value.described()
+    if isinstance(value, str) and os.path.isabs(value):
+        return files.relative(value)
+    return [_described(item) for item in value] if isinstance(value, list) else value
 
 
 # Arguments that several scripts have

@@ -3,10 +3,11 @@
 import contextlib
 import os
 import pickle
+import time
 
 import numpy as np
 
-from common import UserError, batching, engine, cli, files, modeling
+from common import UserError, batching, engine, cli, files, modeling, records
 from common.compat import paddle
 
 
@@ -115,6 +116,40 @@ def export_checked(model, prefix, expected, features, inputs, pad_id, args):
     hashes = files.hash_files(directory, [name + suffix for suffix in GRAPH_SUFFIXES])
     size = os.path.getsize(f"{prefix}.pdiparams")
     return {"weights": hashes, "parity": parity, "cls_only": args.cls_only, "bytes": size}
+
+
+@contextlib.contextmanager
+def locked_model(directory):
+    """Within this block no run replaces the model in a directory. Raises: UserError if there is none, or one does."""
+    if not os.path.isdir(directory):
+        raise UserError(f"{directory}: no such directory; a model of stage finetune is needed")
+    with files.Lock(directory):
+        yield
+
+
+def export_into(directory, classifier, examples, args, name="inference"):
+    """Puts the graph of a model beside its weights, and what it is into its stage.json: all of it, or nothing.
+
+    Args: directory: of the model, locked. classifier: checkpoints.Classifier that was loaded from there. examples: of
+        its task, or none; see parity_inputs. args: of add_export_arguments. name: of the graph's files.
+    """
+    started = time.time()
+    model, tokenizer, record = classifier.model, classifier.tokenizer, classifier.record
+    features, inputs = parity_inputs(examples, tokenizer, args.max_seq_length)
+    expected = modeling.predict(model, features, tokenizer.pad_id)
+    with files.empty_directory(os.path.join(directory, ".export")) as scratch:
+        # The graph is checked in the engine that will run it.
+        prefix = os.path.join(scratch, name)
+        export = export_checked(model, prefix, expected, features, inputs, tokenizer.pad_id, args)
+        record["export"] = {**export, "seconds": round(time.time() - started, 1)}
+        records.write_record(scratch, record)
+        # The record comes last. Until then the old one refuses what is half new, also after kill -9.
+        for file in (*export["weights"], records.RECORD):
+            os.replace(os.path.join(scratch, file), os.path.join(directory, file))
+    print(
+        f"{record['task']}: exported to {os.path.join(directory, name)}.pdmodel, logits within "
+        f"{export['parity']['largest_difference']:.1e} of the dynamic model on {inputs}"
+    )
 
 
 def read_program(path):

@@ -86,7 +86,7 @@ def tensors(batch):
 
 @paddle.no_grad()
 def predict(model, features, pad_id=0, batch_size=128):
-    """Logits of a model in eval mode: float32 [n, classes] in the order of the features. Keeps the model's mode."""
+    """Logits of a model in eval mode: float32 [n, outputs] in the order of the features. Keeps the model's mode."""
     training = model.training
     model.eval()
     sorted_batches = batching.batches(features, batch_size, pad_id, batching.by_length(features))
@@ -94,8 +94,3 @@ def predict(model, features, pad_id=0, batch_size=128):
     if training:
         model.train()
     return logits
-
-
-def score(model, features, pad_id=0):
-    """{accuracy, loss} of a model on features with labels; see batching.scores."""
-    return batching.scores(predict(model, features, pad_id), [feature.label for feature in features])

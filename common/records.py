@@ -4,16 +4,17 @@ Every output directory carries one. The next stage and summarize.py read it, nev
 """
 
 import contextlib
+import json
 import os
 import platform
 from typing import Any, Optional
 
 import pydantic
 
-from common import CORES, UserError, files
+from common import CORES, UserError, files, objectives
 
 RECORD = "stage.json"
-VERSION = 2
+VERSION = 3
 # What a later stage reads besides the weights. Their hashes are the record's ``files``.
 BESIDE_WEIGHTS = ("config.json", "vocab.txt", "tokenizer_config.json")
 
@@ -38,7 +39,7 @@ class _Model(_Fields):
 
 
 class _Split(_Fields):
-    md5: str  # beside file, examples, pairs, majority_class, partial
+    md5: str  # beside file, examples, pairs, majority_class or constant_answer, partial
 
 
 class _Parent(_Fields):
@@ -86,7 +87,8 @@ class _TaskModel(_Model):
 
 class _DevSplit(_Split):
     examples: int
-    majority_class: float
+    majority_class: float = 0.0  # of classification
+    constant_answer: float = 0.0  # of other objectives
 
 
 class _TaskData(_Fields):
@@ -94,8 +96,9 @@ class _TaskData(_Fields):
     __pydantic_extra__: dict[str, _Split]  # the other splits
 
 
-class _TaskMetrics(_Fields):
-    accuracy: float
+class _Objective(_Fields):
+    name: str  # beside settings, such as threshold
+    metric: str  # the one of metrics that selects checkpoints and variants
 
 
 class TaskRecord(StageRecord):
@@ -103,10 +106,12 @@ class TaskRecord(StageRecord):
 
     model: _TaskModel
     data: _TaskData
-    metrics: _TaskMetrics
+    objective: _Objective
+    metrics: dict[str, Any]  # ``objective.metric`` is one of them
 
 
 TASK_STAGES = ("finetune", "prune", "prune_export", "quantize")
+STAGES = ("pretrain", "distill", *TASK_STAGES)
 ADVICE = "repeat the stage that wrote it, with --overwrite if it has that"
 
 
@@ -116,13 +121,44 @@ def check_record(record, path):
         reason = f"written by another version of this project (schema {record['schema']}, not {VERSION})"
         raise UserError(f"{path}: {reason}; {ADVICE}")
     is_of_task = isinstance(record, dict) and record.get("stage") in TASK_STAGES
-    try:
-        (TaskRecord if is_of_task else StageRecord).model_validate(record)
-    except pydantic.ValidationError as error:
-        place = ".".join(map(str, error.errors()[0]["loc"])) or "(all of it)"
-        reason = f"field {place!r} is missing or of the wrong type"
-        raise UserError(f"{path}: not a stage record: {reason}; {ADVICE}") from error
+    wrong = wrong_field(TaskRecord if is_of_task else StageRecord, record)
+    if not wrong and is_of_task:
+        metric = record["objective"]["metric"]
+        if not isinstance(record["metrics"].get(metric), float):
+            wrong = f"metrics.{metric}"
+    if wrong:
+        raise UserError(f"{path}: not a stage record: field {wrong!r} is missing or of the wrong type; {ADVICE}")
     return record
+
+
+def wrong_field(schema, record, but=()):
+    """The first field of a record that is missing or of the wrong type, or None. Args: but: fields that may be so."""
+    try:
+        schema.model_validate(record)
+    except pydantic.ValidationError as error:
+        for found in error.errors():
+            if not found["loc"] or found["loc"][0] not in but:
+                return ".".join(map(str, found["loc"])) or "(all of it)"
+    return None
+
+
+# What a run knows only when it has trained.
+LATER = ("model", "params", "flops", "weights", "files", "metrics")
+
+
+def check_beginning(record):
+    """Checks, before any training, the record that the training is going to write. Raises: UserError as check_record.
+
+    Args: record: without the fields in LATER, or with some of them.
+    """
+    schema = TaskRecord if record["stage"] in TASK_STAGES else StageRecord
+    wrong = wrong_field(schema, record, but=[name for name in LATER if name not in record])
+    if wrong:
+        raise UserError(f"{RECORD} of stage {record['stage']}: field {wrong!r} is missing or of the wrong type")
+    try:
+        json.dumps(record)
+    except TypeError as error:
+        raise UserError(f"{RECORD} of stage {record['stage']}: not JSON ({error})") from error
 
 
 # Writing
@@ -178,9 +214,26 @@ def read_record(directory, what="a stage's output"):
     if not os.path.isfile(path):
         raise UserError(f"{directory}: no {RECORD} there, so it is not {what}")
     record = files.read_json(path, advice=f"; {ADVICE}")
-    if isinstance(record, dict) and record.get("schema") == 1:  # version 1 had no hashes of these files
-        record.update(schema=VERSION, files={})
+    if isinstance(record, dict):
+        if record.get("schema") == 1:  # had no hashes of these files
+            record.update(schema=2, files={})
+        if record.get("schema") == 2:  # knew one objective only
+            record.update(schema=VERSION)
+            if record.get("labels"):
+                record.update(objective=objectives.Classification().describe())
     return check_record(record, path)
+
+
+def score(record):
+    """The figure that selects: the metric that the record's objective names."""
+    return record["metrics"][record["objective"]["metric"]]
+
+
+def constant_answer(split):
+    """(what, figure): of the best answer that ignores the text. Args: split: described in a record."""
+    if "majority_class" in split:
+        return "majority class", split["majority_class"]
+    return "constant answer", split.get("constant_answer", 0.0)
 
 
 def check_files(directory, record, weights=None):
@@ -222,9 +275,11 @@ def show_inherited(directory, record, args):
     length = f"max_seq_length {own_length}"
     if args.max_seq_length not in (None, own_length):
         length += f" (overridden by --max_seq_length {args.max_seq_length})"
-    accuracy = f"dev accuracy {record['metrics']['accuracy']:.4f}"
+    found = f"dev {objectives.shown(record['objective']['metric'])} {score(record):.4f}"
     task = f"task {record['task']}, {len(record['labels'])} labels"
-    print(f"taken over from {directory}: {task}, {length}, {shape}, {accuracy}")
+    if record["objective"]["name"] != objectives.Classification.name:
+        task += f", {record['objective']['name']}"
+    print(f"taken over from {directory}: {task}, {length}, {shape}, {found}")
 
 
 # Which record was made from which

@@ -17,12 +17,13 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 import zipfile
 
 import numpy as np
 
-from common import UserError, cli, files, processes, records
+from common import UserError, cli, files, objectives, processes, records
 from common.checkpoints import WEIGHTS
 from common.compat import paddle
 
@@ -46,6 +47,32 @@ def difference(before, now):
     """In what two identities differ, as text; "" if they are equal."""
     names = sorted(set(before) | set(now))
     return ", ".join(f"{n} {before.get(n)} -> {now.get(n)}" for n in names if before.get(n) != now.get(n))
+
+
+# What the stages train with, besides their own scripts.
+SHARED_CODE = ("training.py", "objectives.py")
+
+
+def training_code():
+    """{file: sha256} of the code that decides what a training gives: the script that was started, the modules beside it
+    that it imported, SHARED_CODE, and the objectives of the user's own.
+
+    It is no part of a run's identity: a comment may change, or a later evaluation be mended, and the run be the same.
+    But who goes on with other code is told so, and the record of a result says it.
+    """
+    common = os.path.dirname(os.path.abspath(__file__))
+    paths = {*(os.path.join(common, name) for name in SHARED_CODE), *objectives.OWN_FILES}
+    started = getattr(sys.modules["__main__"], "__file__", None)
+    stage = os.path.dirname(os.path.abspath(started)) if started else ""
+    if os.path.dirname(stage) == os.path.dirname(common):  # not a test runner
+        loaded = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+        paths |= {os.path.abspath(path) for path in loaded if path and os.path.dirname(os.path.abspath(path)) == stage}
+    return {files.relative(path): files.file_hash(path) for path in sorted(paths)}
+
+
+def changed_code(before, now):
+    """The files that are in both and differ, as a text; "" if there is none. Args: as training_code gives them."""
+    return ", ".join(name for name in before if now.get(name, before[name]) != before[name])
 
 
 def check_replaceable(directory, stage, inside=()):
@@ -89,6 +116,7 @@ class Run:
         partial = {name: split["partial"] for name, split in self.fields["data"].items() if split.get("partial")}
         self.notes = [*notes, *(f"{noted_by}partial {name} data: {why}" for name, why in partial.items())]
         self.identity = identity(self.arguments, parent, data, self.without_effect)
+        self.fields["code"] = training_code()
 
     def identity_of(self, record):
         return identity(record["arguments"], record["parent"], record["data"], self.without_effect)
@@ -120,6 +148,9 @@ class Run:
                 "--overwrite replaces it, or name another output directory"
             )
         records.check_files(directory, record)
+        changed = changed_code(record.get("code") or {}, self.fields["code"])
+        if changed and processes.is_first():
+            print(f"warning: {directory}: made before {changed} changed; --overwrite makes it anew", file=sys.stderr)
         files.clear_leftovers(directory)
         return True
 
@@ -162,11 +193,15 @@ class ResumableRun(Run):
 
     def __init__(self, stage, args, outputs, *others, **fields):
         super().__init__(stage, args, *others, **fields)
+        # Now, and not after hours of training.
+        so_far = {**self.fields, "notes": self.notes}
+        records.check_beginning(records.make_record(stage, self.arguments, 0.0, **so_far))
         self.is_first = processes.is_first()  # of several processes, the one that logs, evaluates and writes
         self.outputs, self.written = outputs, set()
         self.work = os.path.abspath(args.output_dir) + ".unfinished"
         self.identity_file = os.path.join(self.work, "identity.json")
         self.finished, self.lock = False, None
+        self.code_notes = []  # which code changed while the run was unfinished
         self.seconds_before, self.started = 0.0, time.time()
 
     def __enter__(self):
@@ -296,7 +331,8 @@ class ResumableRun(Run):
                     if f"{parameter.name}_{kind}" in optimizer_state:
                         arrays[f"{place}/{kind}"] = optimizer_state[f"{parameter.name}_{kind}"].numpy()
             np.savez(os.path.join(directory, "optimizer.npz"), **arrays)
-            whole_state = {**state, "step": step, "seconds": self.seconds(None)}
+            code = {"code": self.fields["code"], "code_notes": self.code_notes}
+            whole_state = {**state, "step": step, "seconds": self.seconds(None), **code}
             files.write_whole(os.path.join(directory, "state.json"), json.dumps(whole_state))
         self._remove_all_but({f"state-{step}", *checkpoints})
 
@@ -326,4 +362,11 @@ class ResumableRun(Run):
         schedule.step(state["step"])
         optimizer.set_state_dict({**entries, "LR_Scheduler": schedule.state_dict()})
         self.seconds_before = state["seconds"]
+        self.code_notes = list(state.get("code_notes", []))
+        changed = changed_code(state.get("code", {}), self.fields["code"])
+        if changed:
+            self.code_notes.append(f"{changed} changed after step {state['step']} of the training")
+            if self.is_first:
+                print(f"warning: {self.code_notes[-1]}; to begin anew, remove {self.work}", file=sys.stderr)
+        self.notes += self.code_notes
         return state

@@ -1,4 +1,4 @@
-"""The tables of summarize.py for one fine-tuned model, a grid, and CLUE: as Markdown, as flat rows, as a plot."""
+"""The tables of summarize.py for one fine-tuned model, a grid, CLUE, and stages of your own: Markdown, rows, plot."""
 
 import itertools
 import os
@@ -6,7 +6,8 @@ import tempfile
 from typing import NamedTuple, Optional
 
 from common import UserError
-from common.records import descendants
+from common.objectives import shown
+from common.records import STAGES, constant_answer, descendants, score
 
 
 class Published(NamedTuple):
@@ -62,11 +63,12 @@ def rank(record):
     if record is None:
         return (-1,)
     dev = record["data"].get("dev") or {}
-    return not dev.get("partial"), dev.get("examples", 0), accuracy(record)
+    return not dev.get("partial"), dev.get("examples", 0), score(record)
 
 
-def accuracy(record):
-    return record["metrics"]["accuracy"]
+def metric_of(record):
+    """The metric that selects, which is the figure of a record in every table."""
+    return record["objective"]["metric"]
 
 
 def kind_of(record):
@@ -91,6 +93,8 @@ def clue_rows(roots, children, speedups):
     for root in roots:
         for record in [root, *descendants(root, children)]:
             kind = kind_of(record)
+            if record["task"] in TASKS and metric_of(record) != "accuracy":  # not what was published
+                continue
             if kind and rank(record) > rank(cells.setdefault(kind, {}).get(record["task"])):
                 cells[kind][record["task"]] = record
     order = sorted(cells, key=lambda kind: ("quantized" in kind, "pruned" in kind, kind))
@@ -98,10 +102,10 @@ def clue_rows(roots, children, speedups):
     rows = []
     for kind in order:
         row = cells[kind]
-        shown = row.get("TNEWS") or next(iter(row.values()))
+        example = row.get("TNEWS") or next(iter(row.values()))
         present = [row[task] for task in TASKS if task in row]
-        average = sum(map(accuracy, present)) / len(TASKS) if len(present) == len(TASKS) else None
-        sizes = {"params": shown["params"], "flops": shown["flops"], "bytes": size_of(shown)}
+        average = sum(map(score, present)) / len(TASKS) if len(present) == len(TASKS) else None
+        sizes = {"params": example["params"], "flops": example["flops"], "bytes": size_of(example)}
         figures = {"average": average, "speedup": speedups.get(kind)}
         rows.append({"row": kind, "cells": row, "present": present, **sizes, **figures})
     return rows
@@ -133,8 +137,8 @@ def clue_table(model, rows):
         lines.append(f"| {' | '.join(cells)} |")
         if row["row"] in PUBLISHED:
             lines += beside_published(row)
-    shown = "TNEWS" if "TNEWS" in rows[0]["cells"] else next(iter(rows[0]["cells"]))
-    lines += ["", f"Parameters, FLOPs and file of a row are those of {shown}; other tasks' heads differ in size."]
+    example = "TNEWS" if "TNEWS" in rows[0]["cells"] else next(iter(rows[0]["cells"]))
+    lines += ["", f"Parameters, FLOPs and file of a row are those of {example}; other tasks' heads differ in size."]
     lines += ["Published: PaddleNLP's PP-MiniLM example (T4, PaddlePaddle 2.2.2; 6 layers x 768, pre-trained)."]
     first = next(iter(rows[0]["cells"].values()))
     shape = first["model"]["architecture"]
@@ -155,7 +159,7 @@ class Footnotes(dict):
         if record is None:
             return "missing"
         numbers = sorted(self.setdefault(note, len(self) + 1) for note in remarks(record))
-        return percent(accuracy(record)) + (f" ({','.join(map(str, numbers))})" if numbers else "")
+        return percent(score(record)) + (f" ({','.join(map(str, numbers))})" if numbers else "")
 
     def lines(self):
         return [f"({number}) {note}." for note, number in self.items()]
@@ -167,28 +171,41 @@ def beside_published(row):
     differences = []
     for task in TASKS:
         record = row["cells"].get(task)
-        differences.append(percent(accuracy(record) - published.accuracy(task) / 100, "+") if record else "")
+        differences.append(percent(score(record) - published.accuracy(task) / 100, "+") if record else "")
     average = row["average"]
     differences.append("" if average is None else percent(average - published.average / 100, "+"))
     flops = f"{published.flops:.2f} G" if published.flops else ""
-    shown = " | ".join(f"{value:.2f}" for value in (*published.accuracies, published.average))
+    figures = " | ".join(f"{value:.2f}" for value in (*published.accuracies, published.average))
     return [
-        f"| published | {shown} | {published.params:.1f} M | {flops} | | {published.speedup:.2f}x |",
+        f"| published | {figures} | {published.params:.1f} M | {flops} | | {published.speedup:.2f}x |",
         f"| difference | {' | '.join(differences)} | | | | |",
     ]
 
 
 def grid_tables(roots):
-    """The best cell of each task with its hyper-parameters, and the whole grid, as Markdown."""
+    """The best cell of each task with its hyper-parameters, and the whole grid, as Markdown. One after the other for
+    each metric that selects."""
+    by_metric = {}
+    for record in roots:
+        by_metric.setdefault(metric_of(record), []).append(record)
+    lines = []
+    for metric, chosen in by_metric.items():
+        lines += ["", *grid_tables_of(chosen, shown(metric))] if lines else grid_tables_of(chosen, shown(metric))
+    return lines
+
+
+def grid_tables_of(roots, metric):
+    """As grid_tables, for records with one metric. Args: metric: as it is shown."""
     best, lines = best_cells(roots), []
-    names = ["task", "dev accuracy, %", "learning rate", "batch size", "epochs", "max_seq_length", "best step", "cells"]
-    names += ["majority class, %", "remarks"]
+    constant, _ = constant_answer(roots[0]["data"]["dev"])
+    names = ["task", f"dev {metric}, %", "learning rate", "batch size", "epochs", "max_seq_length", "best step"]
+    names += ["cells", f"{constant}, %", "remarks"]
     lines += ["**Best of the grid**", "", f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
     for task, record in best.items():
         settings = [f"{record['arguments'][name]:g}" for name in HYPER_PARAMETERS]
         cells = sum(other["task"] == task for other in roots)
-        row = [task, percent(accuracy(record)), *settings, str(record["metrics"]["step"]), str(cells)]
-        row += [percent(record["data"]["dev"]["majority_class"]), "; ".join(remarks(record))]
+        row = [task, percent(score(record)), *settings, str(record["metrics"]["step"]), str(cells)]
+        row += [percent(constant_answer(record["data"]["dev"])[1]), "; ".join(remarks(record))]
         lines.append(f"| {' | '.join(row)} |")
     for task in best:
         cells, footnotes = {}, Footnotes()
@@ -196,7 +213,7 @@ def grid_tables(roots):
             cells[record["arguments"]["learning_rate"], record["arguments"]["batch_size"]] = record
         if len(cells) > 1:
             rates, sizes = (sorted({key[i] for key in cells}) for i in (0, 1))
-            lines += ["", f"**{task}: dev accuracy, %, by learning rate and batch size**", ""]
+            lines += ["", f"**{task}: dev {metric}, %, by learning rate and batch size**", ""]
             lines += [f"| learning rate | {' | '.join(map(str, sizes))} |", "| --- " * (len(sizes) + 1) + "|"]
             for rate in rates:
                 lines.append(f"| {rate:g} | {' | '.join(footnotes.marked(cells.get((rate, n))) for n in sizes)} |")
@@ -247,16 +264,20 @@ COLUMNS = (
     "table model row task accuracy published difference majority_class params flops bytes speedup agreement".split()
 )
 COLUMNS += [*HYPER_PARAMETERS, "remarks"]
+COLUMNS_OF_OTHER_METRICS = ["metric", "value"]
 
 
 def flat(record, published):
     if record is None:
         return {"accuracy": None, "published": published, "remarks": "missing"}
-    measured = round(accuracy(record) * 100, 4)
+    measured = round(score(record) * 100, 4)
+    value = {"accuracy": measured}
+    if metric_of(record) != "accuracy":  # which needs no column that says so
+        value = {"metric": metric_of(record), "value": measured}
     difference = None if published is None else round(measured - published, 4)
     dev = record["data"].get("dev") or {}
     majority = round(dev["majority_class"] * 100, 4) if "majority_class" in dev else None
-    figures = {"accuracy": measured, "published": published, "difference": difference, "majority_class": majority}
+    figures = {**value, "published": published, "difference": difference, "majority_class": majority}
     sizes = {"params": record["params"], "flops": record["flops"], "bytes": size_of(record)}
     return {**figures, **sizes, "remarks": "; ".join(remarks(record))}
 
@@ -277,7 +298,7 @@ def draw(path, families):
             name = row["row"] if len(families) == 1 else f"{model}, {row['row']}"
             for task, record in row["cells"].items():
                 megabytes = (size_of(record) or 0) / 1e6
-                points.append((name, task, accuracy(record) * 100, megabytes, row["speedup"]))
+                points.append((name, task, score(record) * 100, megabytes, row["speedup"], shown(metric_of(record))))
     panels = [("file, MB", 3)] + ([("speed-up against BERT-base", 4)] if any(p[4] for p in points) else [])
     size = (6 * len(panels) + 2.5, 4.5)
     figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
@@ -292,7 +313,7 @@ def draw(path, families):
                 x, y = [p[column] for p in chosen], [p[2] for p in chosen]
                 axis.scatter(x, y, marker=marker, color=f"C{number % 10}")
         axis.set_xlabel(label)
-        axis.set_ylabel("dev accuracy, %")
+        axis.set_ylabel(f"dev {' or '.join(dict.fromkeys(p[5] for p in points))}, %")
         axis.grid(alpha=0.3)
     # One colour per task, one marker per row; one legend for both beside the last panel.
     keys = [pyplot.Line2D([], [], color=f"C{i % 10}", lw=4, label=task) for i, task in enumerate(tasks)]
@@ -309,7 +330,7 @@ def draw(path, families):
 
 
 def row_of(record):
-    """(what, accuracy, agreement, params, FLOPs, MB) of a record as table cells, or None if it has no row."""
+    """[what, score, agreement, params, FLOPs, MB] of a record as table cells, or None if it has no row."""
     stage, metrics, width = record["stage"], record["metrics"], record["model"]["width_mult"]
     size = size_of(record)
     if stage == "finetune":
@@ -319,10 +340,31 @@ def row_of(record):
     elif stage == "quantize":
         origin = "fine-tuned" if width == 1 else f"pruned to {width:g}"
         what = f"{origin}, INT8 {record['variant']['algorithm']}{record['variant']['calib_samples']}"
+    elif stage not in STAGES:
+        what = f"{stage}, {record['directory']}"
     else:
         return None
-    sizes = [f"{record['params'] / 1e6:.2f} M", f"{record['flops'] / 1e9:.2f} G", f"{size / 1e6:.1f}" if size else ""]
-    return [what, percent(metrics["accuracy"]), percent(metrics.get("agreement")), *sizes]
+    params, flops = record["params"], record["flops"]
+    sizes = [f"{params / 1e6:.2f} M" if params else "", f"{flops / 1e9:.2f} G" if flops else ""]
+    sizes.append(f"{size / 1e6:.1f}" if size else "")
+    return [what, percent(score_of_any(record)), percent(metrics.get("agreement")), *sizes]
+
+
+def score_of_any(record):
+    """As score; None for a record of a stage of your own that names no metric."""
+    return record["metrics"].get((record.get("objective") or {}).get("metric"))
+
+
+def table_of_own_stages(found):
+    """The Markdown lines of a table of the records of stages that this project does not have."""
+    lines = ["**Stages of your own**", "", "| stage, directory | task | metric | dev, % | params | notes |"]
+    lines.append("| --- " * 6 + "|")
+    for record in found:
+        metric, params = (record.get("objective") or {}).get("metric", ""), record["params"]
+        cells = [f"{record['stage']}, {record['directory']}", record["task"], shown(metric)]
+        cells += [percent(score_of_any(record)), f"{params / 1e6:.2f} M" if params else "", "; ".join(remarks(record))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def family_table(root, family):
@@ -330,17 +372,18 @@ def family_table(root, family):
     rows = [(record, row_of(record)) for record in [root, *family]]
     rows = [(record, row) for record, row in rows if row]
     quantized = [record for record, _ in rows if record["stage"] == "quantize"]
-    best = max(quantized, key=lambda record: record["metrics"]["accuracy"], default=None)
+    best = max(quantized, key=score, default=None)
     lines = [f"**{root['task']}**, {root['directory']}", ""]
-    lines += ["| model | dev accuracy, % | agreement with FP32, % | params | FLOPs | file, MB |", "| --- " * 6 + "|"]
+    names = ["model", f"dev {shown(metric_of(root))}, %", "agreement with FP32, %", "params", "FLOPs", "file, MB"]
+    lines += [f"| {' | '.join(names)} |", "| --- " * 6 + "|"]
     for record, row in rows:
         row[0] += " (best INT8)" if record is best else ""
         lines.append(f"| {' | '.join(row)} |")
-    dev = root["data"]["dev"]
+    dev, (constant, reached) = root["data"]["dev"], constant_answer(root["data"]["dev"])
     machine = root["machine"]
     lines += [
         "",
-        f"{dev['examples']} dev records, majority class {dev['majority_class'] * 100:.1f} %. "
+        f"{dev['examples']} dev records, {constant} {reached * 100:.1f} %. "
         f"Measured on {machine['cpu']} ({', '.join(machine['flags'])}), {machine['cores']} cores.",
     ]
     notes = list(dict.fromkeys(note for record, _ in rows for note in record["notes"]))

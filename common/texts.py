@@ -3,8 +3,6 @@
 import os
 import sys
 
-import numpy as np
-
 from common import UserError, batching, files
 
 
@@ -63,15 +61,9 @@ def _read_lines(path):
         raise UserError(f"--input_file {path}: not UTF-8 ({error.reason})") from error
 
 
-def answer(example, labels, probabilities):
-    """The JSON object that answers a text. Args: probabilities: float [classes], of ``labels``."""
-    best = int(np.argmax(probabilities))
-    fields = {
-        "text": example.text,
-        "label": labels[best],
-        "probability": round(float(probabilities[best]), 6),
-        "probabilities": {label: round(float(p), 6) for label, p in zip(labels, probabilities)},
-    }
+def answer(example, objective, logits, labels):
+    """The JSON object that answers a text. Args: objective: of the model. logits: [outputs], of ``labels``."""
+    fields = {"text": example.text, **objective.answer(logits, labels)}
     if example.text_pair is not None:
         fields["text_pair"] = example.text_pair
     return fields
@@ -81,12 +73,13 @@ def submission_path(task_name, directory):
     return os.path.join(directory, f"{task_name.lower()}_predict.json")
 
 
-def write_submission(task_name, ids, labels, logits, directory):
+def write_submission(task, ids, logits, directory):
     """Writes the predictions for a test file as CLUE takes them: one {"id", "label"} per line, in the file's order.
 
-    Args: ids: of the records. labels: names of the classes. logits: [records, classes]. Returns: path of the file.
+    Args: task: data.Task, whose objective may put something else beside the id. ids: of the records.
+        logits: [records, outputs]. Returns: path of the file.
     """
-    best = np.asarray(logits).argmax(-1)
-    path = submission_path(task_name, directory)
-    files.write_json_lines(path, [{"id": i, "label": labels[k]} for i, k in zip(ids, best)])
+    rows = [{"id": i, **task.objective.prediction(row, task.labels)} for i, row in zip(ids, logits)]
+    path = submission_path(task.name, directory)
+    files.write_json_lines(path, rows)
     return path

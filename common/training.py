@@ -1,4 +1,4 @@
-"""What the trainings share: their arguments, AdamW, the order of the data, the log.
+"""What the trainings share: their arguments, AdamW, the order of the data, the loop that selects on dev, the log.
 
 The order of an epoch is a function of seed and epoch, and dropout is seeded anew from seed and step. So a killed run
 resumes exactly as if it had not been killed, with no state of a random generator to save.
@@ -10,7 +10,7 @@ import sys
 import numpy as np
 from tqdm import tqdm
 
-from common import UserError, batching, cli, processes
+from common import UserError, batching, cli, objectives, processes
 from common.compat import paddle
 
 
@@ -71,18 +71,18 @@ def steps_per_epoch(args, examples):
     return math.ceil(examples / (args.batch_size * processes.world_size()))
 
 
-def convert(args, run, splits, tokenizer, labels):
+def convert(args, run, splits, tokenizer, task):
     """Texts to token ids, once for all epochs: {name of the split: list of batching.Feature}.
 
     Prints three samples and the plan of the training: what is wrong with them is wrong in everything that follows.
 
-    Args: run: runs.ResumableRun. splits: {name: data.Split} with ``train``. labels: names of the classes.
+    Args: run: runs.ResumableRun. splits: {name: data.Split} with ``train``. task: data.Task.
     """
     features = {}
     for name, split in splits.items():
         features[name] = batching.convert(split.examples, tokenizer, args.max_seq_length)
     if run.is_first:
-        batching.show_samples(splits["train"].examples, features["train"], tokenizer, labels)
+        batching.show_samples(splits["train"].examples, features["train"], tokenizer, task)
         show_plan(args, len(features["train"]))
     return features
 
@@ -181,6 +181,92 @@ def training_batches(features, args, first_step, steps, pad_id=0):
         length = max(len(features[i].input_ids) for i in joint)
         batch = batching.collate(features, part, pad_id, length) if len(part) else None
         yield step, batch, len(part) / len(joint)
+
+
+# The loop
+
+
+def fit(args, run, model, features, pad_id, losses_of, evaluate, metric, write, evaluate_first=False):
+    """Trains a model and keeps the checkpoint that is best on dev, across kills of the process.
+
+    Args:
+        args: of add_training_arguments. run: runs.ResumableRun. features: list of batching.Feature to train on.
+        losses_of: function that yields the losses of a Batch, float32 [] each. The gradients of all are added up. Each
+            is propagated back before the next one is asked for, so that memory holds one graph at a time.
+        evaluate: function without arguments that gives {name: {metric: figure on dev}}, for each of the models in these
+            weights, such as the widths of a supernet. A single model has the name "".
+        metric: the one that selects; larger is better. Of equal ones the earlier checkpoint stays.
+        write: function that writes the model's files into a directory.
+        evaluate_first: whether to evaluate before the first step, too.
+    Returns: the final state; its ``best`` has {name: metrics, step and ``directory`` of the best checkpoint}, its
+        ``evaluations`` are a list of {"step": step, name: metrics, ...}.
+    """
+    # TNEWS: 53,360 records / 32 = 1,668 steps an epoch, x 3 epochs = 5,004 steps.
+    progress = Progress(args, len(features))
+    # The learning rate rises over the first tenth of the steps, then falls to 0. Without the slow start, the large
+    # gradients of a new classifier would damage the pre-trained weights.
+    optimizer, schedule = make_optimizer(model, args, progress.steps)
+    # After a kill: weights, AdamW's moments, step, evaluations and best of the last evaluation, so at most --save_steps
+    # steps are repeated. No random state is kept: the order of the data and dropout follow from seed and step, so a run
+    # that resumes with as many processes equals an uninterrupted one.
+    state = run.restore(model, optimizer, schedule, best={}, evaluations=[])
+    if "directory" in state["best"]:
+        raise UserError(f"{run.work}: of an earlier version of this project; remove it, and training begins anew")
+    if evaluate_first and not state["evaluations"] and run.is_first:
+        scores = evaluate()
+        print("before training: " + ", ".join(figures(name, scores[name]) for name in scores))
+        state["evaluations"].append({"step": 0, **scores})
+
+    # Dropout is on while training, and off in modeling.predict.
+    model.train()
+    batches = training_batches(features, args, state["step"], progress.steps, pad_id)
+    for step, batch, share in progress.bar(batches, state["step"], args.task_name):
+        losses = []
+        if batch is not None:  # without a record left, a process still takes part in the sums below
+            for loss in losses_of(batch):
+                # share: the part of this process in the records of the step, 1 in a single process, 1/2 in each of two.
+                # Means weighted by it add up to the mean over all records, also where a last batch is divided unevenly.
+                loss = loss * share
+                loss.backward()
+                losses.append(float(loss))
+        # Sums the gradients over the processes, which wait for each other here; clips them (--max_grad_norm); takes one
+        # step of AdamW and one of the schedule; clears the gradients.
+        update(model, optimizer, schedule)
+        progress.loss(step, sum(losses) / max(len(losses), 1), schedule)
+
+        # The published search evaluated every 100 steps: 51 times for TNEWS. The best checkpoint often lies within an
+        # epoch. As dev chooses it, its dev score is a little optimistic. The other processes wait meanwhile.
+        if run.is_first and (step % args.save_steps == 0 or step == progress.steps):
+            keep_best(run, state, step, evaluate(), metric, write, progress)
+            # One rename makes it valid, so a kill meanwhile leaves the state before it. Older states are deleted, and
+            # checkpoints but for those named here. The schedule is not saved: it follows from the step.
+            run.save_state(step, model, optimizer, state, [best["directory"] for best in state["best"].values()])
+    return state
+
+
+def keep_best(run, state, step, scores, metric, write, progress):
+    """Notes an evaluation in the state, and writes a checkpoint for each model that is better than before.
+
+    One step is rarely the best for all models, so each has a checkpoint of its own. Args: as of fit.
+    """
+    state["evaluations"].append({"step": step, **scores})
+    shown = []
+    for name, metrics in scores.items():
+        best = state["best"].get(name)
+        if best is None or metrics[metric] > best[metric]:
+            best = {**metrics, "step": step, "directory": f"best-{name}-{step}"}
+            state["best"][name] = best
+            with run.checkpoint(best["directory"]) as directory:
+                write(directory)
+        shown.append(f"{figures(name, metrics)} (best {best[metric]:.4f} at step {best['step']})")
+        progress.scalars(step, {f"dev/{key}{'_' if name else ''}{name}": figure for key, figure in metrics.items()})
+    progress.write(f"step {step}/{progress.steps} dev {', '.join(shown)}")
+
+
+def figures(name, metrics):
+    """The metrics of a model as a text: "accuracy 0.5743 loss 1.3021", after its name if it has one."""
+    shown = " ".join(f"{objectives.shown(metric)} {figure:.4f}" for metric, figure in metrics.items())
+    return f"{name} {shown}".lstrip()
 
 
 # The update and the log

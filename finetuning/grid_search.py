@@ -24,7 +24,7 @@ sys.path[:0] = [HERE, os.path.join(HERE, "..")]
 import data
 import run_clue
 import summarize
-from common import CORES, UserError, checkpoints, cli, records, texts
+from common import CORES, UserError, checkpoints, cli, objectives, records, texts
 from common.compat import paddle
 from common.runs import Run
 from tqdm import tqdm
@@ -279,11 +279,11 @@ def search(cells, args, slots):
     def count(cell, record, how):
         nonlocal done
         done += 1
-        accuracy = record["metrics"]["accuracy"]
-        best[cell.task] = max(best.get(cell.task, (-1, "")), (accuracy, cell.name()), key=lambda pair: pair[0])
+        score, metric = records.score(record), objectives.shown(record["objective"]["metric"])
+        best[cell.task] = max(best.get(cell.task, (-1, "")), (score, cell.name()), key=lambda pair: pair[0])
         progress.update()
         progress.write(
-            f"{cell.name()}: {how}, dev accuracy {accuracy:.4f} (best of {cell.task} so far {best[cell.task][0]:.4f}: "
+            f"{cell.name()}: {how}, dev {metric} {score:.4f} (best of {cell.task} so far {best[cell.task][0]:.4f}: "
             f"{best[cell.task][1]}); {done} done, {len(running)} running, {len(queue)} to go"
         )
 

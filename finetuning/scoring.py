@@ -16,16 +16,16 @@ def read_split(args, directory, split, max_samples=None):
 
 
 def evaluate(args, directory):
-    """--do_eval alone: prints one JSON line with the dev accuracy of a fine-tuned directory."""
+    """--do_eval alone: prints one JSON line with the dev metrics of a fine-tuned directory."""
     classifier, dev, features = read_split(args, directory, "dev", args.max_eval_samples)
-    metrics = modeling.score(classifier.model, features, classifier.tokenizer.pad_id)
+    logits = modeling.predict(classifier.model, features, classifier.tokenizer.pad_id)
+    metrics = classifier.objective.metrics(logits, batching.targets(features))
     print(json.dumps({"task": classifier.record["task"], **metrics, **dev.describe()}, ensure_ascii=False))
 
 
 def predict_test(args, directory):
     """--do_predict: writes the predictions of a fine-tuned directory for test.json beside the model."""
     classifier, test, features = read_split(args, directory, "test")
-    task, labels = classifier.record["task"], classifier.record["labels"]
     logits = modeling.predict(classifier.model, features, classifier.tokenizer.pad_id)
-    path = texts.write_submission(task, data.record_ids(test), labels, logits, directory)
+    path = texts.write_submission(data.task_of(classifier.record), data.record_ids(test), logits, directory)
     print(f"{len(features)} test records -> {path}")

@@ -62,7 +62,7 @@ class Corpus:
         """Prints three sentences as teacher and student see them."""
         sentences = enumerate(itertools.islice(self.lines(0), 3), 1)
         examples = [batching.Example(text, None, None, number) for number, text in sentences]
-        batching.show_samples(examples, batching.convert(examples, tokenizer, max_seq_length), tokenizer, labels=[])
+        batching.show_samples(examples, batching.convert(examples, tokenizer, max_seq_length), tokenizer)
 
     def batches_per_epoch(self, batch_size):
         return -(-sum(1 for _ in self.lines(0)) // batch_size)

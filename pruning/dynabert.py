@@ -14,6 +14,7 @@ from common import files, modeling, processes, records, tokenization
 from common.compat import paddle
 
 SUB_CONFIG = "model_config.json"
+LAMBDA_HIDDEN = 0.1  # weight of the hidden states' loss, as DynaBERT's lambda
 
 
 def add_pruning_arguments(group):
@@ -54,8 +55,8 @@ def layers_of(model):
     return list(modeling.encoder_of(model).encoder.layers)
 
 
-def importance(model, batches):
-    """Importance of heads and FFN neurons for the cross-entropy loss L, summed over batches.
+def importance(model, batches, objective):
+    """Importance of heads and FFN neurons for the objective's loss L on the labels, summed over batches.
 
     The importance of a head is |dL/dg| with a gate g = 1 on its output (Michel et al., arXiv 1905.10650, as DynaBERT
     uses it). That of a neuron is |sum of w dL/dw over its incoming weights and bias| + |sum of w dL/dw over its
@@ -83,7 +84,7 @@ def importance(model, batches):
     neuron_importance = np.zeros([len(layers), layers[0].linear1.weight.shape[1]])
     for batch in batches:
         logits = model(*modeling.tensors(batch))
-        paddle.nn.functional.cross_entropy(logits, paddle.to_tensor(batch.labels)).backward()
+        objective.loss(logits, paddle.to_tensor(batch.labels)).backward()
         for i, (layer, gate) in enumerate(zip(layers, gates)):
             head_importance[i] += np.abs(gate.grad.numpy())
             w1, b1, w2 = (
@@ -107,15 +108,18 @@ def reorder(model, head_importance, neuron_importance):
         ofa.reorder_neuron(layer.linear2, order, dim=0)
 
 
-def rank_and_reorder(model, features, pad_id, args):
-    """Ranks heads and neurons on --importance_samples of the features, and puts the important ones first."""
+def rank_and_reorder(model, features, teacher, args):
+    """Ranks heads and neurons on --importance_samples of the features, and puts the important ones first.
+
+    Args: teacher: checkpoints.Classifier that the model is another copy of.
+    """
     chosen = np.random.default_rng(args.seed).permutation(len(features))[: args.importance_samples]
     chosen = [features[i] for i in chosen]
     if processes.is_first():
         print(f"ranking heads and neurons on {len(chosen)} {args.importance_split} records")
     # Batches of a fixed size: the ranking must not depend on --batch_size or on the number of processes.
-    batches = batching.batches(chosen, 32, pad_id, batching.by_length(chosen))
-    reorder(model, *importance(model, batches))
+    batches = batching.batches(chosen, 32, teacher.tokenizer.pad_id, batching.by_length(chosen))
+    reorder(model, *importance(model, batches, teacher.objective))
 
 
 def make_supernet(model, widths):
@@ -261,8 +265,6 @@ class HiddenStates:
         return logits, self.states
 
 
-def distillation_loss(student_states, teacher_states, student_logits, teacher_logits, lambda_logit=1.0, lambda_rep=0.1):
-    """DynaBERT's loss: lambda_rep x sum over layers of the MSE of hidden states + lambda_logit x soft cross-entropy."""
-    hidden = sum(paddle.nn.functional.mse_loss(s, t) for s, t in zip(student_states, teacher_states))
-    soft = -(paddle.nn.functional.softmax(teacher_logits) * paddle.nn.functional.log_softmax(student_logits)).sum(-1)
-    return lambda_rep * hidden + lambda_logit * soft.mean()
+def hidden_loss(student_states, teacher_states):
+    """The sum of the mean squared errors of hidden states, over embeddings and layers, float32 []."""
+    return sum(paddle.nn.functional.mse_loss(s, t) for s, t in zip(student_states, teacher_states))

@@ -50,7 +50,7 @@ def export(args):
     static_directory, name = os.path.split(os.path.abspath(args.static_sub_model))
     check_replaceable(sub_directory, "prune_export", [args.model_name_or_path, static_directory])
     check_replaceable(static_directory, "prune_export", [args.model_name_or_path, sub_directory])
-    inherited = ("task", "labels", "params", "flops", "model", "metrics", "notes")
+    inherited = ("task", "labels", "objective", "params", "flops", "model", "metrics", "notes")
     fields = {field: record[field] for field in inherited}
     run = Run("prune_export", args, pruned.parent, record["data"], noted_by="pruning: ", **fields)
 

@@ -17,7 +17,7 @@ import sys
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import data
 import dynabert
-from common import checkpoints, cli, modeling, training
+from common import batching, checkpoints, cli, modeling, objectives, records, training
 from common.compat import paddle
 from common.runs import ResumableRun
 
@@ -50,22 +50,23 @@ def prune(args):
     # 12 heads allow the widths k/12, which all leave whole neurons of 3072: 0.75 keeps 9 heads of 64 columns and 2304
     # neurons in each layer. 0.7 would be 8.4 heads and is refused.
     dynabert.check_widths(args.width_mult_list, teacher.record)
-    # The labels are those of the fine-tuned model, in the order of its logits.
-    splits = data.read_train_and_dev(data.task_of(teacher.record), args)
+    # Labels and objective are those of the fine-tuned model; a multi-label threshold each width chooses anew.
+    task = data.task_of(teacher.record)
+    splits = data.read_train_and_dev(task, args)
     described = {name: split.describe() for name, split in splits.items()}
 
     # The same run as in run_clue.py, with one output per width and one working directory for all. What the fine-tuned
     # model notes (random weights, partial data) is true of the pruned one as well.
     # noted_by stands before the notes on this stage's own partial data.
     fields = {"parent": teacher.parent, "data": described, "notes": teacher.record["notes"], "noted_by": "pruning: "}
-    fields.update(task=teacher.record["task"], labels=teacher.record["labels"])
+    fields.update((name, teacher.record[name]) for name in ("task", "labels", "objective"))
     # Widths as text from here on: they are keys of the state, which is kept as JSON.
     targets = {
         f"{width:g}": os.path.join(args.output_dir, f"{width:g}", "best_model") for width in args.width_mult_list
     }
     with ResumableRun("prune", args, list(targets.values()), **fields) as run:
         if not run.finished:
-            features = training.convert(args, run, splits, teacher.tokenizer, fields["labels"])
+            features = training.convert(args, run, splits, teacher.tokenizer, task)
             supernet = rank_and_make_supernet(args, run, teacher, student, features)
             state = train(args, run, teacher, supernet, features)
             if run.is_first:
@@ -84,7 +85,7 @@ def rank_and_make_supernet(args, run, teacher, student, features):
     # is |dL/dg| of a gate g = 1 on its output; that of a neuron comes from w dL/dw over its weights: both estimate how
     # much the loss L would change without it. Every process ranks the same --importance_samples records, in the same
     # batches, and so gets the same order.
-    dynabert.rank_and_reorder(student, features[args.importance_split], teacher.tokenizer.pad_id, args)
+    dynabert.rank_and_reorder(student, features[args.importance_split], teacher, args)
     # PaddleSlim's OFA: set_width switches it to a width; supernet.model is the network that holds the weights.
     supernet = dynabert.make_supernet(student, args.width_mult_list)
     # Moving a neuron moves its column in one matrix and its row in the next, so at full width nothing must change. A
@@ -94,105 +95,72 @@ def rank_and_make_supernet(args, run, teacher, student, features):
 
 
 def train(args, run, teacher, supernet, features):
-    """Trains all widths and keeps the best checkpoint of each. Returns: the final state."""
-    pad_id = teacher.tokenizer.pad_id
-    progress = training.Progress(args, len(features["train"]))
-    # As in fine-tuning, usually with the same learning rate and as many epochs.
-    optimizer, schedule = training.make_optimizer(supernet.model, args, progress.steps)
-    state = run.restore(supernet.model, optimizer, schedule, best={}, evaluations=[])
-    if not state["evaluations"] and run.is_first:
-        # What cutting alone costs: the difference to the fine-tuned accuracy is what distillation has to win back.
-        scores = evaluate(supernet, args.width_mult_list, features["dev"], pad_id)
-        print("before training: " + ", ".join(f"width {w} accuracy {s['accuracy']:.4f}" for w, s in scores.items()))
-        state["evaluations"].append({"step": 0, **scores})
+    """Trains all widths and keeps the best checkpoint of each. Returns: the final state.
 
-    # Each runs its model, and also returns what the embeddings and every layer put out.
-    student_recorder, teacher_recorder = dynabert.HiddenStates(supernet), dynabert.HiddenStates(teacher.model)
-    # Dropout is on while training, and off in modeling.score. The teacher stays in eval mode: its targets have no
-    # noise.
-    supernet.train()
-    batches = training.training_batches(features["train"], args, state["step"], progress.steps, pad_id)
-    for step, batch, share in progress.bar(batches, state["step"], args.task_name):
-        mean_loss = 0.0
-        if batch is not None:
-            inputs = modeling.tensors(batch)
-            with paddle.no_grad():
-                # Once per batch, for all widths.
-                teacher_logits, teacher_hidden = teacher_recorder.run(inputs)
-            for width in args.width_mult_list:
-                # The widths share their weights: a narrow one is a part of a wide one. So their gradients are added up
-                # (clipped by --max_grad_norm) before the optimizer takes one step. The mean of their losses is shown.
-                dynabert.set_width(supernet, width)
-                logits, hidden = student_recorder.run(inputs)
-                # DynaBERT's loss compares with the teacher, not with the labels: 0.1 x the sum of the MSE of the hidden
-                # states of embeddings and layers, padding included, + lambda_logit x cross-entropy with the teacher's
-                # probabilities. The hidden size is not pruned, so no projection is needed between the two. To learn
-                # from the labels as well, add the cross-entropy of logits and batch.labels here.
-                loss = dynabert.distillation_loss(hidden, teacher_hidden, logits, teacher_logits, args.lambda_logit)
-                # share: the part of this process in the records of the step, as in run_clue.py.
-                loss = share * loss
-                loss.backward()
-                mean_loss += float(loss) / len(args.width_mult_list)
-        training.update(supernet.model, optimizer, schedule)
-        progress.loss(step, mean_loss, schedule)
-
-        if run.is_first and (step % args.save_steps == 0 or step == progress.steps):
-            keep_best(args, run, teacher, supernet, features["dev"], step, state, progress)
-            # All checkpoints but the best of each width are deleted.
-            run.save_state(
-                step, supernet.model, optimizer, state, [best["directory"] for best in state["best"].values()]
-            )
-    return state
-
-
-def evaluate(supernet, widths, dev_features, pad_id):
-    """{width as text: {accuracy, loss} on dev}."""
-    scores = {}
-    for width in widths:
-        dynabert.set_width(supernet, width)
-        scores[f"{width:g}"] = modeling.score(supernet, dev_features, pad_id)
-    return scores
-
-
-def keep_best(args, run, teacher, supernet, dev_features, step, state, progress):
-    """Scores every width on dev, and keeps a checkpoint for each that is better than before.
-
-    One step is rarely the best for all widths, so each width has a checkpoint of its own.
+    The loop is training.fit, as in run_clue.py, usually with the same learning rate and as many epochs.
     """
-    scores = evaluate(supernet, args.width_mult_list, dev_features, teacher.tokenizer.pad_id)
-    state["evaluations"].append({"step": step, **scores})
-    shown = []
-    for width, metrics in scores.items():
-        best = state["best"].get(width)
-        if best is None or metrics["accuracy"] > best["accuracy"]:
-            best = {**metrics, "step": step, "directory": f"best-{width}-{step}"}
-            state["best"][width] = best
-            # The whole supernet under ordinary names, so that an ordinary model loads it; export.sh cuts the width out.
-            with run.checkpoint(best["directory"]) as directory:
-                dynabert.save_supernet(supernet, teacher.model.config, directory)
-        shown.append(f"width {width} accuracy {metrics['accuracy']:.4f} (best {best['accuracy']:.4f})")
-        progress.scalars(step, {f"dev/accuracy_{width}": metrics["accuracy"]})
-    progress.write(f"step {step}/{progress.steps} dev {', '.join(shown)}")
+    objective, pad_id = teacher.objective, teacher.tokenizer.pad_id
+    # Each runs its model, and also returns what the embeddings and every layer put out. The teacher stays in eval mode:
+    # its targets have no noise.
+    student_recorder, teacher_recorder = dynabert.HiddenStates(supernet), dynabert.HiddenStates(teacher.model)
+
+    def losses_of(batch):
+        """The loss of each width. They share their weights, a narrow one is a part of a wide one, so their gradients
+        are added up before the optimizer takes one step."""
+        inputs = modeling.tensors(batch)
+        with paddle.no_grad():
+            # Once per batch, for all widths.
+            teacher_logits, teacher_hidden = teacher_recorder.run(inputs)
+        for width in args.width_mult_list:
+            dynabert.set_width(supernet, width)
+            logits, hidden = student_recorder.run(inputs)
+            # DynaBERT's loss compares with the teacher, not with the labels: 0.1 x the sum of the MSE of the hidden
+            # states of embeddings and layers, padding included, + lambda_logit x the loss against the teacher's
+            # answers. The hidden size is not pruned, so no projection is needed between the two. To learn from the
+            # labels as well, add objective.loss(logits, paddle.to_tensor(batch.labels)).
+            soft_loss = objective.soft_loss(logits, teacher_logits)
+            yield dynabert.LAMBDA_HIDDEN * dynabert.hidden_loss(hidden, teacher_hidden) + args.lambda_logit * soft_loss
+
+    def evaluate():
+        """{width as text: metrics on dev}."""
+        scores, targets = {}, batching.targets(features["dev"])
+        for width in args.width_mult_list:
+            dynabert.set_width(supernet, width)
+            logits = modeling.predict(supernet, features["dev"], pad_id)
+            scores[f"{width:g}"] = objective.fitted(logits, targets).metrics(logits, targets)
+        return scores
+
+    def write(directory):
+        """The whole supernet under ordinary names, so that an ordinary model loads it; export.sh cuts the width out."""
+        dynabert.save_supernet(supernet, teacher.model.config, directory)
+
+    # What cutting alone costs is measured before the first step: the difference to the fine-tuned model is what
+    # distillation has to win back.
+    options = {"metric": objective.metric, "write": write, "evaluate_first": True}
+    return training.fit(args, run, supernet.model, features["train"], pad_id, losses_of, evaluate, **options)
 
 
 def save_width(args, run, teacher, width, directory, state):
     """Writes the result of one width. Args: width: as text, such as "0.75"."""
-    record, best = teacher.record, state["best"][width]
-    metrics = {name: best[name] for name in ("accuracy", "loss", "step")}
+    record, objective, best = teacher.record, teacher.objective, state["best"][width]
+    metrics = {name: figure for name, figure in best.items() if name != "directory"}
     metrics.update(selected_on="dev", max_seq_length=args.max_seq_length)
-    metrics["accuracy_before_training"] = state["evaluations"][0][width]["accuracy"]
-    metrics["accuracy_of_parent"] = record["metrics"]["accuracy"]
+    metrics[f"{objective.metric}_before_training"] = state["evaluations"][0][width][objective.metric]
+    metrics[f"{objective.metric}_of_parent"] = records.score(record)
     model = {**record["model"], "width_mult": float(width), "initialized_from": teacher.parent["path"]}
-    # params and flops are those of the narrow model, not of the weights in the directory: at width 0.75 of 6 layers x
-    # 768, 49.1 M of 59.7 M parameters and 4.08 G of 5.44 G multiply-adds.
+    # The weights in the directory are those of the whole supernet, from which this width is cut out. params and flops
+    # are those of the narrow model: at width 0.75 of 6 layers x 768, 49.1 M of 59.7 M parameters and 4.08 G of 5.44 G
+    # multiply-adds.
     params, flops = dynabert.count_width(record, float(width))
-    fields = {"metrics": metrics, "model": model, "params": params, "flops": flops}
+    holds = f"weights of full width; metrics, params and flops are those of width {width}, which export.sh cuts out"
+    fields = {"metrics": metrics, "model": model, "params": params, "flops": flops, "holds": holds}
+    fields["objective"] = objective.with_settings(best).describe()
     checkpoint, evaluations = best["directory"], state["evaluations"]
     with run.output(directory, checkpoint=checkpoint, evaluations=evaluations, **fields) as target:
         teacher.tokenizer.save(target)
     print(
-        f"{record['task']}: width {width} dev accuracy {best['accuracy']:.4f} at step {best['step']} "
-        f"(fine-tuned {record['metrics']['accuracy']:.4f}) -> {directory}"
+        f"{record['task']}: width {width} dev {objectives.shown(objective.metric)} {best[objective.metric]:.4f} at "
+        f"step {best['step']} (fine-tuned {records.score(record):.4f}) -> {directory}, weights of full width"
     )
 
 

@@ -3,7 +3,7 @@
 import os
 
 import embeddings
-from common import UserError, batching, cli, compat, exporting, files
+from common import UserError, batching, cli, compat, exporting, files, objectives, records
 from common.compat import paddle
 
 
@@ -18,8 +18,8 @@ def add_quantization_arguments(group, algorithms, samples):
     group.add_argument("--calib_split", choices=("train", "dev"), default="train", help=help)
     help = "share of dev predictions that must equal FP32's; a variant below it is reported and not written"
     group.add_argument("--min_agreement", type=float, default=0.9, help=help, without_effect=True)
-    help = "largest difference allowed between the FP32 graph's accuracy and the one that training recorded in "
-    help += "stage.json, if both are on the same dev data; a difference of two records is always allowed"
+    help = "largest difference allowed between the FP32 graph's accuracy (or other metric) and the one that training "
+    help += "recorded in stage.json, if both are on the same dev data; a difference of two records is always allowed"
     group.add_argument("--accuracy_tolerance", type=float, default=0.005, help=help, without_effect=True)
     help = "also store word embeddings in INT8, one scale per row: half the file (default: on a CPU, not for TensorRT)"
     group.add_flag("--int8_embeddings", help, default=None)
@@ -107,29 +107,28 @@ def quantize(
     exporting.remove_call_stacks(os.path.join(directory, model_filename))
 
 
-def compare(logits, fp32_logits, features):
-    """{accuracy, fp32_accuracy, agreement} of INT8 and FP32 logits, [n, classes], on features with labels."""
-    labels = [feature.label for feature in features]
-    return {
-        "accuracy": round(batching.accuracy(logits, labels), 6),
-        "fp32_accuracy": round(batching.accuracy(fp32_logits, labels), 6),
-        "agreement": round(float((logits.argmax(-1) == fp32_logits.argmax(-1)).mean()), 6),
-    }
+def compare(objective, logits, fp32_logits, features):
+    """{accuracy, fp32_accuracy, agreement}, or the objective's metrics, of INT8 and FP32 logits [n, outputs]."""
+    targets = batching.targets(features)
+    compared = objective.compared(objective.metrics(logits, targets))
+    for name, figure in objective.compared(objective.metrics(fp32_logits, targets)).items():
+        compared[f"fp32_{name}"] = figure
+    return {**compared, "agreement": round(objective.agreement(logits, fp32_logits), 6)}
 
 
-def check_accuracy(found, record, dev, args):
-    """Compares the FP32 graph's accuracy with the one that training recorded, if data and length are the same.
+def check_score(found, record, dev, args):
+    """Compares the FP32 graph's accuracy (selecting metric) with that of training, if data and length are the same.
 
     So the graph is the model that was trained, whatever stages and files lie between.
 
     Args: record: of the graph. dev: description of the dev split. Raises: UserError past --accuracy_tolerance.
     """
-    before, recorded = record["data"]["dev"], record["metrics"]["accuracy"]
+    before, recorded, metric = record["data"]["dev"], records.score(record), record["objective"]["metric"]
     length = record["metrics"].get("max_seq_length")  # unknown in records of the first version
     if (dev["md5"], dev["examples"], args.max_seq_length) != (before["md5"], before["examples"], length):
         return
     if not abs(found - recorded) <= max(args.accuracy_tolerance, 2.01 / dev["examples"]):
         raise UserError(
-            f"{args.input_dir}: accuracy {found:.4f} on the same dev data on which training recorded {recorded:.4f}; "
-            f"at most {args.accuracy_tolerance:g} apart is allowed (--accuracy_tolerance)"
+            f"{args.input_dir}: {objectives.shown(metric)} {found:.4f} on the same dev data on which training recorded "
+            f"{recorded:.4f}; at most {args.accuracy_tolerance:g} apart is allowed (--accuracy_tolerance)"
         )

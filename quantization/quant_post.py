@@ -17,7 +17,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import calibration
 import data
 import numpy as np
-from common import UserError, batching, checkpoints, cli, engine, files, records
+from common import UserError, batching, checkpoints, cli, engine, files, objectives, records
 from common.runs import Run
 
 ALGORITHMS = ("mse", "avg", "abs_max", "hist")
@@ -73,7 +73,8 @@ def quantize_all(args):
             f"--calib_samples {max(args.calib_samples)}: only {len(samples.examples)} {args.calib_split} records"
         )
     described = {args.calib_split: samples.describe(), "dev": dev.describe()}
-    fields = {name: record[name] for name in ("task", "labels", "params", "flops", "model", "notes")}
+    # The objective with its settings, too: an INT8 model decides by the threshold of the FP32 model.
+    fields = {name: record[name] for name in ("task", "labels", "objective", "params", "flops", "model", "notes")}
     parent = records.parent_of(args.input_dir, record, records.graph_files(record))
     run = Run("quantize", args, parent, described, noted_by="quantizing: ", **fields)
     # Two runs into one directory would each make every variant.
@@ -82,12 +83,13 @@ def quantize_all(args):
         # the recorded one, or the graph is not the model that was trained.
         features = batching.convert(dev.examples, tokenizer, args.max_seq_length)
         fp32_logits = engine.open_engine(graph.prefix, features, args.device).predict(features, pad_id=tokenizer.pad_id)
-        fp32_accuracy = batching.accuracy(fp32_logits, [feature.label for feature in features])
-        calibration.check_accuracy(fp32_accuracy, record, described["dev"], args)
+        fp32 = graph.objective.metrics(fp32_logits, batching.targets(features))[graph.objective.metric]
+        calibration.check_score(fp32, record, described["dev"], args)
         print(engine.preflight("int8"))
+        constant, reached = records.constant_answer(described["dev"])
         print(
-            f"{record['task']}: FP32 accuracy {fp32_accuracy:.4f} on {len(features)} dev records "
-            f"(majority class {described['dev']['majority_class']:.4f})"
+            f"{record['task']}: FP32 {objectives.shown(graph.objective.metric)} {fp32:.4f} on {len(features)} dev "
+            f"records ({constant} {reached:.4f})"
         )
         make_variants(args, run, graph, tokenizer, samples, features, fp32_logits)
 
@@ -101,7 +103,9 @@ def make_variants(args, run, graph, tokenizer, samples, features, fp32_logits):
     # variants differ in what their names say, and in nothing else.
     # To change if INT8 loses too much: more samples (--calib_samples 32), another --seed, --int8_embeddings False.
     order = np.random.default_rng(args.seed).permutation(len(samples.examples))
-    print("| variant | INT8 accuracy | agreement with FP32 | file, MB |\n| --- | --- | --- | --- |")
+    metric = graph.objective.metric
+    shown = objectives.shown(metric)
+    print(f"| variant | INT8 {shown} | agreement with FP32 | file, MB |\n| --- | --- | --- | --- |")
     kept, left_out = {}, []
     for algorithm, count in itertools.product(args.algorithms, args.calib_samples):
         name = f"{algorithm}{count}"
@@ -118,7 +122,7 @@ def make_variants(args, run, graph, tokenizer, samples, features, fp32_logits):
         else:
             left_out.append(name)
             size = "left out, one made before is still there" if os.path.isdir(target) else "not written"
-        print(f"| {name} | {metrics['accuracy']:.4f} | {metrics['agreement']:.4f} | {size} |", flush=True)
+        print(f"| {name} | {metrics[metric]:.4f} | {metrics['agreement']:.4f} | {size} |", flush=True)
     if not kept:
         print(
             f"quant_post.py: no variant agrees with FP32 on {args.min_agreement:g} of dev (--min_agreement); nothing "
@@ -129,10 +133,10 @@ def make_variants(args, run, graph, tokenizer, samples, features, fp32_logits):
     if left_out:
         print(f"below --min_agreement {args.min_agreement:g} and left out: {', '.join(left_out)}")
     # The eight lie close together, and the best of them on dev is a little optimistic, like every choice made on dev.
-    best = max(sorted(kept), key=lambda name: kept[name]["accuracy"])
+    best = max(sorted(kept), key=lambda name: kept[name][metric])
     print(
-        f"{run.fields['task']}: best {best}, INT8 accuracy {kept[best]['accuracy']:.4f} (FP32 "
-        f"{kept[best]['fp32_accuracy']:.4f}) -> {os.path.join(args.output_dir, best)}"
+        f"{run.fields['task']}: best {best}, INT8 {shown} {kept[best][metric]:.4f} (FP32 "
+        f"{kept[best][f'fp32_{metric}']:.4f}) -> {os.path.join(args.output_dir, best)}"
     )
 
 
@@ -168,7 +172,7 @@ def make_variant(args, run, graph, tokenizer, algorithm, chosen, target, feature
             prefix = os.path.join(directory, os.path.splitext(args.save_model_filename)[0])
             int8 = engine.open_engine(prefix, features, args.device, "int8")
             logits = int8.predict(features, pad_id=tokenizer.pad_id)
-            metrics.update(calibration.compare(logits, fp32_logits, features))
+            metrics.update(calibration.compare(graph.objective, logits, fp32_logits, features))
             metrics["bytes"] = os.path.getsize(f"{prefix}.pdiparams")
             # Agreement sees damage that accuracy hides: as many answers may become right as become wrong.
             if metrics["agreement"] < args.min_agreement:

@@ -21,7 +21,7 @@ sys.path.insert(0, os.path.join(HERE, "..", ".."))
 import data
 import numpy as np
 import perf_models
-from common import ROOT, UserError, batching, cli, engine, files, records
+from common import ROOT, UserError, cli, engine, files, objectives, records
 from tqdm import tqdm
 
 OUTPUT = os.path.join(ROOT, "deploy", "python", "perf")  # beside infer_perf.sh
@@ -174,14 +174,15 @@ def agreement(name, rounds):
     """Accuracy of a row, and with --check how its predictions differ from those of a plain loop."""
     logits = np.concatenate([r[name]["logits"] for r in rounds])
     labels = np.concatenate([r[name]["labels"] for r in rounds])
-    result = {"accuracy": round(batching.accuracy(logits, labels), 6)}
+    tnews = objectives.Classification()
+    result = {"accuracy": tnews.metrics(logits, labels)["accuracy"]}
     if "plain_logits" in rounds[0][name]:
         plain = np.concatenate([r[name]["plain_logits"] for r in rounds])
         flipped = logits.argmax(-1) != plain.argmax(-1)
         best = np.sort(plain, -1)
         margins = (best[:, -1] - best[:, -2])[flipped]
         result.update(flips=int(flipped.sum()), largest_margin=round(float(margins.max(initial=0)), 6))
-        result["plain_accuracy"] = round(batching.accuracy(plain, labels), 6)
+        result["plain_accuracy"] = tnews.metrics(plain, labels)["accuracy"]
     return result
 
 

@@ -34,9 +34,9 @@ def find_sentences(args):
 
 
 def best_of(directory):
-    """Path of the quantized variant in ``directory`` with the best dev accuracy, or None."""
+    """Path of the quantized variant in ``directory`` that is best on dev, or None."""
     variants = records.find_records([directory]) if os.path.isdir(directory) else []
-    return max(variants, key=lambda record: record["metrics"]["accuracy"])["path"] if variants else None
+    return max(variants, key=records.score)["path"] if variants else None
 
 
 def find_models(args):

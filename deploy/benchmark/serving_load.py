@@ -123,14 +123,14 @@ def confusable(logits, tolerance):
     return float((np.abs(logits - np.roll(logits, 1, 0)).max(-1) <= tolerance).mean())
 
 
-def count_right(answers, logits, labels, tolerance):
+def count_right(answers, logits, objective, labels, tolerance):
     """Number of answers whose logits match the offline ones within ``tolerance`` and whose label fits their logits."""
     right = 0
     for answer, expected in zip(answers, logits):
         if answer and answer["err_no"] == 0:
             (row,) = answer["logits"]
             close = np.abs(np.subtract(row, expected)).max() <= tolerance
-            right += bool(close and answer["labels"] == [labels[int(np.argmax(row))]])
+            right += bool(close and answer["labels"] == objective.columns(np.float32([row]), labels)["labels"])
     return right
 
 
@@ -160,7 +160,7 @@ def main(argv=None):
         for number in range(args.rounds):
             for name in sorted(ports, reverse=number % 2 == 1):
                 answers, seconds, total = send_all(ports[name], examples, args.clients)
-                right = count_right(answers, logits, record["labels"], TOLERANCE[precision])
+                right = count_right(answers, logits, graph.objective, record["labels"], TOLERANCE[precision])
                 p50, p99 = np.percentile(seconds, [50, 99]) * 1000
                 figures[name].append({"right": right, "per_second": len(examples) / total, "p50": p50, "p99": p99})
                 print(

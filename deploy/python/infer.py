@@ -15,7 +15,7 @@ import sys
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 sys.path.insert(0, ROOT)
 import data
-from common import UserError, batching, checkpoints, cli, engine, files, records, texts
+from common import UserError, batching, checkpoints, cli, engine, files, objectives, records, texts
 
 
 def parse_args(argv=None):
@@ -63,7 +63,7 @@ class Model:
     def __init__(self, args, path):
         # Graph, parameters and tokenizer are compared with the hashes in stage.json: a mixed-up file is refused here.
         self.args, self.graph = args, checkpoints.open_graph(path)
-        self.record, self.labels = self.graph.record, self.graph.record["labels"]
+        self.record = self.graph.record
         # A quantized graph runs in INT8 only: in another precision the engine would simulate it, slower than FP32.
         engine.check_precision(self.graph.prefix, args.device, args.precision)
         if args.task_name:
@@ -94,15 +94,16 @@ class Model:
 
 
 def classify_texts(args, models):
-    """--text, --input_file: prints one JSON line per text, with label and probabilities."""
+    """--text, --input_file: prints one JSON line per text, with label or labels, and probabilities."""
     for model in models:
         # Whether the task has sentence pairs is known from its dev data.
         pairs = model.record["data"]["dev"].get("pairs")
         examples = texts.read_texts(args, model.record["task"], pairs, data.texts_of)
-        # The model gives logits; their softmax sums to 1 over the labels.
-        probabilities = batching.softmax(model.logits(model.convert(examples)))
-        for example, row in zip(examples, probabilities):
-            print(json.dumps(texts.answer(example, model.labels, row), ensure_ascii=False))
+        # The model gives logits. What they mean, its objective knows: a label with the probabilities of all (softmax),
+        # or each label above a threshold (sigmoid).
+        for example, row in zip(examples, model.logits(model.convert(examples))):
+            answer = texts.answer(example, model.task.objective, row, model.task.labels)
+            print(json.dumps(answer, ensure_ascii=False))
 
 
 def write_test_predictions(args, model):
@@ -111,7 +112,7 @@ def write_test_predictions(args, model):
     test = data.read_split(model.task, "test", args.data_dir)
     logits = model.logits(model.convert(test.examples))
     os.makedirs(args.predict_test, exist_ok=True)
-    path = texts.write_submission(model.task.name, data.record_ids(test), model.labels, logits, args.predict_test)
+    path = texts.write_submission(model.task, data.record_ids(test), logits, args.predict_test)
     print(f"{len(test.examples)} test records -> {path}")
 
 
@@ -143,36 +144,36 @@ def time_models(args, models):
 def score_dev(args, models):
     """Without other options: the accuracy on dev, as one JSON line, or as a table of several models.
 
-    Returns: {file prefix: accuracy}.
+    Returns: {file prefix: accuracy}; of other objectives than classification, the metric that selects.
     """
-    # dev has also chosen the checkpoint and the best quantized variant, so this accuracy is a little optimistic.
+    # dev has also chosen the checkpoint and the best quantized variant, so this figure is a little optimistic.
     dev = read_dev(args, models)
-    accuracies = {}
+    metric, scores, found = models[0].task.objective.metric, {}, {}
     for model in models:
-        features = model.convert(dev.examples)
-        accuracy = batching.accuracy(model.logits(features), [feature.label for feature in features])
-        accuracies[model.graph.prefix] = round(accuracy, 6)
+        features, objective = model.convert(dev.examples), model.task.objective
+        found = objective.compared(objective.metrics(model.logits(features), batching.targets(features)))
+        scores[model.graph.prefix] = found[metric]
     if len(models) == 1:
-        ((prefix, accuracy),) = accuracies.items()
-        result = {"task": models[0].task.name, "model": files.relative(prefix), "precision": args.precision}
-        print(json.dumps({**result, "accuracy": accuracy, **dev.describe()}, ensure_ascii=False))
+        result = {"task": models[0].task.name, "model": files.relative(models[0].graph.prefix)}
+        print(json.dumps({**result, "precision": args.precision, **found, **dev.describe()}, ensure_ascii=False))
     else:
-        best = max(accuracies, key=accuracies.get)
-        print(f"| {models[0].task.name}, {args.precision}, {len(dev.examples)} dev records | accuracy |\n| --- | --- |")
-        for prefix, accuracy in accuracies.items():
+        best, shown = max(scores, key=scores.get), objectives.shown(metric)
+        print(f"| {models[0].task.name}, {args.precision}, {len(dev.examples)} dev records | {shown} |\n| --- | --- |")
+        for prefix, score in scores.items():
             # The last two directories: tnews_quant_models/mse4.
             name = "/".join(os.path.abspath(prefix).split(os.sep)[-3:-1])
-            print(f"| {name} | {accuracy:.4f}{' (best)' if prefix == best else ''} |")
-    return accuracies
+            print(f"| {name} | {score:.4f}{' (best)' if prefix == best else ''} |")
+    return scores
 
 
 def read_dev(args, models):
     """The dev data of the task that all the models are of. Raises: UserError if they are of several tasks."""
     task = models[0].task
     for model in models:
-        if model.task.name != task.name:
+        if (model.task.name, model.task.objective.name) != (task.name, task.objective.name):
             raise UserError(
-                f"--model_path {model.graph.prefix}: a model of {model.task.name}; a table is of one task, {task.name}"
+                f"--model_path {model.graph.prefix}: a model of {model.task.name} ({model.task.objective.name}); a "
+                f"table is of one task, {task.name} ({task.objective.name})"
             )
     return data.read_split(task, "dev", args.data_dir, args.max_eval_samples)
 

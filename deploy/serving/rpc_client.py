@@ -14,8 +14,9 @@ import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 import data
+import numpy as np
 import protocol
-from common import cli, texts
+from common import cli, objectives, texts
 
 PORTS = {"rpc": 8091, "http": 18083}
 
@@ -166,8 +167,10 @@ def main(argv=None):
             where = f"{args.host}:{args.port}, texts {start + 1} to {start + len(chosen)}"
             print(f"rpc_client.py: {where}: {refusal}", file=sys.stderr)
             sys.exit(1)
-        for example, row, truncated in zip(chosen, answer["probabilities"], answer["truncated"]):
-            result = texts.answer(example, answer["classes"], row)
+        # Of logits only the model's objective knows what they mean: one that is not known here is refused.
+        objective = objectives.of_description(answer.get("objective", objectives.Classification().describe()))
+        for example, row, truncated in zip(chosen, np.float32(answer["logits"]), answer["truncated"]):
+            result = texts.answer(example, objective, row, answer["classes"])
             print(json.dumps({**result, "truncated": truncated}, ensure_ascii=False), flush=True)
 
 

@@ -42,7 +42,8 @@ class Model:
         graph = checkpoints.open_graph(path, "--model")
         self.record, self.tokenizer = graph.record, graph.tokenizer()
         self.precision = precision or engine.default_precision(graph.prefix)
-        self.labels, self.pairs = self.record["labels"], bool(self.record["data"]["dev"].get("pairs"))
+        self.objective, self.labels = graph.objective, self.record["labels"]
+        self.pairs = bool(self.record["data"]["dev"].get("pairs"))
         self.longest = self.record["arguments"]["max_seq_length"]
         self.rows, self.lengths = ROWS[device.partition(":")[0]], padded_lengths(self.longest)
         ids = [self.tokenizer.cls_id] + [self.tokenizer.sep_id] * (self.longest - 1)
@@ -126,7 +127,7 @@ class TextRequestOp(pipeline.RequestOp):
 
 
 class PPMiniLMOp(pipeline.Op):
-    """Tokenizes, runs the model on the waiting requests, and returns labels, probabilities and logits."""
+    """Tokenizes, runs the model on the waiting requests, and returns logits, and what the objective makes of them."""
 
     def __init__(self, request_op, model):
         super().__init__(
@@ -181,12 +182,12 @@ class PPMiniLMOp(pipeline.Op):
         (request,) = input_data.values()
         logits = fetch_data["logits"]
         answer = {
-            "labels": [self.model.labels[i] for i in logits.argmax(-1)],
-            "probabilities": [[round(p, 6) for p in row] for row in batching.softmax(logits).tolist()],
+            **self.model.objective.columns(logits, self.model.labels),
             # Nine significant digits identify every float32 value.
             "logits": [[float(f"{value:.9g}") for value in row] for row in logits],
             "classes": self.model.labels,
             "truncated": request["truncated"],
+            "objective": self.model.objective.describe(),
         }
         return {key: json.dumps(value, ensure_ascii=False) for key, value in answer.items()}, None, ""
 
