@@ -287,8 +287,8 @@ def sigmoid(logits):
 # By name
 
 
-def known():
-    """{name: class}. Raises: UserError if a file in $OBJECTIVES cannot be read."""
+def read_own_files():
+    """Runs the files that $OBJECTIVES names, which adds their objectives to KNOWN. Raises: UserError if one fails."""
     for path in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
         path = os.path.abspath(path)
         if path in OWN_FILES:
@@ -302,12 +302,13 @@ def known():
         except Exception as error:  # of the user's code
             raise UserError(f"{VARIABLE}={path}: {type(error).__name__}: {error}") from error
         OWN_FILES[path] = module
-    return KNOWN
 
 
 def named(name):
     """The objective of that name, with default settings. Raises: UserError if there is none."""
-    if name not in known():
+    if name not in KNOWN:
+        read_own_files()
+    if name not in KNOWN:
         raise UserError(
             f"objective {name!r} is not known here, only {', '.join(KNOWN)}; ${VARIABLE} names the files of your own"
         )

@@ -1,8 +1,10 @@
-"""Generates the demo data: TNEWS, AFQMC and CLUEWSC2020 in CLUE's format, an unlabelled corpus, and a vocabulary.
+"""Generates the demo data: TNEWS, AFQMC and CLUEWSC2020 in CLUE's format, MULTILABEL, whose texts have several labels
+or none, an unlabelled corpus, and a vocabulary.
 
 Everything is generated from words.json and a seed; the same seed gives the same bytes. The tasks can be learnt, but not
 from single words: a headline also mentions other topics, question pairs share words regardless of the label, and the
-referent of a pronoun depends on verb and reason together. Results on this data say nothing about CLUE.
+referent of a pronoun depends on verb and reason together. A text of MULTILABEL has the topics that it reports on, from
+none to three, and not those that it only mentions. Results on this data say nothing about CLUE.
 
     python generate_data.py --output_dir data
 """
@@ -27,6 +29,8 @@ THINGS, WISHES, ASKING = (WORDS["afqmc"][name] for name in ("things", "wishes", 
 # CLUEWSC2020: in "A verb B, because he reason" the reason tells who "he" is. Each case is a verb with B, the reasons
 # that refer to B, and those that refer to A.
 NAMES, CASES = WORDS["cluewsc2020"]["names"], WORDS["cluewsc2020"]["cases"]
+# MULTILABEL: clauses that report on a topic, and clauses that mention one which the text is not about.
+REPORTS, ASIDES = WORDS["multilabel"]["reports"], WORDS["multilabel"]["asides"]
 
 
 def headline(rng, label):
@@ -80,6 +84,24 @@ def cluewsc2020(rng, number):
     }
 
 
+def multilabel(rng, number):
+    """Two to four clauses, each of another topic. Some topics are ten times as frequent as others."""
+    topics = list(TOPICS)
+    weights = [10 ** (-place / (len(topics) - 1)) for place in range(len(topics))]
+    chosen = list(dict.fromkeys(rng.choices(topics, weights, k=rng.choice([2, 3, 4]))))
+    reported = chosen[: rng.choice([0, 1, 1, 2, 2, 3])]
+    clauses = []
+    for label in chosen:
+        topic = TOPICS[label]
+        a, b = rng.sample(topic["things"], 2)
+        words = {"a": a, "b": b, "e": rng.choice(topic["events"]), "place": rng.choice(WORDS["places"])}
+        words.update(when=rng.choice(WORDS["times"]), who=rng.choice(WORDS["people"]))
+        clauses.append(rng.choice(REPORTS if label in reported else ASIDES).format(**words))
+    rng.shuffle(clauses)
+    names = [TOPICS[label]["name"].replace("news_", "") for label in topics if label in reported]
+    return {"sentence": "，".join(clauses), "labels": names}
+
+
 def span(text, name, words):
     return {f"{name}_text": words, f"{name}_index": text.index(words)}
 
@@ -116,7 +138,8 @@ def main(argv=None):
         texts = list(corpus(random.Random(f"{args.seed} corpus"), args.corpus_lines))
         os.mkdir(os.path.join(directory, "corpus"))
         files.write_whole(os.path.join(directory, "corpus", "part-00.txt"), "".join(f"{text}\n" for text in texts))
-        for make, sizes in ((tnews, (3000, 600, 200)), (afqmc, (3000, 400, 200)), (cluewsc2020, (1500, 304, 100))):
+        tasks = ((tnews, (3000, 600, 200)), (afqmc, (3000, 400, 200)), (cluewsc2020, (1500, 304, 100)))
+        for make, sizes in (*tasks, (multilabel, (3000, 600, 200))):
             folder = os.path.join(directory, f"{make.__name__}_public")
             os.mkdir(folder)
             seen = set()  # no text occurs in two splits
@@ -135,7 +158,8 @@ def main(argv=None):
                 files.write_json_lines(os.path.join(folder, f"{split}.json"), rows)
         tokens = make_vocab.write(os.path.join(directory, "vocab.txt"), texts)
         files.write_whole(os.path.join(directory, data.GENERATED), "Made by demo/generate_data.py; nothing of CLUE.\n")
-    print(f"{args.output_dir}: TNEWS, AFQMC, CLUEWSC2020, {args.corpus_lines} lines of corpus, {tokens} tokens")
+    shown = "TNEWS, AFQMC, CLUEWSC2020, MULTILABEL"
+    print(f"{args.output_dir}: {shown}, {args.corpus_lines} lines of corpus, {tokens} tokens")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 #
 #   bash demo/run.sh [--task TASK] [--resume]
 #
-#   --task TASK  only TNEWS, AFQMC or CLUEWSC2020 (default: all three; the first one is quantized and served)
+#   --task TASK  only TNEWS, AFQMC, CLUEWSC2020, or MULTILABEL, whose texts have several labels or none (default: the
+#                first three; the first one is quantized and served)
 #   --resume     resume an interrupted run; fail if there is none
 set -e
 asked=$PYTHON
@@ -21,12 +22,15 @@ tasks="TNEWS AFQMC CLUEWSC2020" resume=
 while [ $# -gt 0 ]; do
     case $1 in
         --task)
-            tasks=$(task_name "${2-(nothing)}")
-            case $tasks in TNEWS | AFQMC | CLUEWSC2020) ;; *) fail "--task $tasks: must be TNEWS, AFQMC or CLUEWSC2020" ;; esac
+            tasks=$(upper "${2-(nothing)}")
+            case $tasks in
+                TNEWS | AFQMC | CLUEWSC2020 | MULTILABEL) ;;
+                *) fail "--task $tasks: must be TNEWS, AFQMC, CLUEWSC2020 or MULTILABEL" ;;
+            esac
             shift
             ;;
         --resume) resume=yes ;;
-        -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) fail "unknown argument '$1'; there are --task TASK and --resume" ;;
     esac
     shift
@@ -55,7 +59,7 @@ mkdir -p "$output"
 cd "$output"
 
 step "generating data -> data/"
-[ -d data ] || "$PYTHON" "$root/demo/generate_data.py" --output_dir data
+[ -d data/multilabel_public ] || "$PYTHON" "$root/demo/generate_data.py" --output_dir data
 
 step "pre-training a teacher by masked language modelling -> teacher/"
 "$PYTHON" "$root/demo/pretrain_mlm.py" --init_config "$root/configs/teacher-2l-192h.json" --vocab_file data/vocab.txt \
@@ -104,6 +108,7 @@ trap 'kill $service 2> /dev/null' EXIT
 case $first in
     TNEWS) question=(--text "记者说股价创下新高，散户也受影响") ;;
     AFQMC) question=(--text "怎么查账单" --text_pair "账单在哪里看") ;;
+    MULTILABEL) question=(--text "昨晚球队绝杀对手，银行下调利率，与芯片无关") ;;
     CLUEWSC2020) question=(--text "今天，_小明_感谢了小刚，因为[他]心里很感动。") ;;
 esac
 "$PYTHON" "$root/deploy/serving/rpc_client.py" --address "127.0.0.1:${ports#* }" "${question[@]}" | tee answer.json

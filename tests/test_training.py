@@ -93,7 +93,8 @@ def test_samples_are_shown_whatever_their_text(workspace, capsys, monkeypatch):
     texts = ["足球\ud83d", "一\n\x1b[31m丁", "七😀"]
     examples = [batching.Example(text, None, 1, number) for number, text in enumerate(texts, 1)]
     features = batching.convert(examples, tokenizer, 16)
-    batching.show_samples(examples, features, tokenizer, ["体育", "财经"])
+    task = data.Task("mine", ("体育", "财经"))
+    batching.show_samples(examples, features, tokenizer, task)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 9 and lines[0] == "sample 1: 足球\\ud83d"
     assert lines[1] == "  tokens: [CLS] 足 球 [SEP]" and lines[2].endswith("label: 财经 (class 1)")
@@ -101,7 +102,7 @@ def test_samples_are_shown_whatever_their_text(workspace, capsys, monkeypatch):
     for encoding in ("ascii", "gbk"):
         stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
         monkeypatch.setattr("sys.stdout", stream)
-        batching.show_samples(examples, features, tokenizer, ["体育", "财经"])
+        batching.show_samples(examples, features, tokenizer, task)
         monkeypatch.undo()
         stream.flush()
         assert stream.buffer.getvalue().count(b"\n") == 9
@@ -126,7 +127,7 @@ def test_score_against_numpy(tuned, workspace):
     logits = np.concatenate([model(paddle.to_tensor([f.input_ids])).numpy() for f in features]).astype("float64")
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     labels = np.array([f.label for f in features])
-    found = modeling.score(model, features)
+    found = task.objective.metrics(modeling.predict(model, features), labels)
     assert found["accuracy"] == pytest.approx((logits.argmax(1) == labels).mean(), abs=1e-6)
     assert found["loss"] == pytest.approx(-np.log(probabilities[np.arange(50), labels]).mean(), abs=1e-4)
 
@@ -213,10 +214,10 @@ def test_other_arguments_are_refused(workspace, tuned, tmp_path, capsys):
 
 
 def run_of(output_dir, overwrite=False, **arguments):
-    """A run of fine-tuning with these arguments, not entered."""
-    args = cli.Arguments(output_dir=cli.PathArgument(output_dir), overwrite=overwrite, **arguments)
+    """A run of a stage of one's own with these arguments, not entered."""
+    args = cli.Arguments(output_dir=cli.PathArgument(output_dir), overwrite=overwrite, max_seq_length=8, **arguments)
     args.without_effect = {"output_dir", "overwrite"}
-    return runs.ResumableRun("finetune", args, [str(output_dir)])
+    return runs.ResumableRun("mine", args, [str(output_dir)], task="general", labels=[])
 
 
 def test_two_runs_into_one_directory(tmp_path):
@@ -259,7 +260,8 @@ def test_a_finished_run_forgets_its_own_state_only(tuned, tmp_path):
     found = record(tuned)
     args = cli.Arguments(**{**found["arguments"], "output_dir": cli.PathArgument(tmp_path / "m"), "overwrite": False})
     args.without_effect = {"output_dir", "overwrite", "data_dir", "task_name"}
-    run = runs.ResumableRun("finetune", args, [str(tmp_path / "m")], found["parent"], found["data"])
+    fields = {name: found[name] for name in ("task", "labels", "objective")}
+    run = runs.ResumableRun("finetune", args, [str(tmp_path / "m")], found["parent"], found["data"], **fields)
     for identity, left in ((run.identity, []), ({"a": 1}, ["identity.json", "lock", "state-7"])):
         shutil.copytree(tuned, tmp_path / "m", dirs_exist_ok=True)
         (tmp_path / "m.unfinished/state-7").mkdir(parents=True)
@@ -412,3 +414,80 @@ def test_two_processes_equal_one_on_the_joint_batch(workspace, without_dropout, 
     a, b = (paddle.load(str(d / "model_state.pdparams")) for d in (one, two))
     assert max(np.abs(a[k].numpy() - b[k].numpy()).max() for k in a) < 1e-5
     assert record(one)["metrics"]["loss"] == pytest.approx(record(two)["metrics"]["loss"], abs=1e-5)
+
+
+def test_a_record_is_checked_before_the_training(tuned, tmp_path):
+    """What a stage of one's own forgets is said at once, not after hours."""
+    found = record(tuned)
+
+    def begin(**changed):
+        args = cli.Arguments(
+            **{**found["arguments"], "output_dir": cli.PathArgument(tmp_path / "m"), "overwrite": False}
+        )
+        args.without_effect = {"overwrite"}
+        fields = {name: found[name] for name in ("task", "labels", "objective", "data")}
+        runs.ResumableRun("finetune", args, [str(tmp_path / "m")], **{**fields, **changed})
+
+    begin()
+    for changed, why in (
+        ({"objective": {"name": "classification"}}, "field 'objective.metric' is missing"),
+        ({"labels": ("a", "b")}, "field 'labels'"),
+        ({"data": {}}, "field 'data.dev' is missing"),
+        ({"params": "many"}, "field 'params'"),
+        ({"mine": {1, 2}}, "not JSON"),
+    ):
+        with pytest.raises(UserError, match=why):
+            begin(**changed)
+    assert not (tmp_path / "m.unfinished").exists()
+
+
+def test_who_goes_on_with_other_code_is_told(tmp_path, capsys, monkeypatch):
+    """By name, when the run is resumed, in the record of its result, and when the result is found finished."""
+    code = {"finetuning/run_clue.py": "1", "common/training.py": "1", "only/then.py": "1"}
+    monkeypatch.setattr(runs, "training_code", lambda: dict(code))
+    model = paddle.nn.Linear(2, 2)
+    schedule = paddle.optimizer.lr.LambdaDecay(1.0, lambda step: 1.0)
+    optimizer = paddle.optimizer.AdamW(schedule, parameters=model.parameters())
+    fields = {"model": {"model_type": "x", "architecture": {}, "width_mult": 1.0, "initialized_from": "y"}}
+    fields.update(params=None, flops=None, metrics={})
+    with run_of(tmp_path / "out", a=1) as run:
+        run.save_state(3, model, optimizer, {})
+    assert "warning" not in capsys.readouterr().err
+    code.update({"finetuning/run_clue.py": "2", "new.py": "1"})
+    for step, expected in ((3, True), (4, False)):  # the second time the code is that of the state
+        with run_of(tmp_path / "out", a=1) as run:
+            assert run.restore(model, optimizer, schedule)["step"] == step
+            said = capsys.readouterr().err
+            warned = (
+                "warning: finetuning/run_clue.py changed after step 3 of the training; to begin anew, remove" in said
+            )
+            assert warned == expected, said
+            run.save_state(4, model, optimizer, {})
+    with run_of(tmp_path / "out", a=1) as run:
+        run.restore(model, optimizer, schedule)
+        with run.output(str(tmp_path / "out"), weights=(), **fields):
+            pass
+    found = record(tmp_path / "out")
+    assert found["notes"] == ["finetuning/run_clue.py changed after step 3 of the training"] and found["code"] == code
+    capsys.readouterr()
+    code["common/training.py"] = "2"
+    with run_of(tmp_path / "out", a=1) as run:
+        assert run.finished
+    said = capsys.readouterr().err
+    assert said.count("warning") == 1 and "made before common/training.py changed; --overwrite makes it anew" in said
+
+
+def test_the_code_of_a_run_is_its_script_and_what_trains():
+    script = os.path.join(ROOT, "finetuning", "run_clue.py")
+    code = f"import json, sys, types; sys.path[:0] = [{ROOT!r}, {os.path.dirname(script)!r}]\nimport scoring\n"
+    code += f"sys.modules['__main__'].__file__ = {script!r}\nfrom common import runs; print(json.dumps(runs.training_code()))"
+    found = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    wanted = ["common/objectives.py", "common/training.py", "finetuning/run_clue.py", "finetuning/scoring.py"]
+    assert sorted(found) == wanted
+    assert all(digest == files.file_hash(os.path.join(ROOT, name)) for name, digest in found.items())
+
+
+def test_an_absolute_path_is_shortened_in_records_whatever_its_argument_is():
+    args = cli.Arguments(thresholds_file="/home/someone/deep/place", several=["/data/someone/a/b", "c"], text="a/b")
+    described = cli.describe(args)
+    assert described == {"several": [".../a/b", "c"], "text": "a/b", "thresholds_file": ".../deep/place"}
