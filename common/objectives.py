@@ -42,6 +42,11 @@ class Objective:
         """The field ``objective`` of stage.json: name, selecting metric, settings."""
         return {"name": self.name, "metric": self.metric, **dataclasses.asdict(self)}
 
+    @property
+    def shown(self):
+        """The selecting metric as messages and tables have it."""
+        return shown(self.metric)
+
     # Labels
 
     def labels_in(self, row):

@@ -21,7 +21,7 @@ import sys
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import data
 import scoring
-from common import batching, checkpoints, cli, modeling, objectives, records, training
+from common import batching, checkpoints, cli, modeling, records, training
 from common.compat import paddle
 from common.runs import ResumableRun
 
@@ -124,7 +124,7 @@ def save_best(args, run, objective, state, tokenizer):
     # A model that always gives the most frequent class reaches its share without having learnt anything.
     constant, reached = records.constant_answer(run.fields["data"]["dev"])
     if best[objective.metric] <= reached:
-        run.notes.append(f"fine-tuning: dev {objectives.shown(objective.metric)} not above the {constant}")
+        run.notes.append(f"fine-tuning: dev {objective.shown} not above the {constant}")
         print(f"note: not above the {constant}, so nothing was learnt; try more epochs or another learning rate")
     evaluations = [{"step": row["step"], **row[""]} for row in state["evaluations"]]
     written = {"metrics": metrics, "objective": objective.with_settings(best).describe()}
@@ -133,7 +133,7 @@ def save_best(args, run, objective, state, tokenizer):
         # model, so that no later stage has to be told which one it was.
         tokenizer.save(directory)
     print(
-        f"{run.fields['task']}: dev {objectives.shown(objective.metric)} {best[objective.metric]:.4f} at step "
+        f"{run.fields['task']}: dev {objective.shown} {best[objective.metric]:.4f} at step "
         f"{best['step']} ({constant} {reached:.4f}) -> {args.output_dir}"
     )
 

@@ -17,7 +17,7 @@ import sys
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import data
 import dynabert
-from common import batching, checkpoints, cli, modeling, objectives, records, training
+from common import batching, checkpoints, cli, modeling, records, training
 from common.compat import paddle
 from common.runs import ResumableRun
 
@@ -159,7 +159,7 @@ def save_width(args, run, teacher, width, directory, state):
     with run.output(directory, checkpoint=checkpoint, evaluations=evaluations, **fields) as target:
         teacher.tokenizer.save(target)
     print(
-        f"{record['task']}: width {width} dev {objectives.shown(objective.metric)} {best[objective.metric]:.4f} at "
+        f"{record['task']}: width {width} dev {objective.shown} {best[objective.metric]:.4f} at "
         f"step {best['step']} (fine-tuned {records.score(record):.4f}) -> {directory}, weights of full width"
     )
 

@@ -17,7 +17,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import calibration
 import data
 import numpy as np
-from common import UserError, batching, checkpoints, cli, engine, files, objectives, records
+from common import UserError, batching, checkpoints, cli, engine, files, records
 from common.runs import Run
 
 ALGORITHMS = ("mse", "avg", "abs_max", "hist")
@@ -88,7 +88,7 @@ def quantize_all(args):
         print(engine.preflight("int8"))
         constant, reached = records.constant_answer(described["dev"])
         print(
-            f"{record['task']}: FP32 {objectives.shown(graph.objective.metric)} {fp32:.4f} on {len(features)} dev "
+            f"{record['task']}: FP32 {graph.objective.shown} {fp32:.4f} on {len(features)} dev "
             f"records ({constant} {reached:.4f})"
         )
         make_variants(args, run, graph, tokenizer, samples, features, fp32_logits)
@@ -104,8 +104,7 @@ def make_variants(args, run, graph, tokenizer, samples, features, fp32_logits):
     # To change if INT8 loses too much: more samples (--calib_samples 32), another --seed, --int8_embeddings False.
     order = np.random.default_rng(args.seed).permutation(len(samples.examples))
     metric = graph.objective.metric
-    shown = objectives.shown(metric)
-    print(f"| variant | INT8 {shown} | agreement with FP32 | file, MB |\n| --- | --- | --- | --- |")
+    print(f"| variant | INT8 {graph.objective.shown} | agreement with FP32 | file, MB |\n| --- | --- | --- | --- |")
     kept, left_out = {}, []
     for algorithm, count in itertools.product(args.algorithms, args.calib_samples):
         name = f"{algorithm}{count}"
@@ -135,7 +134,7 @@ def make_variants(args, run, graph, tokenizer, samples, features, fp32_logits):
     # The eight lie close together, and the best of them on dev is a little optimistic, like every choice made on dev.
     best = max(sorted(kept), key=lambda name: kept[name][metric])
     print(
-        f"{run.fields['task']}: best {best}, INT8 {shown} {kept[best][metric]:.4f} (FP32 "
+        f"{run.fields['task']}: best {best}, INT8 {graph.objective.shown} {kept[best][metric]:.4f} (FP32 "
         f"{kept[best][f'fp32_{metric}']:.4f}) -> {os.path.join(args.output_dir, best)}"
     )
 

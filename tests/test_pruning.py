@@ -6,6 +6,7 @@ import pytest
 
 import dynabert
 from common import UserError, batching, modeling
+from common.objectives import Classification
 
 
 @pytest.fixture
@@ -66,10 +67,10 @@ def test_supernet_at_full_width_is_the_model(model, features):
 
 def test_reordering_changes_nothing(model, features):
     expected = modeling.predict(model, features)
-    heads, neurons = dynabert.importance(model, batching.batches(features, 8))
+    heads, neurons = dynabert.importance(model, batching.batches(features, 8), Classification())
     dynabert.reorder(model, heads, neurons)
     assert np.abs(modeling.predict(model, features) - expected).max() < 1e-5
-    again = dynabert.importance(model, batching.batches(features, 8))
+    again = dynabert.importance(model, batching.batches(features, 8), Classification())
     for before, after in zip((heads, neurons), again):
         assert np.allclose(-np.sort(-before), after, rtol=1e-3, atol=1e-6)  # sorted, and still the same importances
 
@@ -94,7 +95,7 @@ def test_every_width_is_a_prefix(model, features):
 def test_importance_against_finite_differences(model, features):
     """The loss is differentiated by hand: a head's gate scales its rows of out_proj, a neuron's weights scale together."""
     batches = list(batching.batches(features, 8))
-    heads, neurons = dynabert.importance(model, batches)
+    heads, neurons = dynabert.importance(model, batches, Classification())
     layer = dynabert.layers_of(model)[0]
 
     def losses():
@@ -131,12 +132,12 @@ def test_importance_against_finite_differences(model, features):
 
 
 def test_importance_ignores_mode_and_old_gradients(model, features):
-    expected = dynabert.importance(model, batching.batches(features, 8))
+    expected = dynabert.importance(model, batching.batches(features, 8), Classification())
     model.train()
     model(paddle.to_tensor(batching.collate(features, [0]).input_ids)).sum().backward()
-    found = dynabert.importance(model, batching.batches(features, 8))
+    found = dynabert.importance(model, batching.batches(features, 8), Classification())
     assert all(np.allclose(a, b, rtol=1e-5) for a, b in zip(expected, found))
-    halves = [dynabert.importance(model, batching.batches(part, 8)) for part in (features[:8], features[8:])]
+    halves = [dynabert.importance(model, batching.batches(part, 8), Classification()) for part in (features[:8], features[8:])]
     for whole, first, second in zip(expected, *halves):
         assert np.allclose(whole, first + second, rtol=1e-4, atol=1e-7)  # nothing is carried from batch to batch
 
@@ -149,9 +150,8 @@ def test_distillation_loss_against_numpy():
     expected = 0.1 * sum(((s - t) ** 2).mean() for s, t in zip(student, teacher))
     expected += 2.0 * -(softmax(teacher_logits) * np.log(softmax(student_logits))).sum(-1).mean()
     tensors = [[paddle.to_tensor(x) for x in states] for states in (student, teacher)]
-    found = dynabert.distillation_loss(
-        *tensors, paddle.to_tensor(student_logits), paddle.to_tensor(teacher_logits), 2.0
-    )
+    soft = Classification().soft_loss(paddle.to_tensor(student_logits), paddle.to_tensor(teacher_logits))
+    found = dynabert.LAMBDA_HIDDEN * dynabert.hidden_loss(*tensors) + 2.0 * soft
     assert float(found) == pytest.approx(expected, abs=1e-5)
 
 

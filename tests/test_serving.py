@@ -15,7 +15,7 @@ from conftest import ROOT, Service, at_once, load_script, sh
 import protocol
 import rpc_client
 import serving_load
-from common import batching, engine, files, tokenization
+from common import batching, engine, files, objectives, tokenization
 
 pytest.importorskip("paddle_serving_server", reason="needs Paddle Serving: bash setup_env.sh --serving")
 
@@ -73,7 +73,7 @@ def test_answers_are_infers(served, models, workspace):
         assert {**dict(zip(keys, map(json.loads, values))), "err_no": 0, "err_msg": ""} == plain
     tolerance = serving_load.TOLERANCE[precision]
     assert np.abs(np.array(plain["logits"]) - logits).max() <= tolerance
-    assert np.allclose(plain["probabilities"], batching.softmax(plain["logits"]), atol=1e-6)
+    assert np.allclose(plain["probabilities"], objectives.softmax(plain["logits"]), atol=1e-6)
     assert plain["labels"] == [labels[i] for i in np.argmax(plain["logits"], -1)]
     assert plain["truncated"] == [False] * 40
     for i in range(5):
@@ -140,9 +140,9 @@ def test_right_answers_under_load(service, models, workspace):
     logits = offline(*models["int8"], "int8", examples)
     labels = json.loads((models["int8"][0] / "stage.json").read_text())["labels"]
     answers, _, _ = serving_load.send_all(service.http, examples, 50)
-    assert serving_load.count_right(answers, logits, labels, serving_load.TOLERANCE["int8"]) == 600
+    assert serving_load.count_right(answers, logits, objectives.Classification(), labels, serving_load.TOLERANCE["int8"]) == 600
     mixed_up = answers[1:] + answers[:1]
-    assert serving_load.count_right(mixed_up, logits, labels, serving_load.TOLERANCE["int8"]) < 30
+    assert serving_load.count_right(mixed_up, logits, objectives.Classification(), labels, serving_load.TOLERANCE["int8"]) < 30
     assert serving_load.confusable(logits, serving_load.TOLERANCE["int8"]) < 0.05
     assert serving_load.confusable(np.ones((9, 4)), 1e-4) == 1
 

@@ -30,7 +30,7 @@ def write(directory, stage, task, accuracy, weights, parent=None, width=1.0, rat
               "dev": {"md5": "1", "partial": None, "examples": 10, "majority_class": 0.6, "pairs": False}},
         model={"model_type": "ppminilm", "architecture": ARCHITECTURE, "width_mult": width,
                "initialized_from": "random weights"},
-        params=int(1e6 * width), flops=int(2e9 * width), weights={"model_state.pdparams": weights}, notes=["random weights"],
+        objective={"name": "classification", "metric": "accuracy"}, params=int(1e6 * width), flops=int(2e9 * width), weights={"model_state.pdparams": weights}, notes=["random weights"],
         metrics={"accuracy": accuracy, "step": 5, **more.pop("metrics", {})},
         parent=parent and {"path": "x", "weights": {"model_state.pdparams": parent}}, **more,
     )  # fmt: skip

@@ -15,7 +15,7 @@ import sys
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 sys.path.insert(0, ROOT)
 import data
-from common import UserError, batching, checkpoints, cli, engine, files, objectives, records, texts
+from common import UserError, batching, checkpoints, cli, engine, files, records, texts
 
 
 def parse_args(argv=None):
@@ -157,7 +157,7 @@ def score_dev(args, models):
         result = {"task": models[0].task.name, "model": files.relative(models[0].graph.prefix)}
         print(json.dumps({**result, "precision": args.precision, **found, **dev.describe()}, ensure_ascii=False))
     else:
-        best, shown = max(scores, key=scores.get), objectives.shown(metric)
+        best, shown = max(scores, key=scores.get), models[0].task.objective.shown
         print(f"| {models[0].task.name}, {args.precision}, {len(dev.examples)} dev records | {shown} |\n| --- | --- |")
         for prefix, score in scores.items():
             # The last two directories: tnews_quant_models/mse4.
