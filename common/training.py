@@ -193,13 +193,13 @@ def fit(args, run, model, features, pad_id, losses_of, evaluate, metric, write, 
         args: of add_training_arguments. run: runs.ResumableRun. features: list of batching.Feature to train on.
         losses_of: function that yields the losses of a Batch, float32 [] each. The gradients of all are added up. Each
             is propagated back before the next one is asked for, so that memory holds one graph at a time.
-        evaluate: function without arguments that gives {name: {metric: figure on dev}}, for each of the models in these
-            weights, such as the widths of a supernet. A single model has the name "".
+        evaluate: function without arguments that gives {width: {metric: figure on dev}}, for each of the widths that
+            share these weights. A single model has the width "".
         metric: the one that selects; larger is better. Of equal ones the earlier checkpoint stays.
         write: function that writes the model's files into a directory.
         evaluate_first: whether to evaluate before the first step, too.
-    Returns: the final state; its ``best`` has {name: metrics, step and ``directory`` of the best checkpoint}, its
-        ``evaluations`` are a list of {"step": step, name: metrics, ...}.
+    Returns: the final state; its ``best`` has {width: metrics, step and ``directory`` of the best checkpoint}, its
+        ``evaluations`` are a list of {"step": step, width: metrics, ...}.
     """
     # TNEWS: 53,360 records / 32 = 1,668 steps an epoch, x 3 epochs = 5,004 steps.
     progress = Progress(args, len(features))
@@ -214,7 +214,7 @@ def fit(args, run, model, features, pad_id, losses_of, evaluate, metric, write, 
         raise UserError(f"{run.work}: of an earlier version of this project; remove it, and training begins anew")
     if evaluate_first and not state["evaluations"] and run.is_first:
         scores = evaluate()
-        print("before training: " + ", ".join(figures(name, scores[name]) for name in scores))
+        print("before training: " + ", ".join(figures(width, scores[width]) for width in scores))
         state["evaluations"].append({"step": 0, **scores})
 
     # Dropout is on while training, and off in modeling.predict.
@@ -245,28 +245,28 @@ def fit(args, run, model, features, pad_id, losses_of, evaluate, metric, write, 
 
 
 def keep_best(run, state, step, scores, metric, write, progress):
-    """Notes an evaluation in the state, and writes a checkpoint for each model that is better than before.
+    """Notes an evaluation in the state, and writes a checkpoint for each width that is better than before.
 
-    One step is rarely the best for all models, so each has a checkpoint of its own. Args: as of fit.
+    One step is rarely the best for all widths, so each has a checkpoint of its own. Args: as of fit.
     """
     state["evaluations"].append({"step": step, **scores})
     shown = []
-    for name, metrics in scores.items():
-        best = state["best"].get(name)
+    for width, metrics in scores.items():
+        best = state["best"].get(width)
         if best is None or metrics[metric] > best[metric]:
-            best = {**metrics, "step": step, "directory": f"best-{name}-{step}"}
-            state["best"][name] = best
+            best = {**metrics, "step": step, "directory": f"best-{width}-{step}"}
+            state["best"][width] = best
             with run.checkpoint(best["directory"]) as directory:
                 write(directory)
-        shown.append(f"{figures(name, metrics)} (best {best[metric]:.4f} at step {best['step']})")
-        progress.scalars(step, {f"dev/{key}{'_' if name else ''}{name}": figure for key, figure in metrics.items()})
+        shown.append(f"{figures(width, metrics)} (best {best[metric]:.4f} at step {best['step']})")
+        progress.scalars(step, {f"dev/{key}{'_' if width else ''}{width}": figure for key, figure in metrics.items()})
     progress.write(f"step {step}/{progress.steps} dev {', '.join(shown)}")
 
 
-def figures(name, metrics):
-    """The metrics of a model as a text: "accuracy 0.5743 loss 1.3021", after its name if it has one."""
+def figures(width, metrics):
+    """The metrics of a model as a text: "accuracy 0.5743 loss 1.3021", after its width if there are several."""
     shown = " ".join(f"{objectives.shown(metric)} {figure:.4f}" for metric, figure in metrics.items())
-    return f"{name} {shown}".lstrip()
+    return f"width {width} {shown}" if width else shown
 
 
 # The update and the log

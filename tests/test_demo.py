@@ -27,7 +27,7 @@ def test_generated_data_are_clues(tmp_path, monkeypatch):
     first, again = generate(tmp_path / "a"), generate(tmp_path / "b")
     other = generate(tmp_path / "c", "--seed", "1")
     files = sorted(str(path.relative_to(first)) for path in first.rglob("*") if path.is_file())
-    assert len(files) == 12 and all((first / f).read_bytes() == (again / f).read_bytes() for f in files)
+    assert len(files) == 15 and all((first / f).read_bytes() == (again / f).read_bytes() for f in files)
     assert all((first / f).read_bytes() != (other / f).read_bytes() for f in files if "/" in f)
     monkeypatch.setenv("CLUE_DATA_DIR", str(first))
     characters = set((first / "vocab.txt").read_text().split("\n"))
@@ -41,6 +41,26 @@ def test_generated_data_are_clues(tmp_path, monkeypatch):
         assert {c for text, pair in texts["dev"] for c in text + (pair or "")} <= characters | {" "}
         counts = [sum(e.label == label for e in splits["train"]) for label in range(classes)]
         assert max(counts) < 2 * min(counts)
+
+
+def test_a_mentioned_topic_is_not_a_label(tmp_path, monkeypatch):
+    """Topics by their words are found at once; which of them are labels, only the clauses around them tell."""
+    directory = generate(tmp_path / "a")
+    monkeypatch.setenv("CLUE_DATA_DIR", str(directory))
+    task = data.get_task("MULTILABEL")
+    assert task.objective.name == "multi_label" and len(task.labels) == 15
+    topics = load_script("demo", "generate_data").TOPICS.values()
+    mentioned, labelled = 0, 0
+    for line in open(directory / "multilabel_public/train.json", encoding="utf-8"):
+        row = json.loads(line)
+        found = {t["name"][5:] for t in topics if any(thing in row["sentence"] for thing in t["things"])}
+        assert set(row["labels"]) <= found
+        mentioned, labelled = mentioned + len(found), labelled + len(row["labels"])
+    assert 1.8 < mentioned / labelled < 3
+    sizes = [int(sum(example.label)) for example in data.read_split(task, "train").examples]
+    assert min(sizes.count(n) for n in (0, 1, 2, 3)) > 100 and max(sizes) == 3
+    counts = [sum(e.label[i] for e in data.read_split(task, "train").examples) for i in range(15)]
+    assert max(counts) > 5 * min(counts) > 100
 
 
 def test_common_words_do_not_give_the_label_away(tmp_path):
@@ -97,6 +117,16 @@ def test_demo_from_end_to_end(checkout, tmp_path):
     assert (output / "clue.png").read_bytes()[:4] == b"\x89PNG"
     for name in ("data", "teacher", "pruned_models", "serving_server"):
         assert f"{name}/" in done.stdout and (output / name).is_dir()
+    # Several labels per text, from the same student, to an answer of the service.
+    done = subprocess.run([*command[:-1], "multilabel", "--resume"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    int8 = records.read_record(str(output / "multilabel_quant_models/mse4"))
+    assert int8["metrics"]["macro_F1"] > 2 * int8["data"]["dev"]["constant_answer"], int8["metrics"]
+    assert len({path.read_bytes() for path in output.glob("multilabel_quant_models/*/int8.pdiparams")}) == 8
+    answer = json.loads((output / "answer.json").read_text())
+    assert set(answer["labels"]) <= set(int8["labels"]) and len(answer["probabilities"]) == 15, answer
+    tables = (output / "tables.md").read_text()
+    assert "dev macro F1, %" in tables and "dev accuracy, %" in tables  # each metric has tables of its own
     subprocess.run(["bash", str(checkout / "demo/clean.sh")], check=True)
     assert not output.exists()
 
@@ -104,7 +134,7 @@ def test_demo_from_end_to_end(checkout, tmp_path):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--task", "IFLYTEK"], "--task IFLYTEK: must be TNEWS, AFQMC or CLUEWSC2020"),
+        (["--task", "IFLYTEK"], "--task IFLYTEK: must be TNEWS, AFQMC, CLUEWSC2020 or MULTILABEL"),
         (["--task"], "--task (nothing): must be"),
         (["--fast"], "unknown argument '--fast'"),
         (["--resume"], "there is no"),

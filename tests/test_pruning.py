@@ -137,7 +137,9 @@ def test_importance_ignores_mode_and_old_gradients(model, features):
     model(paddle.to_tensor(batching.collate(features, [0]).input_ids)).sum().backward()
     found = dynabert.importance(model, batching.batches(features, 8), Classification())
     assert all(np.allclose(a, b, rtol=1e-5) for a, b in zip(expected, found))
-    halves = [dynabert.importance(model, batching.batches(part, 8), Classification()) for part in (features[:8], features[8:])]
+    halves = [
+        dynabert.importance(model, batching.batches(part, 8), Classification()) for part in (features[:8], features[8:])
+    ]
     for whole, first, second in zip(expected, *halves):
         assert np.allclose(whole, first + second, rtol=1e-4, atol=1e-7)  # nothing is carried from batch to batch
 

@@ -140,9 +140,15 @@ def test_right_answers_under_load(service, models, workspace):
     logits = offline(*models["int8"], "int8", examples)
     labels = json.loads((models["int8"][0] / "stage.json").read_text())["labels"]
     answers, _, _ = serving_load.send_all(service.http, examples, 50)
-    assert serving_load.count_right(answers, logits, objectives.Classification(), labels, serving_load.TOLERANCE["int8"]) == 600
+    assert (
+        serving_load.count_right(answers, logits, objectives.Classification(), labels, serving_load.TOLERANCE["int8"])
+        == 600
+    )
     mixed_up = answers[1:] + answers[:1]
-    assert serving_load.count_right(mixed_up, logits, objectives.Classification(), labels, serving_load.TOLERANCE["int8"]) < 30
+    assert (
+        serving_load.count_right(mixed_up, logits, objectives.Classification(), labels, serving_load.TOLERANCE["int8"])
+        < 30
+    )
     assert serving_load.confusable(logits, serving_load.TOLERANCE["int8"]) < 0.05
     assert serving_load.confusable(np.ones((9, 4)), 1e-4) == 1
 
