@@ -22,10 +22,10 @@ tasks="TNEWS AFQMC CLUEWSC2020" resume=
 while [ $# -gt 0 ]; do
     case $1 in
         --task)
-            tasks=$(upper "${2-(nothing)}")
+            tasks=$(upper "${2-}")
             case $tasks in
                 TNEWS | AFQMC | CLUEWSC2020 | MULTILABEL) ;;
-                *) fail "--task $tasks: must be TNEWS, AFQMC, CLUEWSC2020 or MULTILABEL" ;;
+                *) fail "--task ${2-(nothing)}: must be TNEWS, AFQMC, CLUEWSC2020 or MULTILABEL" ;;
             esac
             shift
             ;;

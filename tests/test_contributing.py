@@ -96,7 +96,7 @@ def test_a_task_of_another_kind(repository, model, tmp_path):
         write_rows(mine / "data" / f"{split}.json", stars(rng, count))
     places = {"MODEL": model, "DATA": mine / "data", "REPOSITORY": repository}
     said = follow(commands, mine, **places)
-    answer = json.loads(said.strip().splitlines()[-1])
+    answer = json.loads([line for line in said.splitlines() if line.startswith("{")][-1])
     assert set(answer) == {"text", "score"} and isinstance(answer["score"], float), answer
     scores = {}
     for name, directory in (

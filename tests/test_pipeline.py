@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import paddle
@@ -10,7 +11,7 @@ from conftest import ROOT, load_script, record, sh
 
 import data
 import dynabert
-from common import batching, checkpoints, engine, modeling, tokenization
+from common import UserError, batching, checkpoints, engine, modeling, tokenization
 
 
 def topics_features(workspace, split="dev"):
@@ -235,3 +236,18 @@ def test_perf_times_five_runs(workspace, quantized, capsys):
     )  # fmt: skip
     out = capsys.readouterr().out
     assert out.count("sentences/s") == 6 and "mean of 5 runs" in out
+
+
+def test_an_export_needs_no_records_of_a_known_form(workspace, tuned, tmp_path, capsys):
+    """A stage of one's own may read records as it likes; an export compares logits, on any tokens."""
+    shutil.copytree(tuned, tmp_path / "m")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/dev.json").write_text('{"title": "a", "kind": 3}\n')
+    export = load_script("finetuning", "export_model")
+    arguments = ["--task_name", "topics", "--model_path", str(tmp_path / "m"), "--data_dir"]
+    export.main([*arguments, str(tmp_path / "data")])
+    said = capsys.readouterr()
+    assert "dev.json:1: no label; random tokens are compared instead" in said.err
+    assert "on 32 sequences of random tokens" in said.out
+    with pytest.raises(UserError, match="no dev.json for topics"):
+        export.main([*arguments, str(tmp_path / "nothing")])

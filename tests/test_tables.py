@@ -30,7 +30,7 @@ def write(directory, stage, task, accuracy, weights, parent=None, width=1.0, rat
               "dev": {"md5": "1", "partial": None, "examples": 10, "majority_class": 0.6, "pairs": False}},
         model={"model_type": "ppminilm", "architecture": ARCHITECTURE, "width_mult": width,
                "initialized_from": "random weights"},
-        objective={"name": "classification", "metric": "accuracy"}, params=int(1e6 * width), flops=int(2e9 * width), weights={"model_state.pdparams": weights}, notes=["random weights"],
+        objective=more.pop("objective", {"name": "classification", "metric": "accuracy"}), params=int(1e6 * width), flops=int(2e9 * width), weights={"model_state.pdparams": weights}, notes=["random weights"],
         metrics={"accuracy": accuracy, "step": 5, **more.pop("metrics", {})},
         parent=parent and {"path": "x", "weights": {"model_state.pdparams": parent}}, **more,
     )  # fmt: skip
@@ -172,3 +172,41 @@ def test_test_predictions(tuned, workspace, tmp_path, capsys):
     infer = load_script("deploy/python", "infer")
     infer.main([*common, "--model_path", str(tuned / "inference"), "--predict_test", str(tmp_path / "out")])
     assert [json.loads(line) for line in open(tmp_path / "out/topics_predict.json", encoding="utf-8")] == predictions
+
+
+def test_stages_of_ones_own_are_listed(tmp_path, capsys):
+    """Made from a fine-tuned model they stand in its table, others in one of their own; alone they are enough."""
+    write(tmp_path / "m/models/TNEWS/1e-4_32", "finetune", "TNEWS", 0.5, "w")
+    write(tmp_path / "mine", "low_rank", "TNEWS", 0.25, "x", parent="w")
+    write(tmp_path / "other", "two_towers", "pairs", 0.125, "y")
+    text = output(capsys, tmp_path)
+    family, own = text.split("**Stages of your own**")
+    assert re.search(r"\| low_rank, .*mine \| 25.00 \|", family) and "low_rank" not in own
+    assert re.search(r"\| two_towers, .*other \| pairs \| accuracy \| 12.50 \| 1.00 M \| random weights \|", own)
+    text = output(capsys, tmp_path / "other")
+    assert text.startswith("**Stages of your own**") and "two_towers" in text
+    # One that says nothing of a metric is shown, too.
+    record = json.loads((tmp_path / "other/stage.json").read_text())
+    del record["objective"]
+    (tmp_path / "other/stage.json").write_text(json.dumps(record))
+    assert re.search(r"\| two_towers, .*other \| pairs \|  \|  \| 1.00 M", output(capsys, tmp_path / "other"))
+
+
+def test_each_metric_has_tables_of_its_own(tmp_path, capsys):
+    several = {"name": "multi_label", "metric": "macro_F1", "threshold": 0.25}
+    write(tmp_path / "m/models/TNEWS/1e-4_32", "finetune", "TNEWS", 0.5, "w")
+    write(
+        tmp_path / "m/models/news/1e-4_32", "finetune", "news", 0.9, "v", metrics={"macro_F1": 0.75}, objective=several
+    )
+    text = output(capsys, tmp_path)
+    clue, one, other = re.split(r"\*\*Best of the grid\*\*", text)
+    assert "news" not in clue and "dev accuracy, %" in one + other and "dev macro F1, %" in one + other
+    assert "75.00" in text and "90.00" not in text
+    rows = list(csv.DictReader(io.StringIO(output(capsys, tmp_path, "--format", "csv"))))
+    found = {row["task"]: (row["accuracy"], row["metric"], row["value"]) for row in rows if row["table"] == "grid"}
+    assert found == {"TNEWS": ("50.0", "", ""), "news": ("", "macro_F1", "75.0")}
+    # CLUE's published figures are accuracies: a model of one of its tasks for something else does not stand beside them.
+    write(
+        tmp_path / "m/models/AFQMC/1e-4_32", "finetune", "AFQMC", 0.9, "u", metrics={"macro_F1": 0.7}, objective=several
+    )
+    assert "| AFQMC |" not in output(capsys, tmp_path).split("**Best of the grid**")[0].split("measured")[1]

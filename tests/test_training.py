@@ -409,6 +409,10 @@ def test_two_processes_equal_one_on_the_joint_batch(workspace, without_dropout, 
     one, two = tmp_path / "one", tmp_path / "two"
     finish([*map(str, common), "--batch_size", "24", "--output_dir", str(one)])
     run_on_two_processes([*common, "--batch_size", "12", "--output_dir", two], tmp_path / "log")
+    # Only the first of them speaks.
+    first, second = ((tmp_path / f"log/workerlog.{rank}").read_text() for rank in (0, 1))
+    words = ("taken over", "starting from", "ranking", "before training", "plan:", "step ", "loss", "->")
+    assert [word for word in words if word in first] and not [word for word in words if word in second], second
     if stage == "prune":
         one, two = (directory / "0.5/best_model" for directory in (one, two))
     a, b = (paddle.load(str(d / "model_state.pdparams")) for d in (one, two))
