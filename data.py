@@ -16,7 +16,7 @@ import json
 import os
 import random
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Optional
 
 import numpy as np
@@ -78,7 +78,7 @@ class Split:
             "md5": self.md5,
             "examples": len(self.examples),
             "pairs": self.examples[0].text_pair is not None,
-            **self.objective.constant_answer(targets),
+            **(self.objective.constant_answer(targets) if len(targets) else {}),
             "partial": self.partial,
         }
 
@@ -181,11 +181,12 @@ def get_task(task_name, data_dir=None, objective=None):
                     raise UserError(f"{path}:{number}: label {label!r} has blanks around it, or is of two types")
         labels = tuple(sorted(types))
         if not labels:
-            raise UserError(f"{path}: no usable record")
+            raise UserError(f"{path}: no usable record for {objective.name} (--objective chooses what is asked)")
     if len(labels) < objective.fewest_labels or len(set(labels)) < len(labels):
         wanted = "at least two labels are" if objective.fewest_labels == 2 else "at least one label is"
         raise UserError(f"{task_name}: {wanted} needed, each once; found {list(labels)[:10]}")
-    return Task(task_name, labels, objective=objective)
+    known = TASKS.get(task_name.lower(), Task(task_name))
+    return replace(known, labels=labels, objective=objective)
 
 
 def task_of(record):
@@ -290,7 +291,7 @@ def read_train_and_dev(task, args, texts_of=texts_of):
 def read_dev_if_local(task, args):
     """32 dev examples, or none: an export compares a few logits, for which it starts no download.
 
-    It needs no labels, and any tokens will do: records of another form are named in a note, and not used.
+    Any tokens will do, so records of another form are named in a note, and random tokens used.
 
     Raises: UserError if --data_dir was given and holds no dev.json.
     """

@@ -1,9 +1,9 @@
 """Prints the result tables from the records of the stages.
 
-Reads only the stage.json files under the given directories (default: general_distill, finetuning, pruning and
-quantization). A pruned or quantized model is assigned to its fine-tuned model by the hash of the weights, so that
-different runs do not mix. Prints per model directory: the CLUE table, measured and published; the best cell of each
-task; the whole grid; and for each fine-tuned model that was compressed, all variants made from it.
+Reads only the stage.json files under the given directories (default: those of the stages, your own included). A pruned
+or quantized model is assigned to its fine-tuned model by the hash of the weights, so that different runs do not mix.
+Prints per model directory: the CLUE table, measured and published; the best cell of each task; the whole grid; for each
+fine-tuned model that was compressed, all variants made from it; and what stages of your own made.
 
     python summarize.py --task_name TNEWS
     python summarize.py --format csv > tables.csv
@@ -19,6 +19,7 @@ from common import ROOT, UserError, cli, files, tables
 from common.records import STAGES, children_among, descendants, find_records, score
 
 DEFAULT_DIRECTORIES = ("general_distill", "finetuning", "pruning", "quantization")
+NO_STAGES = ("common", "configs", "demo", "deploy", "requirements", "results", "tests")
 BEST = "best.json"
 
 
@@ -78,15 +79,21 @@ def read_speedups(path):
         raise UserError(f"--perf {path}: not a benchmark's JSON ({error!r})") from error
 
 
+def default_directories():
+    """The directories of the stages in the repository: first this project's, then those of your own."""
+    own = [
+        name for name in sorted(os.listdir(ROOT)) if name[0] != "." and name not in (*DEFAULT_DIRECTORIES, *NO_STAGES)
+    ]
+    return [path for name in (*DEFAULT_DIRECTORIES, *own) if os.path.isdir(path := os.path.join(ROOT, name))]
+
+
 def main(argv=None):
     args = parse_args(argv)
     if args.cells:
         for cell in read_best(args.cells):
             print("\t".join(cell))
         return
-    directories = args.directories or [
-        d for d in (os.path.join(ROOT, d) for d in DEFAULT_DIRECTORIES) if os.path.isdir(d)
-    ]
+    directories = args.directories or default_directories()
     records = find_records(directories)
     wanted = (args.task_name or "").lower()
     roots = [r for r in records if r["stage"] == "finetune" and wanted in ("", r["task"].lower())]
@@ -126,6 +133,7 @@ def main(argv=None):
                 flat_rows += tables.family_rows(model, root, family)
     if own_stages:  # those that are in no table above
         blocks.append(tables.table_of_own_stages(own_stages))
+        flat_rows += tables.own_rows(own_stages)
     if args.format == "markdown":
         print("\n\n".join("\n".join(block) for block in blocks))
     elif args.format == "json":

@@ -122,13 +122,15 @@ def export_checked(model, prefix, expected, features, inputs, pad_id, args):
 def locked_model(directory):
     """Within this block no run replaces the model in a directory. Raises: UserError if there is none, or one does."""
     if not os.path.isdir(directory):
-        raise UserError(f"{directory}: no such directory; a model of stage finetune is needed")
+        raise UserError(f"--model_path {directory}: no such directory; a model of stage finetune is needed")
     with files.Lock(directory):
         yield
 
 
 def export_into(directory, classifier, examples, args, name="inference"):
-    """Puts the graph of a model beside its weights, and what it is into its stage.json: all of it, or nothing.
+    """Puts the graph of a model beside its weights, and what it is into its stage.json.
+
+    After a kill on the way the directory holds the old graph, the new one, or a half that is refused.
 
     Args: directory: of the model, locked. classifier: checkpoints.Classifier that was loaded from there. examples: of
         its task, or none; see parity_inputs. args: of add_export_arguments. name: of the graph's files.

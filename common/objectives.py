@@ -13,6 +13,7 @@ Below, logits are float [n, outputs]. Targets are what ``read_label`` makes of t
 import dataclasses
 import importlib.util
 import os
+import sys
 
 import numpy as np
 
@@ -35,8 +36,11 @@ class Objective:
     fewest_labels = 1
 
     def __init_subclass__(cls):
-        if cls.name:
-            KNOWN[cls.name] = cls
+        name = cls.__dict__.get("name")
+        if name and KNOWN.get(name, cls).__module__ != cls.__module__:
+            raise UserError(f"objective {name!r}: there are two of that name")
+        if name:
+            KNOWN[name] = cls
 
     def describe(self):
         """The field ``objective`` of stage.json: name, selecting metric, settings."""
@@ -65,7 +69,7 @@ class Objective:
         return str(target)
 
     def constant_answer(self, targets):
-        """{name: the selecting metric of the best answer that ignores the text}; a model has to be above it."""
+        """{"constant_answer": the selecting metric of the best answer that ignores the text}; to be surpassed."""
         return {"constant_answer": 0.0}
 
     # Training
@@ -87,17 +91,21 @@ class Objective:
         return self
 
     def metrics(self, logits, targets):
-        """{name: figure}: the selecting metric, others, and the settings."""
+        """{name: figure}: the selecting metric, which must be a finite number, and others, such as the loss."""
         raise NotImplementedError
 
+    def on_dev(self, logits, targets):
+        """The metrics with the settings that are best on these; the settings are among them."""
+        best = self.fitted(logits, targets)
+        return {**best.metrics(logits, targets), **dataclasses.asdict(best)}
+
     def with_settings(self, metrics):
-        """The objective with the settings that are among the metrics."""
+        """The objective with the settings that are among the metrics of ``on_dev``."""
         return dataclasses.replace(self, **{field.name: metrics[field.name] for field in dataclasses.fields(self)})
 
-    def compared(self, metrics):
-        """The metrics that tell models apart: without loss and settings."""
-        others = {"loss", *(field.name for field in dataclasses.fields(self))}
-        return {name: value for name, value in metrics.items() if name not in others}
+    def compared(self, logits, targets):
+        """The metrics that tell models apart: without the loss."""
+        return {name: figure for name, figure in self.metrics(logits, targets).items() if name != "loss"}
 
     def agreement(self, logits, reference):
         """How far two models give the same answers, from 0 to 1: the share of texts on which they are the same."""
@@ -239,28 +247,27 @@ class MultiLabel(Objective):
         return self.loss(logits, paddle.nn.functional.sigmoid(teacher_logits))
 
     def fitted(self, logits, targets):
-        candidates = [MultiLabel(round(k / 100, 2)) for k in range(1, 100)]
-        scores = [one.metrics(logits, targets)[self.metric] for one in candidates]
-        best = [one for one, score in zip(candidates, scores) if score == max(scores)]
-        return min(best, key=lambda one: abs(one.threshold - 0.5))
+        probabilities, targets = sigmoid(logits), np.asarray(targets) > 0.5
+        thresholds = [k / 100 for k in range(1, 100)]
+        scores = [f1_of_labels(probabilities >= threshold, targets).mean() for threshold in thresholds]
+        best = [threshold for threshold, score in zip(thresholds, scores) if score == max(scores)]
+        return dataclasses.replace(self, threshold=min(best, key=lambda threshold: abs(threshold - 0.5)))
 
     def decide(self, logits):
         """bool [n, labels]: which labels a text gets."""
         return sigmoid(logits) >= self.threshold
 
     def metrics(self, logits, targets):
-        """F1 = 2 TP / (2 TP + FP + FN): macro, the mean of the labels' (0 for a label that is neither there nor given),
-        and micro, of all labels together; the share of texts with exactly the right labels; the loss in nats."""
+        """F1: macro, the mean over the labels, and micro, of all decisions together; the share of texts with exactly
+        the right labels; the loss in nats."""
         logits, targets = np.asarray(logits, "float64"), np.asarray(targets) > 0.5
         decided = self.decide(logits)
-        hits, errors = (decided & targets).sum(0), (decided ^ targets).sum(0)
-        f1 = 2 * hits / np.maximum(2 * hits + errors, 1)
-        micro = 2 * hits.sum() / max(2 * hits.sum() + errors.sum(), 1)
+        f1, micro = f1_of_labels(decided, targets), f1_of_labels(decided.reshape(-1), targets.reshape(-1))
         # -log sigmoid(z) for a label that is there, -log(1 - sigmoid(z)) = -log sigmoid(-z) for one that is not
         loss = np.logaddexp(0, np.where(targets, -logits, logits))
         figures = {"macro_F1": f1.mean(), "micro_F1": micro, "exact_match": (decided == targets).all(-1).mean()}
         figures["loss"] = loss.mean()
-        return {**{name: round(float(value), 6) for name, value in figures.items()}, "threshold": self.threshold}
+        return {name: round(float(figure), 6) for name, figure in figures.items()}
 
     def agreement(self, logits, reference):
         return float((self.decide(logits) == self.decide(reference)).all(-1).mean())
@@ -275,6 +282,15 @@ class MultiLabel(Objective):
     def columns(self, logits, labels):
         chosen = [self.prediction(row, labels)["labels"] for row in logits]
         return {"labels": chosen, "probabilities": [[round(p, 6) for p in row] for row in sigmoid(logits).tolist()]}
+
+
+def f1_of_labels(decided, targets):
+    """F1 = 2 TP / (2 TP + FP + FN) of each label, float [labels]; 0 for a label that is neither there nor given.
+
+    Args: decided, targets: bool [n, labels].
+    """
+    hits, errors = (decided & targets).sum(0), (decided ^ targets).sum(0)
+    return 2 * hits / np.maximum(2 * hits + errors, 1)
 
 
 def softmax(logits):
@@ -295,15 +311,18 @@ def sigmoid(logits):
 def read_own_files():
     """Runs the files that $OBJECTIVES names, which adds their objectives to KNOWN. Raises: UserError if one fails."""
     for path in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
-        path = os.path.abspath(path)
         if path in OWN_FILES:
             continue
-        spec = importlib.util.spec_from_file_location(os.path.splitext(os.path.basename(path))[0], path)
-        if spec is None or not os.path.isfile(path):
-            raise UserError(f"{VARIABLE}={path}: no such Python file; it names the files of objectives of your own")
-        module = importlib.util.module_from_spec(spec)
+        if not os.path.isabs(path) or not os.path.isfile(path) or not path.endswith(".py"):
+            why = "must be the absolute path of a Python file; launchers change the directory"
+            raise UserError(f"{VARIABLE}={path}: {why}")
+        name = f"own_objectives_{len(OWN_FILES)}"
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
+        except UserError:
+            raise
         except Exception as error:  # of the user's code
             raise UserError(f"{VARIABLE}={path}: {type(error).__name__}: {error}") from error
         OWN_FILES[path] = module
@@ -322,6 +341,8 @@ def named(name):
 
 def of_description(description):
     """The objective of a ``describe()``. Raises: UserError if it is not known, or its settings are not its own."""
+    if not isinstance(description, dict) or not isinstance(description.get("name"), str):
+        raise UserError("no objective is named, so the logits of this model mean nothing; its stage has to record one")
     settings = {key: value for key, value in description.items() if key not in ("name", "metric")}
     objective = named(description["name"])
     try:
@@ -335,7 +356,7 @@ def of_description(description):
 
 def of_record(record):
     """The objective of a model. Args: record: its stage.json. Raises: as of_description."""
-    return of_description(record["objective"])
+    return of_description(record.get("objective"))
 
 
 def of_records_like(row):

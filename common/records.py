@@ -124,8 +124,10 @@ def check_record(record, path):
     wrong = wrong_field(TaskRecord if is_of_task else StageRecord, record)
     if not wrong and is_of_task:
         metric = record["objective"]["metric"]
-        if not isinstance(record["metrics"].get(metric), float):
+        if not isinstance(record["metrics"].get(metric), (int, float)):
             wrong = f"metrics.{metric}"
+        elif not {"majority_class", "constant_answer"} & set(record["data"]["dev"]):
+            wrong = "data.dev.constant_answer"
     if wrong:
         raise UserError(f"{path}: not a stage record: field {wrong!r} is missing or of the wrong type; {ADVICE}")
     return record

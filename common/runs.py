@@ -49,19 +49,17 @@ def difference(before, now):
     return ", ".join(f"{n} {before.get(n)} -> {now.get(n)}" for n in names if before.get(n) != now.get(n))
 
 
-# What the stages train with, besides their own scripts.
-SHARED_CODE = ("training.py", "objectives.py")
-
-
-def training_code():
-    """{file: sha256} of the code that decides what a training gives: the script that was started, the modules beside it
-    that it imported, SHARED_CODE, and the objectives of the user's own.
+def code_of(shared):
+    """{file: sha256} of the code that decides what a run gives: the script that was started, the modules beside it that
+    it imported, the shared ones, and the objectives of the user's own.
 
     It is no part of a run's identity: a comment may change, or a later evaluation be mended, and the run be the same.
     But who goes on with other code is told so, and the record of a result says it.
+
+    Args: shared: paths from common/.
     """
     common = os.path.dirname(os.path.abspath(__file__))
-    paths = {*(os.path.join(common, name) for name in SHARED_CODE), *objectives.OWN_FILES}
+    paths = {*(os.path.normpath(os.path.join(common, path)) for path in shared), *objectives.OWN_FILES}
     started = getattr(sys.modules["__main__"], "__file__", None)
     stage = os.path.dirname(os.path.abspath(started)) if started else ""
     if os.path.dirname(stage) == os.path.dirname(common):  # not a test runner
@@ -71,7 +69,7 @@ def training_code():
 
 
 def changed_code(before, now):
-    """The files that are in both and differ, as a text; "" if there is none. Args: as training_code gives them."""
+    """The files that are in both and differ, as a text; "" if there is none. Args: as code_of gives them."""
     return ", ".join(name for name in before if now.get(name, before[name]) != before[name])
 
 
@@ -108,6 +106,7 @@ class Run:
     """
 
     waits_for_readers = False  # whether output() waits for a process that holds the lock of its directory
+    shared_code = ("../data.py", "batching.py", "objectives.py", "tokenization.py")
 
     def __init__(self, stage, args, parent=None, data=None, notes=(), noted_by="", **fields):
         self.stage, self.arguments = stage, cli.describe(args)
@@ -116,7 +115,7 @@ class Run:
         partial = {name: split["partial"] for name, split in self.fields["data"].items() if split.get("partial")}
         self.notes = [*notes, *(f"{noted_by}partial {name} data: {why}" for name, why in partial.items())]
         self.identity = identity(self.arguments, parent, data, self.without_effect)
-        self.fields["code"] = training_code()
+        self.fields["code"] = code_of(self.shared_code)
 
     def identity_of(self, record):
         return identity(record["arguments"], record["parent"], record["data"], self.without_effect)
@@ -190,6 +189,7 @@ class ResumableRun(Run):
     """
 
     waits_for_readers = True
+    shared_code = (*Run.shared_code, "modeling.py", "training.py")
 
     def __init__(self, stage, args, outputs, *others, **fields):
         super().__init__(stage, args, *others, **fields)
@@ -248,7 +248,7 @@ class ResumableRun(Run):
                     f"{self.work}: an unfinished run of something else ({changed}); repeat its "
                     "command, remove the directory, or pass --overwrite"
                 )
-            if before != self.identity:
+            if before is None or changed:
                 self._remove_all_but([])
             files.write_whole(self.identity_file, json.dumps(self.identity, ensure_ascii=False))
         processes.wait_for_all()  # before the others look for a state

@@ -67,8 +67,15 @@ def rank(record):
 
 
 def metric_of(record):
-    """The metric that selects, which is the figure of a record in every table."""
-    return record["objective"]["metric"]
+    """The metric that selects, which is the figure of a record in every table; "" if a stage of your own names none."""
+    objective = record.get("objective")
+    return str(objective.get("metric", "")) if isinstance(objective, dict) else ""
+
+
+def figure_of(record):
+    """The figure of that metric, or None."""
+    figure = record["metrics"].get(metric_of(record))
+    return figure if isinstance(figure, (int, float)) else None
 
 
 def kind_of(record):
@@ -93,9 +100,9 @@ def clue_rows(roots, children, speedups):
     for root in roots:
         for record in [root, *descendants(root, children)]:
             kind = kind_of(record)
-            if record["task"] in TASKS and metric_of(record) != "accuracy":  # not what was published
+            if not kind or (record["task"] in TASKS and metric_of(record) != "accuracy"):  # not what was published
                 continue
-            if kind and rank(record) > rank(cells.setdefault(kind, {}).get(record["task"])):
+            if rank(record) > rank(cells.setdefault(kind, {}).get(record["task"])):
                 cells[kind][record["task"]] = record
     order = sorted(cells, key=lambda kind: ("quantized" in kind, "pruned" in kind, kind))
     order.sort(key=lambda kind: kind == PRUNED_QUANTIZED)
@@ -270,7 +277,8 @@ COLUMNS_OF_OTHER_METRICS = ["metric", "value"]
 def flat(record, published):
     if record is None:
         return {"accuracy": None, "published": published, "remarks": "missing"}
-    measured = round(score(record) * 100, 4)
+    figure = figure_of(record)
+    measured = None if figure is None else round(figure * 100, 4)
     value = {"accuracy": measured}
     if metric_of(record) != "accuracy":  # which needs no column that says so
         value = {"metric": metric_of(record), "value": measured}
@@ -347,12 +355,13 @@ def row_of(record):
     params, flops = record["params"], record["flops"]
     sizes = [f"{params / 1e6:.2f} M" if params else "", f"{flops / 1e9:.2f} G" if flops else ""]
     sizes.append(f"{size / 1e6:.1f}" if size else "")
-    return [what, percent(score_of_any(record)), percent(metrics.get("agreement")), *sizes]
+    return [what, percent(figure_of(record)), percent(metrics.get("agreement")), *sizes]
 
 
-def score_of_any(record):
-    """As score; None for a record of a stage of your own that names no metric."""
-    return record["metrics"].get((record.get("objective") or {}).get("metric"))
+def own_rows(found):
+    """One flat dict per record of a stage that this project does not have."""
+    place = {"table": "own", "model": ""}
+    return [{**place, "row": row_of(record)[0], "task": record["task"], **flat(record, None)} for record in found]
 
 
 def table_of_own_stages(found):
@@ -360,9 +369,9 @@ def table_of_own_stages(found):
     lines = ["**Stages of your own**", "", "| stage, directory | task | metric | dev, % | params | notes |"]
     lines.append("| --- " * 6 + "|")
     for record in found:
-        metric, params = (record.get("objective") or {}).get("metric", ""), record["params"]
-        cells = [f"{record['stage']}, {record['directory']}", record["task"], shown(metric)]
-        cells += [percent(score_of_any(record)), f"{params / 1e6:.2f} M" if params else "", "; ".join(remarks(record))]
+        params = record["params"]
+        cells = [f"{record['stage']}, {record['directory']}", record["task"], shown(metric_of(record))]
+        cells += [percent(figure_of(record)), f"{params / 1e6:.2f} M" if params else "", "; ".join(remarks(record))]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -252,6 +252,9 @@ def keep_best(run, state, step, scores, metric, write, progress):
     state["evaluations"].append({"step": step, **scores})
     shown = []
     for width, metrics in scores.items():
+        found = metrics.get(metric)
+        if not isinstance(found, (int, float)) or not math.isfinite(found):
+            raise UserError(f"{metric} on dev is {found!r} at step {step}: an objective must give a finite number")
         best = state["best"].get(width)
         if best is None or metrics[metric] > best[metric]:
             best = {**metrics, "step": step, "directory": f"best-{width}-{step}"}
@@ -265,7 +268,8 @@ def keep_best(run, state, step, scores, metric, write, progress):
 
 def figures(width, metrics):
     """The metrics of a model as a text: "accuracy 0.5743 loss 1.3021", after its width if there are several."""
-    shown = " ".join(f"{objectives.shown(metric)} {figure:.4f}" for metric, figure in metrics.items())
+    numbers = {metric: figure for metric, figure in metrics.items() if isinstance(figure, (int, float))}
+    shown = " ".join(f"{objectives.shown(metric)} {figure:.4f}" for metric, figure in numbers.items())
     return f"width {width} {shown}" if width else shown
 
 

@@ -18,6 +18,8 @@ from common import cli, files
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     parser.add_argument("--task_name", required=True, help="CLUE task, or the name of your own task")
+    help = "objective of the records, if it is one of your own (default: what they look like)"
+    parser.add_argument("--objective", help=help)
     cli.add_data_arguments(parser)
     parser.add_argument("--output", required=True, help="path of the vocab.txt to write")
     return parser.parse_args(argv)
@@ -40,7 +42,7 @@ def write(path, texts):
 
 def main(argv=None):
     args = parse_args(argv)
-    task = data.get_task(args.task_name, args.data_dir)
+    task = data.get_task(args.task_name, args.data_dir, args.objective)
     train = data.read_split(task, "train", args.data_dir, args.max_train_samples)
     count = write(args.output, [text for example in train.examples for text in example[:2] if text])
     print(f"{args.output}: {count} tokens")

@@ -12,6 +12,7 @@ MODEL/best.json names the best finished cell of each task, for prune.sh, export_
 
 import ctypes
 import itertools
+import math
 import os
 import signal
 import subprocess
@@ -24,9 +25,8 @@ sys.path[:0] = [HERE, os.path.join(HERE, "..")]
 import data
 import run_clue
 import summarize
-from common import CORES, UserError, checkpoints, cli, objectives, records, texts
+from common import CORES, UserError, checkpoints, cli, objectives, records, runs, texts
 from common.compat import paddle
-from common.runs import Run
 from tqdm import tqdm
 
 # The grid of the original PP-MiniLM example in PaddleNLP (run_all_search.sh there): 3 x 3 cells per task, evaluated
@@ -134,7 +134,7 @@ class CellRuns:
             paths = {split: local_path(task, split, asked.data_dir) for split in ("train", "dev")}
             self.hashes[task] = {split: {"md5": data.md5_of(path)} for split, path in paths.items() if path}
         parent = None if asked.init_config else self.parent
-        return Run("finetune", asked, parent, self.hashes[task])
+        return runs.Run("finetune", asked, parent, self.hashes[task])
 
 
 def local_path(task, split, data_dir):
@@ -270,6 +270,7 @@ def prepare(cells, args):
 def search(cells, args, slots):
     """Runs the cells that are not finished. Returns: {cell: reason} for the failed cells."""
     recorded, states = read_cells(cells, args)
+    code = runs.code_of(runs.ResumableRun.shared_code)
     queue = [cell for cell in cells if states[cell] != "finished"]
     failed = prepare(queue, args) if queue else {}
     queue = [cell for cell in queue if cell not in failed]
@@ -280,7 +281,7 @@ def search(cells, args, slots):
         nonlocal done
         done += 1
         score, metric = records.score(record), objectives.shown(record["objective"]["metric"])
-        best[cell.task] = max(best.get(cell.task, (-1, "")), (score, cell.name()), key=lambda pair: pair[0])
+        best[cell.task] = max(best.get(cell.task, (-math.inf, "")), (score, cell.name()), key=lambda pair: pair[0])
         progress.update()
         progress.write(
             f"{cell.name()}: {how}, dev {metric} {score:.4f} (best of {cell.task} so far {best[cell.task][0]:.4f}: "
@@ -289,7 +290,8 @@ def search(cells, args, slots):
 
     for cell in cells:
         if states[cell] == "finished":
-            count(cell, recorded[cell], "already finished")
+            changed = runs.changed_code(recorded[cell].get("code") or {}, code)
+            count(cell, recorded[cell], "already finished" + (f" (made before {changed} changed)" if changed else ""))
     summarize.write_best(args.model)
     try:
         while queue or running:

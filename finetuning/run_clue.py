@@ -30,8 +30,8 @@ def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     main = parser.add_argument_group("task and model")
     cli.add_task_argument(main)
-    help = "what is asked of a text: classification (one label), multi_label (any number), or one of the files in "
-    help += "$OBJECTIVES (default: what the records look like)"
+    help = "what is asked of a text: classification (one label), multi_label (any number of them), or one of your own, "
+    help += "whose file $OBJECTIVES names (default: what the records look like)"
     main.add_argument("--objective", help=help)
     checkpoints.add_model_arguments(main)
     cli.add_output_argument(main, "where the best model goes; required for training")
@@ -109,9 +109,10 @@ def train(args, run, objective, model, features, pad_id):
         logits = modeling.predict(model, features["dev"], pad_id)
         targets = batching.targets(features["dev"])
         # Settings such as the threshold of a multi-label model are those that are best on dev.
-        return {"": objective.fitted(logits, targets).metrics(logits, targets)}
+        return {"": objective.on_dev(logits, targets)}
 
-    # Accuracy selects, not the loss: the loss rises again, from overconfidence, while accuracy still improves.
+    # Accuracy, or the metric of another objective, selects, not the loss: the loss rises again, from overconfidence,
+    # while accuracy still improves.
     write = model.save_pretrained
     return training.fit(args, run, model, features["train"], pad_id, losses_of, evaluate, objective.metric, write)
 

@@ -127,7 +127,7 @@ def train(args, run, teacher, supernet, features):
         for width in args.width_mult_list:
             dynabert.set_width(supernet, width)
             logits = modeling.predict(supernet, features["dev"], pad_id)
-            scores[f"{width:g}"] = objective.fitted(logits, targets).metrics(logits, targets)
+            scores[f"{width:g}"] = objective.on_dev(logits, targets)
         return scores
 
     def write(directory):

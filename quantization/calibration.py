@@ -16,7 +16,7 @@ def add_quantization_arguments(group, algorithms, samples):
     group.add_argument("--calib_samples", nargs="+", type=int, default=list(samples), help=help, without_effect=True)
     help = "what calibrates; dev is the published recipe, and shows the selection set to the calibration"
     group.add_argument("--calib_split", choices=("train", "dev"), default="train", help=help)
-    help = "share of dev predictions that must equal FP32's; a variant below it is reported and not written"
+    help = "share of dev records on which INT8 must answer as FP32 does; a variant below it is reported and not written"
     group.add_argument("--min_agreement", type=float, default=0.9, help=help, without_effect=True)
     help = "largest difference allowed between the FP32 graph's accuracy (or other metric) and the one that training "
     help += "recorded in stage.json, if both are on the same dev data; a difference of two records is always allowed"
@@ -110,8 +110,8 @@ def quantize(
 def compare(objective, logits, fp32_logits, features):
     """{accuracy, fp32_accuracy, agreement}, or the objective's metrics, of INT8 and FP32 logits [n, outputs]."""
     targets = batching.targets(features)
-    compared = objective.compared(objective.metrics(logits, targets))
-    for name, figure in objective.compared(objective.metrics(fp32_logits, targets)).items():
+    compared = objective.compared(logits, targets)
+    for name, figure in objective.compared(fp32_logits, targets).items():
         compared[f"fp32_{name}"] = figure
     return {**compared, "agreement": round(objective.agreement(logits, fp32_logits), 6)}
 

@@ -174,7 +174,7 @@ def make_variant(args, run, graph, tokenizer, algorithm, chosen, target, feature
             metrics.update(calibration.compare(graph.objective, logits, fp32_logits, features))
             metrics["bytes"] = os.path.getsize(f"{prefix}.pdiparams")
             # Agreement sees damage that accuracy hides: as many answers may become right as become wrong.
-            if metrics["agreement"] < args.min_agreement:
+            if not metrics["agreement"] >= args.min_agreement:
                 raise BelowAgreement
             tokenizer.save(directory)
     except BelowAgreement:

@@ -177,12 +177,17 @@ def test_infer_and_tables(place, tuned, pruned, quantized, capsys, tmp_path):
     assert row["metric"] == "macro_F1" and row["accuracy"] == "" and float(row["value"]) > 80
 
 
-def test_the_search_selects_by_macro_f1(place, tuned):
-    best = json.loads((place / "best.json").read_text()) if (place / "best.json").exists() else None
-    assert best is None  # run_clue.sh alone writes none
-    summarize.write_best(str(place / "tiny"))
-    best = json.loads((place / "tiny/best.json").read_text())
-    assert best["several"]["macro_F1"] == record(tuned)["metrics"]["macro_F1"]
+def test_the_search_selects_by_macro_f1(tuned, tmp_path):
+    """Not by the loss, nor by micro F1 or exact match, in which the other cell is better."""
+    shutil.copytree(tuned, tmp_path / "tiny/models/several/3e-3_32")
+    other = tmp_path / "tiny/models/several/1e-3_32"
+    shutil.copytree(tuned, other)
+    found = json.loads((other / "stage.json").read_text(encoding="utf-8"))
+    found["metrics"].update(macro_F1=0.5, micro_F1=0.99, exact_match=0.99, loss=0.01, accuracy=0.99)
+    (other / "stage.json").write_text(json.dumps(found), encoding="utf-8")
+    summarize.write_best(str(tmp_path / "tiny"))
+    best = json.loads((tmp_path / "tiny/best.json").read_text())["several"]
+    assert best["macro_F1"] == record(tuned)["metrics"]["macro_F1"] and best["path"].endswith("3e-3_32")
 
 
 def test_service(place, quantized, tmp_path):

@@ -59,8 +59,17 @@ def test_every_cell_runs_once_and_the_best_is_named(searched, workspace):
     assert record(model / best["path"])["metrics"]["accuracy"] == best["accuracy"]
     before = {name: os.stat(model / "models/topics" / name / "stage.json").st_mtime_ns for name in cells}
     again = sh("finetuning/run_one_search.sh", "grid", "topics", *SMALL, cwd=workspace, **GRID).stdout
-    assert again.count("already finished") == 2 and "starts" not in again
+    assert again.count("already finished") == 2 and "starts" not in again and "made before" not in again
     assert before == {name: os.stat(model / "models/topics" / name / "stage.json").st_mtime_ns for name in cells}
+    # Made by other code, as its record says.
+    path = model / "models/topics/2e-3_64/stage.json"
+    text = path.read_text(encoding="utf-8")
+    digest = json.loads(text)["code"]["finetuning/run_clue.py"]
+    path.write_text(text.replace(digest, "0" * 64), encoding="utf-8")
+    again = sh("finetuning/run_one_search.sh", "grid", "topics", *SMALL, cwd=workspace, **GRID).stdout
+    path.write_text(text, encoding="utf-8")
+    told = [line for line in again.splitlines() if "(made before finetuning/run_clue.py changed)" in line]
+    assert len(told) == 1 and told[0].startswith("topics 2e-3_64: already finished"), again
 
 
 def test_other_data_or_weights_are_not_finished(searched, workspace, tmp_path):

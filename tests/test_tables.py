@@ -178,10 +178,16 @@ def test_stages_of_ones_own_are_listed(tmp_path, capsys):
     """Made from a fine-tuned model they stand in its table, others in one of their own; alone they are enough."""
     write(tmp_path / "m/models/TNEWS/1e-4_32", "finetune", "TNEWS", 0.5, "w")
     write(tmp_path / "mine", "low_rank", "TNEWS", 0.25, "x", parent="w")
+    write(tmp_path / "unnamed", "layers", "TNEWS", 0.375, "z", parent="w", objective=None)
     write(tmp_path / "other", "two_towers", "pairs", 0.125, "y")
     text = output(capsys, tmp_path)
     family, own = text.split("**Stages of your own**")
     assert re.search(r"\| low_rank, .*mine \| 25.00 \|", family) and "low_rank" not in own
+    assert re.search(r"\| layers, .*unnamed \|  \|", family)
+    rows = list(csv.DictReader(io.StringIO(output(capsys, tmp_path, "--format", "csv"))))
+    assert [(row["row"].split(",")[0], row["accuracy"]) for row in rows if row["table"] == "own"] == [
+        ("two_towers", "12.5")
+    ]
     assert re.search(r"\| two_towers, .*other \| pairs \| accuracy \| 12.50 \| 1.00 M \| random weights \|", own)
     text = output(capsys, tmp_path / "other")
     assert text.startswith("**Stages of your own**") and "two_towers" in text

@@ -442,13 +442,12 @@ def test_a_record_is_checked_before_the_training(tuned, tmp_path):
     ):
         with pytest.raises(UserError, match=why):
             begin(**changed)
-    assert not (tmp_path / "m.unfinished").exists()
 
 
 def test_who_goes_on_with_other_code_is_told(tmp_path, capsys, monkeypatch):
     """By name, when the run is resumed, in the record of its result, and when the result is found finished."""
     code = {"finetuning/run_clue.py": "1", "common/training.py": "1", "only/then.py": "1"}
-    monkeypatch.setattr(runs, "training_code", lambda: dict(code))
+    monkeypatch.setattr(runs, "code_of", lambda shared: dict(code))
     model = paddle.nn.Linear(2, 2)
     schedule = paddle.optimizer.lr.LambdaDecay(1.0, lambda step: 1.0)
     optimizer = paddle.optimizer.AdamW(schedule, parameters=model.parameters())
@@ -484,10 +483,10 @@ def test_who_goes_on_with_other_code_is_told(tmp_path, capsys, monkeypatch):
 def test_the_code_of_a_run_is_its_script_and_what_trains():
     script = os.path.join(ROOT, "finetuning", "run_clue.py")
     code = f"import json, sys, types; sys.path[:0] = [{ROOT!r}, {os.path.dirname(script)!r}]\nimport scoring\n"
-    code += f"sys.modules['__main__'].__file__ = {script!r}\nfrom common import runs; print(json.dumps(runs.training_code()))"
+    code += f"sys.modules['__main__'].__file__ = {script!r}\nfrom common import runs; print(json.dumps(runs.code_of(runs.Run.shared_code)))"
     found = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    wanted = ["common/objectives.py", "common/training.py", "finetuning/run_clue.py", "finetuning/scoring.py"]
-    assert sorted(found) == wanted
+    wanted = ["common/batching.py", "common/objectives.py", "common/tokenization.py", "data.py"]
+    assert sorted(found) == sorted([*wanted, "finetuning/run_clue.py", "finetuning/scoring.py"])
     assert all(digest == files.file_hash(os.path.join(ROOT, name)) for name, digest in found.items())
 
 
@@ -495,3 +494,31 @@ def test_an_absolute_path_is_shortened_in_records_whatever_its_argument_is():
     args = cli.Arguments(thresholds_file="/home/someone/deep/place", several=["/data/someone/a/b", "c"], text="a/b")
     described = cli.describe(args)
     assert described == {"several": [".../a/b", "c"], "text": "a/b", "thresholds_file": ".../deep/place"}
+
+
+def test_an_unfinished_run_of_the_version_before_is_refused_and_kept(workspace, tmp_path):
+    """Its state has another form; --objective, which that version did not have, was not given to either."""
+    out = tmp_path / "m"
+    command = finetune_command(workspace, out)
+    run_clue = load_script("finetuning", "run_clue")
+    args = run_clue.parse_args(command[1:])
+    split = {name: data.md5_of(workspace / f"data/topics/{name}.json") for name in ("train", "dev")}
+    before = runs.identity(cli.describe(args), None, {n: {"md5": md5} for n, md5 in split.items()}, args.without_effect)
+    del before["objective"]
+    before["device"] = "cpu"  # as the training finds out
+    state = tmp_path / "m.unfinished/state-20"
+    state.mkdir(parents=True)
+    (tmp_path / "m.unfinished/identity.json").write_text(json.dumps(before))
+    best = {"accuracy": 0.5, "loss": 1.0, "step": 20, "directory": "best-20"}
+    (state / "state.json").write_text(json.dumps({"step": 20, "seconds": 1.0, "best": best, "evaluations": []}))
+    np.savez(state / "model.npz")
+    np.savez(state / "optimizer.npz")
+    with pytest.raises(UserError, match="m.unfinished: of an earlier version of this project; remove it"):
+        run_clue.main(command[1:])
+    assert state.is_dir()
+
+
+@pytest.mark.parametrize("found", [float("nan"), None, "0.5"])
+def test_a_metric_that_is_no_number_ends_the_training(found):
+    with pytest.raises(UserError, match="spearman on dev is .* at step 5: an objective must give a finite number"):
+        training.keep_best(None, {"evaluations": [], "best": {}}, 5, {"": {"spearman": found}}, "spearman", None, None)

@@ -151,7 +151,7 @@ def score_dev(args, models):
     metric, scores, found = models[0].task.objective.metric, {}, {}
     for model in models:
         features, objective = model.convert(dev.examples), model.task.objective
-        found = objective.compared(objective.metrics(model.logits(features), batching.targets(features)))
+        found = objective.compared(model.logits(features), batching.targets(features))
         scores[model.graph.prefix] = found[metric]
     if len(models) == 1:
         result = {"task": models[0].task.name, "model": files.relative(models[0].graph.prefix)}
