@@ -124,7 +124,8 @@ def check_record(record, path):
     wrong = wrong_field(TaskRecord if is_of_task else StageRecord, record)
     if not wrong and is_of_task:
         metric = record["objective"]["metric"]
-        if not isinstance(record["metrics"].get(metric), (int, float)):
+        figure = record["metrics"].get(metric)
+        if not isinstance(figure, (int, float)) or isinstance(figure, bool):
             wrong = f"metrics.{metric}"
         elif not {"majority_class", "constant_answer"} & set(record["data"]["dev"]):
             wrong = "data.dev.constant_answer"
