@@ -13,6 +13,22 @@ import unicodedata
 from common import UserError, files
 
 
+def decomposed(text):
+    """unicodedata.normalize("NFD", text), in time that does not grow with the square of a run of combining marks.
+
+    Python's takes 26 s for 130,000 marks in one word (CPython issue 149079). Decomposing a character does not depend on
+    its neighbours; afterwards each run of marks is sorted by combining class, stable (Unicode Standard, D109).
+    """
+    characters, marks = [], []
+    for char in "".join(unicodedata.normalize("NFD", char) for char in text):
+        if unicodedata.combining(char):
+            marks.append(char)
+            continue
+        characters += [*sorted(marks, key=unicodedata.combining), char]
+        marks = []
+    return "".join([*characters, *sorted(marks, key=unicodedata.combining)])
+
+
 class _BasicTokens(dict):
     """A table for str.translate that applies BERT's basic tokenizer to each character.
 
@@ -59,7 +75,7 @@ class _BasicTokens(dict):
         if not self.lower_case:
             return text
         lower = "".join(c.lower() for c in text)  # per character: str.lower of a word can give a final sigma
-        return "".join(c for c in unicodedata.normalize("NFD", lower) if unicodedata.category(c) != "Mn")
+        return "".join(c for c in decomposed(lower) if unicodedata.category(c) != "Mn")
 
     def split(self, text):
         return "".join(f" {c} " if self.isolated(c) else c for c in text)

@@ -246,7 +246,7 @@ def record(directory):
 class Service:
     """web_service.py as a process: ``http``, ``rpc`` are its ports, ``logs`` its directory of logs."""
 
-    def __init__(self, directory, model, *options, settings=None, env=None, cwd=None):
+    def __init__(self, directory, model, *options, settings=None, env=None, cwd=None, shell=None):
         from serving_load import free_port
 
         self.http, self.rpc, self.directory = free_port(), free_port(), directory
@@ -256,6 +256,8 @@ class Service:
         script = os.path.join(ROOT, "deploy/serving/web_service.py")
         command = [sys.executable, script, "--config", config, "--model", model, "--log_dir", directory]
         command += ["--http_port", self.http, "--rpc_port", self.rpc, *options]
+        if shell:  # a line that ends with: exec "$0" "$@"
+            command = ["bash", "-c", shell, *command]
         self.stdout, self.stderr = directory / "stdout", directory / "stderr"
         with open(self.stdout, "wb") as out, open(self.stderr, "wb") as err:
             self.process = subprocess.Popen(

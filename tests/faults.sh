@@ -8,4 +8,5 @@ FAULTS=short
 [ "${LONG:-0}" = 0 ] || FAULTS=long
 export FAULTS
 exec "$root/.venv/bin/python" -m pytest -c "$root/tests/pytest.ini" -q "$@" "$root/tests/test_faults.py" \
-    "$root/tests/test_damage.py" "$root/tests/test_damaged_data.py" "$root/tests/test_gates.py" "$root/tests/test_soak.py"
+    "$root/tests/test_damage.py" "$root/tests/test_damaged_data.py" "$root/tests/test_gates.py" \
+    "$root/tests/test_soak.py" "$root/tests/test_serving_attack.py"

@@ -3,10 +3,12 @@
 import http.server
 import json
 import os
+import random
 import re
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -110,27 +112,102 @@ def test_large_requests_are_not_computed_all_together(service, models, workspace
     assert float(min(sizes, key=float)) < 0.7 * float(max(sizes, key=float)), sizes
 
 
-def test_every_shape_is_prepared(models, monkeypatch, tmp_path):
-    """What the engine runs before the ports open, and all that it runs afterwards: the same shapes."""
+@pytest.fixture
+def model(models, monkeypatch, tmp_path):
+    """worker.Model of the INT8 variant; ``shapes`` has those of what its engines run."""
     monkeypatch.setenv("SERVING_LOG_PATH", str(tmp_path))
     import worker
 
-    model, shapes = worker.Model(str(models["int8"][0]), "cpu", None, None), []
-    run = model.engine.run
-    monkeypatch.setattr(model.engine, "run", lambda batch: shapes.append(batch.input_ids.shape) or run(batch))
+    model = worker.Model(str(models["int8"][0]), "cpu", None, None)
+    model.shapes = {"streams": [], "alone": []}
+    for name, one in (("streams", model.engine), ("alone", model.alone)):
+        shapes, run = model.shapes[name], one.run
+        monkeypatch.setattr(one, "run", lambda batch, s=shapes, run=run: s.append(batch.input_ids.shape) or run(batch))
+    return model
+
+
+def run_jobs(model, requests, batch_size=32):
+    """{number: (logits, place among those that ended)} of requests (texts, address) that a scheduler gets together."""
+    import asyncio
+
+    import worker
+    from scheduler import Job, Scheduler
+
+    ended = []
+
+    async def run():
+        scheduler = Scheduler(worker.PPMiniLMOp(model), batch_size)
+
+        async def one(number, texts, address):
+            logits = await scheduler.run(Job(protocol.Query(texts, None, 0), address, time.monotonic()))
+            ended.append((number, logits))
+
+        await asyncio.gather(*(one(number, *request) for number, request in enumerate(requests)))
+        assert not scheduler.running and not scheduler.waiting and not scheduler.untokenized
+
+    asyncio.run(run())
+    return {number: (logits, place) for place, (number, logits) in enumerate(ended)}
+
+
+def test_every_shape_is_prepared(model):
+    """What the engine runs before the ports open, and all that it runs afterwards: the same shapes."""
+    import worker
+
     model.prepare()
-    prepared = set(shapes)
-    assert prepared == {(rows, length) for rows in (1, 2, 4, 8) for length in (16, 32, 48, 64)}
-    shapes.clear()
+    prepared = {name: set(shapes) for name, shapes in model.shapes.items()}
+    assert prepared["streams"] == {(rows, length) for rows in (1, 4, 16) for length in (16, 32, 64)}
+    assert prepared["alone"] == {(1, length) for length in (16, 32, 64)}
+    for shapes in model.shapes.values():
+        shapes.clear()
     for count in (1, 2, 3, 5, 7, 8, 13, 40):
-        examples = serving_load.random_texts(model.tokenizer.vocab, False, count, count)
-        model.run(*model.arrays(batching.convert(examples, model.tokenizer, model.longest)))
-    assert len(set(shapes)) > 8 and set(shapes) <= prepared
-    assert worker.padded_lengths(512)[-2:] == [448, 512] and len(worker.padded_lengths(512)) * 4 <= 64
-    # 13 texts, 12 short and a long one: nothing short is padded to the long one's length.
-    shapes.clear()
-    model.run(*model.arrays([batching.Feature([2] * n, [0] * n, None) for n in [10] * 12 + [60]]))
-    assert sorted(shapes) == [(1, 64), (4, 16), (8, 16)]
+        texts = [example.text for example in serving_load.random_texts(model.tokenizer.vocab, False, count, count)]
+        run_jobs(model, [(texts, "a")])
+    assert len(set(model.shapes["streams"])) > 5 and model.shapes["alone"]
+    assert all(set(shapes) <= prepared[name] for name, shapes in model.shapes.items())
+    # What oneDNN prepared is kept: the engine's cache has 64 places (common/engine.py).
+    assert len(worker.padded_lengths(512)) * len(worker.ROWS["cpu"]) <= 64 and worker.padded_lengths(512)[-1] == 512
+    # 21 texts, 20 short and a long one: nothing short is padded to the long one's length.
+    runs = model.cheapest_runs([10] * 20 + [60], [16, 4, 1])
+    assert sorted((stop - start, length) for start, stop, length in runs) == [(1, 64), (4, 16), (16, 16)]
+    assert runs[0] == (20, 21, 64)
+
+
+def test_every_text_gets_its_own_logits(model, models, workspace):
+    """Requests of one and of several texts together, larger and smaller than a batch: infer.py's logits, in order."""
+    examples = dev_texts(workspace, 120)
+    logits = offline(*models["int8"], "int8", examples)
+    sentences, parts = [example.text for example in examples], (1, 1, 7, 30, 2, 50, 1, 28)
+    starts = np.cumsum((0, *parts))
+    found = run_jobs(model, [(sentences[a:b], str(a)) for a, b in zip(starts, starts[1:])])
+    for number, (a, b) in enumerate(zip(starts, starts[1:])):
+        assert np.abs(found[number][0] - logits[a:b]).max() <= serving_load.TOLERANCE["int8"]
+
+
+def test_small_requests_overtake_and_addresses_take_turns(model):
+    text = "一丁七万丈三上下" * 7
+    found = run_jobs(model, [([text] * 100, "a"), ([text] * 100, "a"), (["一丁"], "a")])
+    assert found[2][1] == 0, "the small one is the first"
+    found = run_jobs(model, [*[([text] * 20, "a")] * 8, ([text] * 20, "b")])
+    assert found[8][1] <= 2, "the only one of its address does not wait for all of the other"
+
+
+def test_the_beginning_of_a_long_text_decides(model):
+    """Cut before it is tokenized, it has the tokens of the whole; also with blanks, unknown words, marks, pairs."""
+    rng = random.Random(0)
+    pieces = ["一丁七", "hello ", " ", "\u0301", "é", "[SEP]", "x" * 150, "，", "三", "\n", "🙂", "ABC12 "]
+    assert len(model.beginning("一丁七" * 5000)) == 4 * model.longest
+    for number in range(60):
+        text = "".join(rng.choices(pieces, [9, 1, 1, 1, 1, 1, 0.2, 1, 5, 1, 1, 1], k=rng.choice([50, 400, 1500])))
+        whole = model.tokenizer.encode([text], None, model.longest)
+        features, truncated = model.tokenize([text], None)
+        assert [(one.input_ids, one.token_type_ids) for one in features] == whole
+        assert truncated == [len(model.tokenizer.encode([text], None, 9999)[0][0]) > model.longest]
+        model.pairs = number % 2 == 1
+        if model.pairs:
+            whole = model.tokenizer.encode([text], [text[::-1]], model.longest)
+            features, _ = model.tokenize([text], [text[::-1]])
+            assert [(one.input_ids, one.token_type_ids) for one in features] == whole
+            model.pairs = False
 
 
 def test_right_answers_under_load(service, models, workspace):
@@ -139,7 +216,8 @@ def test_right_answers_under_load(service, models, workspace):
     examples = serving_load.random_texts(tokenizer.vocab, False, 560, 3) + dev_texts(workspace, 40)
     logits = offline(*models["int8"], "int8", examples)
     labels = json.loads((models["int8"][0] / "stage.json").read_text())["labels"]
-    answers, _, _ = serving_load.send_all(service.http, examples, 50)
+    answers = serving_load.send_all(service.http, [[example] for example in examples], 50).answers
+    logits = logits[:, None]
     assert (
         serving_load.count_right(answers, logits, objectives.Classification(), labels, serving_load.TOLERANCE["int8"])
         == 600
@@ -149,7 +227,7 @@ def test_right_answers_under_load(service, models, workspace):
         serving_load.count_right(mixed_up, logits, objectives.Classification(), labels, serving_load.TOLERANCE["int8"])
         < 30
     )
-    assert serving_load.confusable(logits, serving_load.TOLERANCE["int8"]) < 0.05
+    assert serving_load.confusable(logits[:, 0], serving_load.TOLERANCE["int8"]) < 0.05
     assert serving_load.confusable(np.ones((9, 4)), 1e-4) == 1
 
 
@@ -297,3 +375,26 @@ def test_client_asks_again_while_that_helps():
         with pytest.raises(rpc_client.Refused):
             rpc_client.ask_again(failing(times, again), {}, deadline, 2)
         assert len(calls) == expected
+
+
+def test_an_engine_that_hangs_is_seen(model):
+    """The event loop goes on then, so a sign of life from it alone would not do."""
+    import asyncio
+
+    import worker
+    from scheduler import Job, Scheduler
+
+    release = threading.Event()
+    model.alone = type("Hanging", (), {"pool": model.engine.pool, "run": lambda self, batch: release.wait(20)})()
+
+    async def run():
+        scheduler = Scheduler(worker.PPMiniLMOp(model), 8)
+        job = Job(protocol.Query(["一丁"], None, 0), "a", time.monotonic())
+        waiting = asyncio.ensure_future(scheduler.run(job))
+        await asyncio.sleep(0.3)
+        assert scheduler.is_stuck(0.2) and not scheduler.is_stuck(5)
+        release.set()
+        with pytest.raises(TypeError):  # what hung gives no logits
+            await waiting
+
+    asyncio.run(run())

@@ -319,4 +319,4 @@ def test_load_test_counts(model, tmp_path):
     assert rounds["batched"][0]["right"] == 60 and rounds["batched"][0]["per_second"] > 0
     right = {"err_no": 0, "logits": [[1.0, 2.0]], "labels": ["b"]}
     answers = [right, {**right, "labels": ["a"]}, {**right, "logits": [[1.0, 2.2]]}, {"err_no": 5000}, None]
-    assert serving_load.count_right(answers, [[1, 2]] * 5, objectives.Classification(), ["a", "b"], 0.1) == 1
+    assert serving_load.count_right(answers, [[[1, 2]]] * 5, objectives.Classification(), ["a", "b"], 0.1) == 1

@@ -1,7 +1,11 @@
 """The fast tokenizer gives PaddleNLP's ids: hard cases, any text, every code point, and the CLUE files if they are here."""
 
 import os
+import random
 import sys
+import time
+import unicodedata
+
 
 import pytest
 from hypothesis import given, settings
@@ -168,3 +172,18 @@ def test_clue_files(task):
         examples = data.read_split(data.get_task(task), split, CLUE, limit).examples
         pairs = None if examples[0].text_pair is None else [e.text_pair for e in examples]
         same(both, [e.text for e in examples], pairs)
+
+
+def test_decomposition_is_nfd_and_takes_little_time():
+    """Of every character, of random runs of marks; and of 130,000 marks, for which Python's own takes 26 s."""
+    points = [chr(point) for point in range(0x110000)]
+    assert all(tokenization.decomposed(c) == unicodedata.normalize("NFD", c) for c in points)
+    rng = random.Random(0)
+    pool = [c for c in points if unicodedata.combining(c)] + list("aéñ각가한\u1e69\u0344")
+    for _ in range(30_000):
+        text = "".join(rng.choices(pool, k=rng.randint(1, 12)))
+        assert tokenization.decomposed(text) == unicodedata.normalize("NFD", text), ascii(text)
+    tokenizer = tokenization._BasicTokens(lower_case=True)
+    started = time.monotonic()
+    tokenizer.apply("a" + "\u0301" * 65_000 + "\u0316" * 65_000 + " a\u302e")
+    assert time.monotonic() - started < 5

@@ -8,17 +8,18 @@ sends both the same requests in alternating rounds. Prints a table; --output als
 Without --input_file, the texts consist of 4 to 120 random characters of the vocabulary.
 """
 
+import asyncio
 import contextlib
-import http.client
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from typing import NamedTuple
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 SERVING = os.path.join(ROOT, "deploy", "serving")
@@ -38,8 +39,8 @@ def parse_args(argv=None):
     parser.add_argument("--model", required=True, help="directory of an exported or quantized model")
     parser.add_argument("--precision", choices=sorted(TOLERANCE), help="default: int8 if quantized, else fp32")
     parser.add_argument("--input_file", help="texts to send, in the format of rpc_client.py")
-    help = "requests per service and round, one text each"
-    parser.add_argument("--requests", type=int, default=2000, positive=True, help=help)
+    parser.add_argument("--requests", type=int, default=2000, positive=True, help="requests per service and round")
+    parser.add_argument("--texts", type=int, default=1, positive=True, help="texts of each request")
     help = "concurrent clients; each sends its next request after the answer to the previous one"
     parser.add_argument("--clients", type=int, default=50, positive=True, help=help)
     parser.add_argument("--rounds", type=int, default=3, positive=True, help="alternating rounds")
@@ -47,6 +48,7 @@ def parse_args(argv=None):
     parser.add_argument("--output", help="JSON file for the figures")
     args = parser.parse_args(argv)
     args.text = args.text_pair = None
+    args.count = args.requests * args.texts
     return args
 
 
@@ -86,35 +88,49 @@ def service(args, batch_size):
             process.wait()
 
 
-def send_all(port, examples, clients):
-    """Sends all examples from ``clients`` threads. Returns: (answers, seconds per request, total seconds)."""
-    answers, seconds, waiting = [None] * len(examples), [0.0] * len(examples), iter(range(len(examples)))
-    lock = threading.Lock()
+class Load(NamedTuple):
+    answers: list  # the JSON object that answers each request
+    seconds: list  # from sending a request to having its answer
+    total: float  # seconds for all requests
+    share: float  # of one core, that the clients themselves took
 
-    def client():
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-        while True:
-            with lock:
-                number = next(waiting, None)
-            if number is None:
-                break
-            example = examples[number]
-            fields = {"text": example.text}
-            if example.text_pair is not None:
-                fields["text_pair"] = example.text_pair
+
+def send_all(port, requests, clients):
+    """Sends all requests over ``clients`` connections, each of which sends its next one after the answer to the last.
+
+    The bodies are made before and the answers read afterwards, so that the clients take little from the service beside
+    them. Args: requests: lists of batching.Example. Returns: Load.
+    """
+    bodies = [body_of(examples) for examples in requests]
+    raw, seconds, numbers = [None] * len(bodies), [0.0] * len(bodies), iter(range(len(bodies)))
+
+    async def client():
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for number in numbers:
             started = time.perf_counter()
-            connection.request("POST", f"/{protocol.SERVICE}/prediction", json.dumps(fields))
-            answers[number] = json.loads(connection.getresponse().read())
+            writer.write(bodies[number])
+            head = await reader.readuntil(b"\r\n\r\n")
+            raw[number] = await reader.readexactly(int(re.search(rb"(?i)content-length: *(\d+)", head).group(1)))
             seconds[number] = time.perf_counter() - started
-        connection.close()
+        writer.close()
 
-    threads = [threading.Thread(target=client) for _ in range(clients)]
-    started = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return answers, seconds, time.perf_counter() - started
+    async def all_clients():
+        await asyncio.gather(*(client() for _ in range(clients)))
+
+    started, used = time.perf_counter(), time.process_time()
+    asyncio.run(all_clients())
+    total, used = time.perf_counter() - started, time.process_time() - used
+    return Load([json.loads(body) for body in raw], seconds, total, used / total)
+
+
+def body_of(examples):
+    """An HTTP request with these texts."""
+    fields = {"texts": [example.text for example in examples]}
+    if examples[0].text_pair is not None:
+        fields["text_pairs"] = [example.text_pair for example in examples]
+    body = json.dumps(fields).encode()
+    head = f"POST /{protocol.SERVICE}/prediction HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
 
 
 def confusable(logits, tolerance):
@@ -124,14 +140,17 @@ def confusable(logits, tolerance):
 
 
 def count_right(answers, logits, objective, labels, tolerance):
-    """Number of answers whose logits match the offline ones within ``tolerance`` and whose label fits their logits."""
+    """Number of answers whose logits match the offline ones within ``tolerance`` and whose labels fit their logits.
+
+    Args: logits: of the texts of each request, [requests, texts, outputs].
+    """
     right = 0
     for answer, expected in zip(answers, logits):
         if answer and answer["err_no"] == 0:
-            (row,) = answer["logits"]
-            close = np.abs(np.subtract(row, expected)).max() <= tolerance
-            expected = objective.columns(np.float32([row]), labels)
-            right += bool(close and answer.get("labels") == expected.get("labels"))
+            found = np.float32(answer["logits"])
+            close = found.shape == np.shape(expected) and np.abs(found - expected).max() <= tolerance
+            columns = objective.columns(found, labels)
+            right += bool(close and answer.get("labels") == columns.get("labels"))
     return right
 
 
@@ -144,9 +163,9 @@ def main(argv=None):
     pairs = record["data"]["dev"].get("pairs")
     if args.input_file:
         examples = texts.read_texts(args, record["task"], pairs, data.texts_of)
-        examples = [examples[i % len(examples)] for i in range(args.requests)]
+        examples = [examples[i % len(examples)] for i in range(args.count)]
     else:
-        examples = random_texts(tokenizer.vocab, pairs, args.requests, args.seed)
+        examples = random_texts(tokenizer.vocab, pairs, args.count, args.seed)
     features = batching.convert(examples, tokenizer, record["arguments"]["max_seq_length"])
     # The reference for all answers, computed with infer.py's engine, batch size and order.
     logits = engine.Engine(prefix, "cpu", precision).predict(features, pad_id=tokenizer.pad_id)
@@ -155,34 +174,44 @@ def main(argv=None):
     if alike > 0.05:
         raise UserError(f"--model {args.model}: {alike:.0%} of the texts get equal logits: nothing can be checked")
 
+    requests = [examples[i : i + args.texts] for i in range(0, args.count, args.texts)]
+    expected = logits.reshape(args.requests, args.texts, -1)
     figures = {"batched": [], "one by one": []}
     with service(args, 32) as batched, service(args, 1) as single:
         ports = {"batched": batched, "one by one": single}
         for number in range(args.rounds):
             for name in sorted(ports, reverse=number % 2 == 1):
-                answers, seconds, total = send_all(ports[name], examples, args.clients)
-                right = count_right(answers, logits, graph.objective, record["labels"], TOLERANCE[precision])
-                p50, p99 = np.percentile(seconds, [50, 99]) * 1000
-                figures[name].append({"right": right, "per_second": len(examples) / total, "p50": p50, "p99": p99})
+                load = send_all(ports[name], requests, args.clients)
+                right = count_right(load.answers, expected, graph.objective, record["labels"], TOLERANCE[precision])
+                p50, p99 = np.percentile(load.seconds, [50, 99]) * 1000
+                row = {"right": right, "per_second": args.requests / load.total, "p50": p50, "p99": p99}
+                figures[name].append({**row, "client": load.share})
                 print(
-                    f"round {number + 1}, {name}: {right} of {len(examples)} right, {len(examples) / total:.1f} "
-                    f"requests/s, p50 {p50:.0f} ms, p99 {p99:.0f} ms",
+                    f"round {number + 1}, {name}: {right} of {args.requests} right, "
+                    f"{row['per_second']:.1f} requests/s, "
+                    f"p50 {p50:.0f} ms, p99 {p99:.0f} ms; the clients took {load.share:.0%} of a core",
                     file=sys.stderr,
                 )
     machine = records.describe_machine()
     lengths = [len(feature.input_ids) for feature in features]
     print(
-        f"{args.requests} requests from {args.clients} clients, {args.rounds} rounds, {precision}, "
-        f"{min(lengths)} to {max(lengths)} tokens (mean {np.mean(lengths):.1f}), "
+        f"{args.requests} requests of {args.texts} texts from {args.clients} clients, {args.rounds} rounds, {precision}"
+        f", {min(lengths)} to {max(lengths)} tokens (mean {np.mean(lengths):.1f}), "
         f"{machine['cores']} cores of {machine['cpu']}\n"
     )
-    print("| service | right answers | requests/s | p50 ms | p99 ms |\n| --- | --- | --- | --- | --- |")
+    print("| service | right answers | requests/s | p50 ms | p99 ms | clients, share of a core |")
+    print("| --- " * 6 + "|")
     for name, rows in figures.items():
         right, all_of = sum(row["right"] for row in rows), args.requests * args.rounds
-        middle = {key: np.median([row[key] for row in rows]) for key in ("per_second", "p50", "p99")}
-        print(
-            f"| {name} | {right} of {all_of} | {middle['per_second']:.1f} | {middle['p50']:.0f} | {middle['p99']:.0f} |"
-        )
+        middle = {key: np.median([row[key] for row in rows]) for key in ("per_second", "p50", "p99", "client")}
+        cells = [
+            name,
+            f"{right} of {all_of}",
+            f"{middle['per_second']:.1f}",
+            f"{middle['p50']:.0f}",
+            f"{middle['p99']:.0f}",
+        ]
+        print(f"| {' | '.join(cells)} | {middle['client']:.0%} |")
     ratios = [a["per_second"] / b["per_second"] for a, b in zip(figures["batched"], figures["one by one"])]
     print(f"\nbatched / one by one, by round: {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
     if args.output:

@@ -1,29 +1,25 @@
-"""The fronts of the service, gRPC and HTTP: both parse a request, pass it to Service.answer, and send the response.
+"""The fronts of the service, gRPC and HTTP, in one event loop: both parse a request, ask Service.answer, and reply.
 
 Paddle Serving's own fronts are not used: they bind every interface, unpickle tensors sent by clients, set no limits,
-and return HTTP 200 even for errors. Its operators, queues and messages are used (worker.py, protocol.py).
+and return HTTP 200 even for errors. Its operators and messages are used (worker.py, protocol.py).
 """
 
-import json
-from concurrent import futures
+import asyncio
 
-import flask
 import grpc
-import waitress.channel
-import waitress.server
-import waitress.task
+import grpc.aio
+from aiohttp import web, web_protocol
 
 import protocol
-from protocol import BAD_INPUT, NO_SERVICE, NOT_IMPLEMENTED, OK, UNKNOWN, ServiceError
+from protocol import BAD_INPUT, NO_SERVICE, NOT_IMPLEMENTED, OK, UNKNOWN, Answer, ServiceError
 
-# Extra threads, so that requests beyond worker_num are rejected at once instead of waiting for a thread.
-SPARE_THREADS = 8
+PREDICTION, HEALTH = f"/{protocol.SERVICE}/prediction", f"/{protocol.SERVICE}/health"
 
 
-def rpc_server(service, config):
-    """Returns: a gRPC server for Paddle Serving's pipeline service; the caller starts it."""
+async def start_rpc(service, config):
+    """A gRPC server for Paddle Serving's pipeline service, started. Returns: grpc.aio.Server."""
 
-    def inference(request, context):
+    async def inference(request, context):
         def read():
             message = protocol.messages().Request()
             try:
@@ -34,45 +30,196 @@ def rpc_server(service, config):
                 ) from error
             return protocol.fields_of_message(message), message.logid
 
-        return service.answer("rpc", read)
+        address = context.peer().rpartition(":")[0]  # ipv4:127.0.0.1:port
+        return protocol.message_of(await service.answer("rpc", read, address))
 
     # No deserializer here: inference() parses the message, so that it can reply to a malformed one.
     handler = grpc.unary_unary_rpc_method_handler(
         inference, response_serializer=protocol.messages().Response.SerializeToString
     )
     name, method = protocol.METHOD.strip("/").split("/")
-    server = grpc.server(
-        futures.ThreadPoolExecutor(config["worker_num"] + SPARE_THREADS),
+    server = grpc.aio.server(
         handlers=[grpc.method_handlers_generic_handler(name, {method: handler})],
-        options=[("grpc.max_receive_message_length", config["max_body_bytes"]), ("grpc.so_reuseport", 0)],
+        options=[
+            ("grpc.max_receive_message_length", config["max_body_bytes"]),
+            ("grpc.so_reuseport", 0),
+            # No compressed messages: kilobytes would unpack to hundreds of megabytes before their size is checked.
+            ("grpc.compression_enabled_algorithms_bitset", 1),
+            # More than there are places, so that one connection gets err_no 3001, and not silence.
+            ("grpc.max_concurrent_streams", 2 * config["worker_num"]),
+            ("grpc.max_metadata_size", config["max_header_bytes"]),
+            ("grpc.max_connection_idle_ms", 60_000),
+            ("grpc.server_handshake_timeout_ms", config["request_ms"]),
+        ],
     )
     server.add_insecure_port(protocol.authority(config["host"], config["rpc_port"]))
+    await server.start()
     return server
 
 
-def http_app(service, config):
-    """The Flask application: POST /ppminilm/prediction, GET /ppminilm/health."""
-    app = flask.Flask("ppminilm")
+class Connection(web_protocol.RequestHandler):
+    """One HTTP connection: a request has to be whole in time and its head small; every reply is JSON of the service."""
 
-    def reply(response, in_message_form=False, status=None):
-        status = status or protocol.HTTP_STATUS.get(response.err_no, 500)
-        return flask.Response(protocol.body_of(response, in_message_form), status, mimetype="application/json")
+    def __init__(self, front, **options):
+        super().__init__(front.server, **options)
+        self.front, self.deadline, self.address = front, None, ""
+        self.head, self.busy, self.pipelined = b"", False, False
+        self.since = self._loop.time()
 
-    @app.post(f"/{protocol.SERVICE}/prediction")
-    def prediction():
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        self.address = (transport.get_extra_info("peername") or ("",))[0]
+        self.await_request()
+        self.front.opened(self)
+
+    def connection_lost(self, error):
+        super().connection_lost(error)
+        self.front.connections.discard(self)
+        if self.deadline:
+            self.deadline.cancel()
+
+    def await_request(self):
+        """From now on there is time for one whole request, its reply included if the client is slow to read it."""
+        if self.deadline:
+            self.deadline.cancel()
+        self.head, self.since = b"", self._loop.time()
+        self.deadline = self._loop.call_later(self.front.seconds, self.abort)
+
+    def abort(self):
+        if self.transport is not None:
+            self.transport.abort()
+
+    def data_received(self, data):
+        if self.busy:  # the client does not wait for the reply: from now on the parser's own limits have to do
+            self.pipelined = True
+        if self.head is not None and not self.busy and not self.pipelined:
+            self.head += data[: self.front.max_head + 1 - len(self.head)]
+            if b"\r\n\r\n" in self.head:
+                self.head = None  # all there; the body has a limit of its own
+            elif len(self.head) > self.front.max_head:
+                answer = Answer(BAD_INPUT, f"the head is larger than {self.front.max_head} bytes", {})
+                self.transport.write(raw_reply(431, "Request Header Fields Too Large", answer))
+                self.close_after_reply()
+                return
+        super().data_received(data)
+
+    def close_after_reply(self):
+        self.transport.close()
+        self.force_close()
+
+    def handle_error(self, request, status=500, exc=None, message=None):
+        """The reply to what aiohttp itself refuses."""
+        err_no = BAD_INPUT if status < 500 else UNKNOWN
+        reply = json_reply(Answer(err_no, f"HTTP status {status}: no HTTP request that this service takes", {}), status)
+        reply.force_close()
+        return reply
+
+
+def raw_reply(status, reason, answer):
+    body = protocol.body_of(answer)
+    lines = [f"HTTP/1.1 {status} {reason}", "Content-Type: application/json", f"Content-Length: {len(body)}"]
+    return "\r\n".join([*lines, "Connection: close", "", ""]).encode("ascii") + body
+
+
+def json_reply(answer, status=None, in_message_form=False):
+    status = status or protocol.HTTP_STATUS.get(answer.err_no, 500)
+    return web.Response(body=protocol.body_of(answer, in_message_form), status=status, content_type="application/json")
+
+
+class HttpFront:
+    """POST /ppminilm/prediction, GET /ppminilm/health."""
+
+    def __init__(self, service, config):
+        self.service, self.config = service, config
+        self.seconds, self.max_head = config["request_ms"] / 1000, config["max_header_bytes"]
+        self.connections, self.trimming, self.listener = set(), False, None
+        self.server = web.Server(self.handle, handler_cancellation=True)
+
+    def opened(self, connection):
+        """Counts a new connection. If there are too many, those that have been without a whole request for the longest
+        time are closed: slow clients cannot keep others out. Not at once, as a request may be just arriving."""
+        self.connections.add(connection)
+        if len(self.connections) > 2 * self.config["max_connections"]:
+            self.close_oldest(self.connections, 2 * self.config["max_connections"])
+        elif not self.trimming:
+            self.trimming = True
+            asyncio.get_running_loop().call_later(0.05, self.trim)
+
+    def trim(self):
+        self.trimming, of_address = False, {}
+        for connection in self.connections:
+            of_address.setdefault(connection.address, []).append(connection)
+        for connections in of_address.values():
+            self.close_oldest(connections, self.config["max_connections_per_address"])
+        self.close_oldest(self.connections, self.config["max_connections"])
+
+    def close_oldest(self, connections, most):
+        """Closes as many of the connections as are more than ``most``."""
+        idle = sorted((one for one in connections if not one.busy), key=lambda one: one.since)
+        for connection in idle[: max(0, len(connections) - most)]:
+            self.connections.discard(connection)
+            connection.abort()
+
+    async def start(self):
+        loop = asyncio.get_running_loop()
+        options = {"loop": loop, "access_log": None, "keepalive_timeout": 3600.0, "lingering_time": 0}
+        limits = {"max_line_size": 1024, "max_field_size": self.max_head}
+        self.listener = await loop.create_server(
+            lambda: Connection(self, **options, **limits), self.config["host"], self.config["http_port"], backlog=1024
+        )
+
+    async def stop(self, grace):
+        """Takes no more connections; waits for the replies that are being made, at most for ``grace`` seconds."""
+        self.listener.close()
+        until = asyncio.get_running_loop().time() + grace
+        while any(one.busy for one in self.connections) and asyncio.get_running_loop().time() < until:
+            await asyncio.sleep(0.01)
+        await self.server.shutdown(0.1)
+
+    async def handle(self, request):
+        connection = request.protocol
+        connection.busy = True
+        try:
+            return await self.reply_to(request, connection)
+        finally:
+            connection.busy = False
+            connection.await_request()
+
+    async def reply_to(self, request, connection):
+        """The reply to a request whose head is there."""
+        methods = {PREDICTION: "POST", HEALTH: "GET"}
+        path = request.raw_path.partition("?")[0]  # as it was sent, not decoded
+        if path not in methods:
+            return self.refusal(404, NO_SERVICE, f"no such path; there are {PREDICTION} and {HEALTH}")
+        if request.method != methods[path]:
+            return self.refusal(405, NOT_IMPLEMENTED, "POST to prediction, GET health")
+        if path == HEALTH:
+            return await self.health()
+        limit = self.config["max_body_bytes"]
+        if (request.content_length or 0) > limit:
+            return self.refusal(413, BAD_INPUT, f"the body is larger than {limit} bytes")
+        if request.headers.get("Expect", "").lower() == "100-continue":
+            request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = bytearray()
+        async for part in request.content.iter_any():
+            body += part
+            if len(body) > limit:
+                return self.refusal(413, BAD_INPUT, f"the body is larger than {limit} bytes")
         in_message_form = False
 
         def read():
             nonlocal in_message_form
-            fields, logid, in_message_form = protocol.fields_of_body(flask.request.get_data(cache=False))
+            fields, logid, in_message_form = protocol.fields_of_body(bytes(body))
             return fields, logid
 
-        return reply(service.answer("http", read), in_message_form)
+        connection.deadline.cancel()  # all is there; for the answer there is timeout_ms
+        answer = await self.service.answer("http", read, connection.address)
+        return json_reply(answer, in_message_form=in_message_form)
 
-    @app.get(f"/{protocol.SERVICE}/health")
-    def health():
-        response = service.answer("health", lambda: (service.health_fields, 0))
-        if response.err_no == OK:
+    async def health(self):
+        service = self.service
+        answer = await service.answer("health", lambda: (service.health_fields, 0), "")
+        if answer.err_no == OK:
             description = {
                 "task": service.model.record["task"],
                 "classes": service.model.labels,
@@ -80,56 +227,17 @@ def http_app(service, config):
                 "precision": service.model.precision,
                 "max_seq_length": service.model.longest,
             }
-            del response.key[:], response.value[:]
-            response.key.extend(description)
-            response.value.extend(json.dumps(value, ensure_ascii=False) for value in description.values())
-        return reply(response)
+            answer = answer._replace(values=description)
+        return json_reply(answer)
 
-    @app.errorhandler(Exception)
-    def error(problem):
-        status = getattr(problem, "code", None) or 500
-        by_status = {
-            404: (NO_SERVICE, f"no such path; there are /{protocol.SERVICE}/prediction and /{protocol.SERVICE}/health"),
-            405: (NOT_IMPLEMENTED, "POST to prediction, GET health"),
-        }
-        err_no, message = by_status.get(status, (UNKNOWN if status >= 500 else BAD_INPUT, f"HTTP status {status}"))
-        return reply(protocol.messages().Response(err_no=err_no, err_msg=message), status=status)
-
-    return app
+    def refusal(self, status, err_no, message):
+        """A reply to what is not read to its end; the connection is closed after it."""
+        reply = json_reply(Answer(err_no, message, {}), status)
+        reply.force_close()
+        return reply
 
 
-class JsonErrorTask(waitress.task.ErrorTask):
-    """Error reply in the service's JSON form to requests that waitress itself rejects, such as too large a body."""
-
-    def execute(self):
-        error, limit = self.request.error, self.channel.adj.max_request_body_size - 1
-        self.status = f"{error.code} {error.reason}"
-        message = f"the body is larger than {limit} bytes" if error.code == 413 else f"{error.reason}: {error.body}"
-        answer = protocol.messages().Response(err_no=BAD_INPUT, err_msg=message)
-        body = protocol.body_of(answer, False)
-        self.response_headers.append(("Content-Type", "application/json"))
-        self.set_close_on_finish()
-        self.content_length = len(body)
-        self.write(body)
-
-
-def http_server(service, config):
-    waitress.channel.HTTPChannel.error_task_class = JsonErrorTask
-    seconds = int(service.timeout) + 1
-    return waitress.server.create_server(
-        http_app(service, config),
-        host=config["host"],
-        port=config["http_port"],
-        threads=config["worker_num"] + SPARE_THREADS,
-        connection_limit=1000,
-        asyncore_use_poll=True,  # select() is limited to 1024 file descriptors
-        max_request_body_size=config["max_body_bytes"] + 1,  # waitress also rejects a body of exactly this size
-        channel_timeout=seconds,  # closes connections whose client sends nothing
-        cleanup_interval=seconds,
-        ident=None,
-    )
-
-
-def unanswered(http):
-    """Whether waitress has unanswered requests or unsent responses."""
-    return any(channel.requests or channel.total_outbufs_len for channel in list(http.active_channels.values()))
+async def start_http(service, config):
+    front = HttpFront(service, config)
+    await front.start()
+    return front

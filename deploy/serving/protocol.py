@@ -40,7 +40,12 @@ class Query(NamedTuple):
     texts: list[str]
     pairs: Optional[list[str]]
     logid: int
-    expires: float  # value of time.monotonic() at which the request times out
+
+
+class Answer(NamedTuple):
+    err_no: int
+    err_msg: str
+    values: dict  # {key: what JSON can hold}; empty after an error
 
 
 @contextlib.contextmanager
@@ -129,10 +134,10 @@ def fields_of_body(body):
     return fields_of_message(message), logid, True
 
 
-def read_query(fields, logid, expires, pairs, max_texts):
+def read_query(fields, logid, pairs, limits):
     """Validates a request. Returns: its Query.
 
-    Args: fields: {key: value}. pairs: whether the model takes sentence pairs. max_texts: maximum per request.
+    Args: fields: {key: value}. pairs: whether the model takes sentence pairs. limits: with max_texts, max_text_chars.
     Raises: ServiceError that identifies an invalid text by its number and does not quote it.
     """
     forms = [("text", "text_pair"), ("texts", "text_pairs")] if pairs else [("text",), ("texts",)]
@@ -141,23 +146,27 @@ def read_query(fields, logid, expires, pairs, max_texts):
         takes = "sentence pairs" if pairs else "single texts"
         either = " or ".join(" and ".join(form) for form in forms)
         raise ServiceError(BAD_INPUT, f"this model takes {takes}: the keys must be {either}, and no others")
-    sides = [check_texts(key, fields[key] if key.endswith("s") else [fields[key]], max_texts) for key in keys]
+    sides = [check_texts(key, fields[key] if key.endswith("s") else [fields[key]], limits) for key in keys]
     if len({len(side) for side in sides}) > 1:
         raise ServiceError(BAD_INPUT, f"{len(sides[0])} texts and {len(sides[1])} text_pairs: there must be as many")
-    return Query(sides[0], sides[1] if pairs else None, logid, expires)
+    return Query(sides[0], sides[1] if pairs else None, logid)
 
 
-def check_texts(key, texts, max_texts):
-    """Returns: texts. Raises: ServiceError unless it is a list of 1 to max_texts Unicode strings."""
+def check_texts(key, texts, limits):
+    """Returns: texts. Raises: ServiceError unless it is a list of 1 to max_texts Unicode strings, none too long."""
     if not isinstance(texts, list) or not texts:
         raise ServiceError(BAD_INPUT, f"{key} must be a list of texts with at least one in it")
-    if len(texts) > max_texts:
-        raise ServiceError(BAD_INPUT, f"{len(texts)} texts in {key}; at most {max_texts} are taken in one request")
+    if len(texts) > limits["max_texts"]:
+        most = f"at most {limits['max_texts']} are taken in one request"
+        raise ServiceError(BAD_INPUT, f"{len(texts)} texts in {key}; {most}")
     for number, text in enumerate(texts, 1):
         which = f"text {number} of {key}" if key.endswith("s") else key
         if not isinstance(text, str):
             kind = JSON_TYPES.get(type(text), "an object")
             raise ServiceError(BAD_INPUT, f"{which} must be a string, not {kind}")
+        if len(text) > limits["max_text_chars"]:
+            most = f"at most {limits['max_text_chars']} are taken"
+            raise ServiceError(BAD_INPUT, f"{which} has {len(text)} characters; {most}")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:  # JSON can contain half of a surrogate pair
@@ -165,11 +174,20 @@ def check_texts(key, texts, max_texts):
     return texts
 
 
-def body_of(response, in_message_form):
-    """JSON body, bytes, of the HTTP response for a Response: in the form of the RPC message, or as a plain object."""
-    answer = {"err_no": response.err_no, "err_msg": response.err_msg}
+def message_of(answer):
+    """The Response of an Answer: its values are strings of JSON."""
+    response = messages().Response(err_no=answer.err_no, err_msg=answer.err_msg)
+    response.key.extend(answer.values)
+    response.value.extend(json.dumps(value, ensure_ascii=False) for value in answer.values.values())
+    return response
+
+
+def body_of(answer, in_message_form=False):
+    """JSON body, bytes, of the HTTP response for an Answer: in the form of the RPC message, or as a plain object."""
+    body = {"err_no": answer.err_no, "err_msg": answer.err_msg}
     if in_message_form:
-        answer.update(key=list(response.key), value=list(response.value), tensors=[])
+        values = [json.dumps(value, ensure_ascii=False) for value in answer.values.values()]
+        body.update(key=list(answer.values), value=values, tensors=[])
     else:
-        answer.update((key, json.loads(value)) for key, value in zip(response.key, response.value))
-    return json.dumps(answer, ensure_ascii=False).encode("utf-8")
+        body.update(answer.values)
+    return json.dumps(body, ensure_ascii=False).encode("utf-8")

@@ -11,8 +11,11 @@ SIGINT or SIGTERM. The model runs in a worker process with its own process group
 """
 
 import contextlib
+import ctypes
 import json
 import os
+import resource
+import select
 import signal
 import socket
 import subprocess
@@ -76,7 +79,13 @@ class Settings(Section):
     worker_num: int = number(128, 1, 512)
     timeout_ms: int = number(10_000, 1, 600_000)
     max_body_bytes: int = number(1 << 18, 1024, 1 << 26)
+    max_header_bytes: int = number(8192, 1024, 1 << 20)
+    request_ms: int = number(10_000, 100, 600_000)
+    max_connections: int = number(512, 8, 100_000)
+    max_connections_per_address: int = number(512, 8, 100_000)
     max_texts: int = number(128, 1, 10_000)
+    max_text_chars: int = number(32_768, 1, 1 << 26)
+    max_texts_waiting: int = number(4096, 1, 1_000_000)
     grace_ms: int = number(5000, 0, 600_000)
     log_dir: str = "."
     dag: Dag = Dag()
@@ -173,6 +182,29 @@ def check_ports(config):
         raise UserError(f"http_port and rpc_port are both {config['http_port']}")
 
 
+def allow_connections(config):
+    """Raises the limit of open files, of which each connection is one, as far as it may be. Raises: UserError if even
+    that is too low for the settings."""
+    needed = 3 * config["max_connections"] + 256  # HTTP for a moment twice, as many by RPC, and what else is open
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY and most < needed:
+        raise UserError(
+            f"max_connections {config['max_connections']}: needs {needed} open files, and this user may have {most} "
+            "(ulimit -n)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(needed, 4096) if most == resource.RLIM_INFINITY else most, most))
+
+
+def die_with_parent():
+    """Runs in the worker: makes the kernel kill it when this process dies, even if it is stopped."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+
+
+def open_log(path, mode):
+    """A log file for writing. Raises: OSError for a link, behind which another file might be overwritten."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | mode, 0o600), "wb")
+
+
 class Supervisor:
     """Keeps one worker process running, in its own session. Paddle Serving kills its whole process group when it
     fails; this process and its parent survive that."""
@@ -181,18 +213,19 @@ class Supervisor:
         self.config, self.worker, self.stopping = config, None, False
 
     def start(self):
-        """Starts the worker. Returns: True once the worker is ready, False if it ended before that."""
+        """Starts the worker. Returns: a pipe from which a byte comes when it is ready, then twice a second."""
         log_dir = os.path.join(self.config["log_dir"], "PipelineServingLogs")
         os.makedirs(log_dir, exist_ok=True)
-        ready, worker_end = os.pipe()
-        mode = "wb" if self.worker is None else "ab"  # kept across restarts: it may show why the worker ended
-        with open(os.path.join(log_dir, "worker.out"), mode) as out:
+        beats, worker_end = os.pipe()
+        mode = os.O_TRUNC if self.worker is None else os.O_APPEND  # kept across restarts: it may show why one ended
+        with open_log(os.path.join(log_dir, "worker.out"), mode) as out:
             self.worker = subprocess.Popen(
                 [sys.executable, os.path.abspath(__file__)],
                 stdin=subprocess.PIPE,
                 stdout=out,
                 pass_fds=[worker_end],
                 start_new_session=True,
+                preexec_fn=die_with_parent,
                 text=True,
                 env={**os.environ, WORKER: str(worker_end), "SERVING_LOG_PATH": self.config["log_dir"]},
             )
@@ -201,8 +234,12 @@ class Supervisor:
             self.stop()
         with contextlib.suppress(BrokenPipeError), self.worker.stdin as stdin:
             json.dump({**self.config, "supervisor": os.getpid()}, stdin)
-        with open(ready, "rb") as pipe:
-            return pipe.read(1) == b"!"
+        return beats
+
+    def beats(self, pipe, seconds=None):
+        """Whether the worker gives a sign of life within so many seconds; False if it has ended."""
+        readable, _, _ = select.select([pipe], [], [], None if self.stopping else seconds)
+        return bool(readable and os.read(pipe, 4096))
 
     def stop(self, *_):
         """Asks the worker to finish the running requests and exit; kills it when the grace period is over."""
@@ -223,11 +260,21 @@ class Supervisor:
         signal.signal(signal.SIGINT, self.stop)
         config, been_ready, quick_ends = self.config, False, 0
         while True:
-            ready = self.start()
+            pipe = self.start()
+            ready = self.beats(pipe)  # loading takes as long as it takes
             since = time.monotonic()
             if ready:
                 where = f"http://{protocol.authority(config['host'], config['http_port'])}/ppminilm/prediction"
                 print(f"web_service.py: ready, {where} and RPC on port {config['rpc_port']}", flush=True)
+            while ready and self.beats(pipe, SILENCE):
+                pass
+            os.close(pipe)
+            if ready and self.worker.poll() is None and not self.stopping:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.worker.wait(0.2)  # it closed the pipe by ending
+            if ready and self.worker.poll() is None and not self.stopping:
+                print(f"web_service.py: no sign of life from the worker for {SILENCE} s", file=sys.stderr, flush=True)
+                self.end()
             status = self.worker.wait()
             self.end()  # kills the other processes of its group
             if self.stopping:
@@ -244,18 +291,24 @@ class Supervisor:
             print(f"{message}; starting it anew", file=sys.stderr, flush=True)
 
 
+SILENCE = 3  # seconds without a sign of life, which comes twice a second, after which a worker is ended
 WORKER = "PPMINILM_WORKER"  # environment variable, set for the worker only: the file descriptor for its ready signal
 
 
 def work():
     """Runs as the worker process. Reads the settings as JSON from standard input."""
+    import asyncio
+
     import worker
 
-    def ready():
-        with contextlib.suppress(BrokenPipeError), open(int(os.environ[WORKER]), "wb", 0) as pipe:
-            pipe.write(b"!")
+    pipe = int(os.environ[WORKER])
+    os.set_blocking(pipe, False)
 
-    worker.serve(json.load(sys.stdin), ready)
+    def beat():
+        with contextlib.suppress(BlockingIOError):  # full: web_service.py has not read for hours
+            os.write(pipe, b"!")  # BrokenPipeError if it is gone: the worker ends, too
+
+    asyncio.run(worker.serve(json.load(sys.stdin), beat, beat))
 
 
 def main(argv=None):
@@ -268,6 +321,7 @@ def main(argv=None):
 
         sys.exit(0 if rpc_client.wait_ready(config["host"], config["http_port"], args.wait_ready) else 1)
     check_ports(config)
+    allow_connections(config)
     with protocol.needs_paddle_serving():
         protocol.messages()
     sys.exit(Supervisor(config).run())

@@ -1,14 +1,13 @@
-"""The worker process, started by web_service.py: runs the model in Paddle Serving's pipeline behind gRPC and HTTP.
+"""The worker process, started by web_service.py: one event loop with both fronts, and the model's threads.
 
-fronts.py (RPC, HTTP) -> Service -> TextRequestOp -> PPMiniLMOp (tokenizes, runs waiting requests as a batch) -> answer
+fronts.py (RPC, HTTP) -> Service -> scheduler.py -> PPMiniLMOp (tokenizes, runs a batch, makes the answer) -> fronts.py
 """
 
-import json
+import asyncio
 import logging
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 
@@ -17,26 +16,36 @@ import fronts
 import numpy as np
 import protocol
 from common import batching, checkpoints, cli, compat, engine
-from protocol import BAD_INPUT, OK, TIMEOUT, UNAVAILABLE, UNKNOWN, ServiceError
+from protocol import BAD_INPUT, OK, TIMEOUT, UNAVAILABLE, UNKNOWN, Answer, ServiceError
+from scheduler import Job, Scheduler
 
 pipeline = compat.paddle_serving()
 log = logging.getLogger("ppminilm")
 
 # Batch sizes that are run. oneDNN prepares its operators for every new shape: this takes many times as long as a run
 # and copies the weights. So only these batch sizes are used, and each of them is run once before the ports open.
-ROWS = {"cpu": (8, 4, 2, 1), "gpu": (32, 16, 8, 4, 2, 1)}
+ROWS = {"cpu": (16, 4, 1), "gpu": (32, 16, 8, 4, 2, 1)}
 # Fixed cost of a run, expressed in tokens. Measured with 6 layers in INT8: 5 to 6 ms per run and 0.13 ms per token.
 RUN_COST = 48
 
 
 def padded_lengths(longest):
-    """Sequence lengths to which texts are padded, ascending: few enough to prepare them all, with little padding."""
-    steps = [*range(16, 64, 16), *range(64, 256, 32), *range(256, longest, 64)]
+    """Sequence lengths to which texts are padded, ascending. Few enough that the engine keeps what it prepared for each
+    of them and each batch size (64 shapes, common/engine.py), and fine where most texts are."""
+    steps = (16, 32, 64, 128, 256, 384)
     return [length for length in steps if length < longest] + [longest]
 
 
+def is_cjk(text):
+    return all("\u4e00" <= char <= "\u9fff" for char in text)
+
+
 class Model:
-    """The exported model, with the interface of Paddle Serving's local service handler."""
+    """The exported model, with the interface of Paddle Serving's local service handler.
+
+    Args: threads: CPU threads in all, 0 for all cores. They are divided among streams, which compute batches side by
+        side: faster than one batch on all threads, which wait for each other after every operator.
+    """
 
     def __init__(self, path, device, precision, threads, use_trt=False):
         graph = checkpoints.open_graph(path, "--model")
@@ -46,25 +55,84 @@ class Model:
         self.pairs = bool(self.record["data"]["dev"].get("pairs"))
         self.longest = self.record["arguments"]["max_seq_length"]
         self.rows, self.lengths = ROWS[device.partition(":")[0]], padded_lengths(self.longest)
-        ids = [self.tokenizer.cls_id] + [self.tokenizer.sep_id] * (self.longest - 1)
-        shapes = [batching.Feature(ids[:n], [0] * n, None) for n in self.lengths for _ in range(self.rows[0])]
+        self.streams = engine.default_streams(device, threads or None)
         # TensorRT collects its shape ranges from the largest batches and one single row.
-        options = device, self.precision, threads, use_trt, self.rows[0], self.tokenizer.pad_id
-        self.engine = engine.open_engine(graph.prefix, [*shapes, shapes[-1]], *options)
-        self.last_run = time.monotonic()
+        shapes = [self.shape(1, length) for length in self.lengths for _ in range(self.rows[0])]
+        features = [
+            batching.Feature(batch.input_ids[0].tolist(), [0] * batch.input_ids.shape[1], None) for batch in shapes
+        ]
+        options = device, self.precision, threads or None, use_trt, self.rows[0], self.tokenizer.pad_id, self.streams
+        self.engine = engine.open_engine(graph.prefix, [*features, features[-1]], *options)
+        # A request that comes alone is answered soonest on all threads.
+        self.alone, self.most_alone = self.engine, 1
+        if self.streams > 1:
+            self.alone = engine.open_engine(graph.prefix, features, *options[:-1], streams=1)
+
+    def shape(self, rows, length):
+        """A Batch of that shape without a text in it."""
+        ids = np.full((rows, length), self.tokenizer.sep_id)
+        ids[:, 0] = self.tokenizer.cls_id
+        return batching.Batch(ids, np.zeros_like(ids), None, None)
 
     def prepare(self):
-        """Runs one batch of every shape, so that oneDNN prepares its operators."""
-        for length in self.lengths:
-            for rows in self.rows:
-                ids = np.full((rows, length), self.tokenizer.sep_id)
-                self.run_once(ids, np.zeros_like(ids))
+        """Runs one batch of every shape in every stream, so that oneDNN prepares its operators."""
+        self.engine.prepare(self.shape(rows, length) for length in self.lengths for rows in self.rows)
+        if self.alone is not self.engine:
+            self.alone.prepare(
+                self.shape(rows, length) for length in self.lengths for rows in self.rows if rows <= self.most_alone
+            )
 
-    def run_once(self, input_ids, token_type_ids):
-        """Logits of one batch. Args: int64 arrays [rows, length] of a prepared shape."""
-        logits = self.engine.run(batching.Batch(input_ids, token_type_ids, None, None))
-        self.last_run = time.monotonic()
-        return logits
+    def tokenize(self, texts, pairs, number=1):
+        """(list of Feature, list of bool: whether a text was cut) of texts, and their pairs, or None.
+
+        Args: number: of the first text in its request. Raises: ServiceError for a text without tokens, as an empty one.
+        """
+        texts, pairs = [self.beginning(text) for text in texts], pairs and [self.beginning(text) for text in pairs]
+        features, truncated = [], []
+        for ids, types in self.tokenizer.encode(texts, pairs, self.longest + 1):
+            if types.count(0) < 3 or (self.pairs and types.count(1) < 2):  # only [CLS] and [SEP]
+                raise ServiceError(BAD_INPUT, f"text {number + len(features)} is empty")
+            truncated.append(len(ids) > self.longest)
+            features.append(batching.Feature(ids, types, None))
+        for i in np.flatnonzero(truncated):
+            pair = [pairs[i]] if pairs else None
+            ((ids, types),) = self.tokenizer.encode([texts[i]], pair, self.longest)
+            features[i] = batching.Feature(ids, types, None)
+        return features, truncated
+
+    def beginning(self, text):
+        """As much of a long text as decides its first ``longest`` tokens; what follows them would be cut off anyway.
+
+        It ends at white space or between two CJK characters, so that its tokens are the first ones of the whole text.
+        A piece with too few tokens, such as one of blanks or of words that are not in the vocabulary, is doubled.
+        """
+        size = 4 * self.longest
+        while size < len(text):
+            end = next(
+                (i for i in range(size, len(text)) if text[i].isspace() or is_cjk(text[i - 1 : i + 1])), len(text)
+            )
+            ((ids, _),) = self.tokenizer.encode([text[:end]], None, self.longest + 3)
+            if len(ids) == self.longest + 3:
+                return text[:end]
+            size = 2 * end
+        return text
+
+    def cheapest_runs(self, lengths, rows):
+        """[(start, stop, padded length)]: how texts of these lengths, ascending, are best divided into shapes."""
+        padded = [self.lengths[i] for i in np.searchsorted(self.lengths, lengths)]
+        # cheapest[n]: (lowest cost of the n shortest texts, batch size of the run with the longest of them).
+        cheapest = [(0, 0)]
+        for n, length in enumerate(padded, 1):
+            cheapest.append(min((cheapest[n - r][0] + RUN_COST + r * length, r) for r in rows if r <= n))
+        runs, n = [], len(padded)
+        while n:
+            size = cheapest[n][1]
+            runs.append((n - size, n, padded[n - 1]))
+            n -= size
+        return runs
+
+    def batch(self, features, length):
+        return batching.collate(features, range(len(features)), self.tokenizer.pad_id, length)
 
     def prepare_server(self):
         return None
@@ -77,218 +145,142 @@ class Model:
     def get_client(self, concurrency_idx):
         return self
 
-    def tokenize(self, query):
-        """(input_ids, token_type_ids, truncated) of a Query: two int64 arrays [texts, longest] and a list of bool.
-
-        Raises: ServiceError for a text without tokens, such as an empty one.
-        """
-        encoded = self.tokenizer.encode(query.texts, query.pairs, self.longest + 1)
-        truncated = [len(ids) > self.longest for ids, _ in encoded]
-        for i in np.flatnonzero(truncated):
-            encoded[i] = self.tokenizer.encode(
-                [query.texts[i]], [query.pairs[i]] if query.pairs else None, self.longest
-            )[0]
-        for number, (_, types) in enumerate(encoded, 1):
-            if types.count(0) < 3 or (self.pairs and types.count(1) < 2):  # only [CLS] and [SEP]
-                raise ServiceError(BAD_INPUT, f"text {number} is empty")
-        features = [batching.Feature(ids, types, None) for ids, types in encoded]
-        return *self.arrays(features), truncated
-
-    def arrays(self, features):
-        batch = batching.collate(features, range(len(features)), self.tokenizer.pad_id, self.longest)
-        return batch.input_ids, batch.token_type_ids
-
-    def run(self, input_ids, token_type_ids):
-        """Logits, float32 [texts, classes], of padded int64 arrays [texts, longest], split into the cheapest runs."""
-        tokens = input_ids.shape[1] - (input_ids[:, ::-1] != self.tokenizer.pad_id).argmax(1)
-        order = np.argsort(tokens, kind="stable")
-        lengths = [self.lengths[i] for i in np.searchsorted(self.lengths, tokens[order])]
-        # cheapest[n]: (lowest cost of the n shortest texts, batch size of the run with the longest of them).
-        cheapest = [(0, 0)]
-        for n, length in enumerate(lengths, 1):
-            cheapest.append(
-                min((cheapest[n - rows][0] + RUN_COST + rows * length, rows) for rows in self.rows if rows <= n)
-            )
-        logits, n = np.empty((len(input_ids), len(self.labels)), "float32"), len(lengths)
-        while n:
-            rows, length = cheapest[n][1], lengths[n - 1]
-            chosen = order[n - rows : n]
-            ids, types = (np.ascontiguousarray(side[chosen, :length]) for side in (input_ids, token_type_ids))
-            logits[chosen] = self.run_once(ids, types)
-            n -= rows
-        return logits
-
-
-class TextRequestOp(pipeline.RequestOp):
-    """Passes on the Query that the front has parsed. Paddle Serving's RequestOp would unpickle tensors of clients."""
-
-    def unpack_request_package(self, query):
-        return {"query": query}, query.logid, None, ""
-
 
 class PPMiniLMOp(pipeline.Op):
-    """Tokenizes, runs the model on the waiting requests, and returns logits, and what the objective makes of them."""
+    """Paddle Serving's operator: what is done with a request before, in, and after the model. See scheduler.py."""
 
-    def __init__(self, request_op, model):
+    def __init__(self, model):
         super().__init__(
-            name=protocol.SERVICE, input_ops=[request_op], client_type="local_predictor", local_service_handler=model
+            name=protocol.SERVICE, input_ops=[], client_type="local_predictor", local_service_handler=model
         )
         self.model = model
 
-    def init_client(self, client_config, server_endpoints):
-        """Prepares all shapes in the thread that runs the model: oneDNN caches prepared operators per thread."""
-        self.model.prepare()
-        return self.model
-
-    def _auto_batching_generator(self, input_channel, op_name, batch_size, timeout, op_info_prefix):
-        """Yields lists of waiting requests with at most batch_size texts in total, or one larger request.
-
-        A single request is passed on at once; no timer runs while the service is idle. Large requests are not
-        merged, so that each is answered as soon as possible.
-        """
-        held = None
-        while True:
-            batch = [held or input_channel.front(op_name)]
-            held, texts_in = None, self.count(batch[0])
-            while input_channel.size():
-                held = input_channel.front(op_name)
-                texts_in += self.count(held)
-                if texts_in > batch_size:
-                    break
-                batch.append(held)
-                held = None
-            yield batch
-
-    @staticmethod
-    def count(waiting):
-        """The number of texts of a request in the channel."""
-        (request,) = waiting.values()
-        return len(request.dictdata["query"].texts)
-
     def preprocess(self, input_dicts, data_id=0, log_id=0):
+        """Tokenizes some texts of a request: {texts, pairs, number of the first one} -> {features, truncated}."""
         (request,) = input_dicts.values()
-        if time.monotonic() > request["query"].expires:
-            return None, False, TIMEOUT, "the service is too busy: the request waited longer than its time limit"
-        try:
-            input_ids, token_type_ids, request["truncated"] = self.model.tokenize(request["query"])
-        except ServiceError as error:
-            return None, False, error.err_no, str(error)
-        return {"input_ids": input_ids, "token_type_ids": token_type_ids}, False, None, ""
+        features, truncated = self.model.tokenize(**request)
+        return {"features": features, "truncated": truncated}, False, None, ""
 
     def process(self, feed_batch, typical_logid=0):
-        return {"logits": self.model.run(**feed_batch[0])}, OK, ""
+        """Runs the model, in a thread of it: {features, length, engine} -> {logits: float32 [texts, outputs]}."""
+        (feed,) = feed_batch
+        batch = self.model.batch(feed["features"], feed["length"])
+        return {"logits": feed["engine"].run(batch)}, OK, ""
 
     def postprocess(self, input_data, fetch_data, data_id=0, log_id=0):
+        """The answer to a request: {truncated}, {logits} -> {key: a value for JSON}."""
         (request,) = input_data.values()
         logits = fetch_data["logits"]
         answer = {
             **self.model.objective.columns(logits, self.model.labels),
             # Nine significant digits identify every float32 value.
-            "logits": [[float(f"{value:.9g}") for value in row] for row in logits],
+            "logits": [[float(f"{value:.9g}") for value in row] for row in logits.tolist()],
             "classes": self.model.labels,
             "truncated": request["truncated"],
             "objective": self.model.objective.describe(),
         }
-        return {key: json.dumps(value, ensure_ascii=False) for key, value in answer.items()}, None, ""
+        return answer, None, ""
 
 
 class Service:
-    """Answers the requests of both fronts: enforces the limits, calls the pipeline and writes the log."""
+    """Answers the requests of both fronts: enforces the limits, asks the scheduler and writes the log."""
 
     def __init__(self, model, config):
         self.model, self.config, self.closing = model, config, False
         self.timeout = config["timeout_ms"] / 1000
-        self.running, self.lock = {}, threading.Lock()  # {running request: its arrival time}
-        op = PPMiniLMOp(TextRequestOp(), model)
-        op.init_from_dict({"timeout": -1, "auto_batching_timeout": -1, **config["op"][protocol.SERVICE]})
-        graph = {"retry": 1, "use_profile": False, "channel_size": 0, "channel_recv_frist_arrive": False}
-        graph.update(config["dag"], tracer={"interval_s": -1})
-        server = {"worker_num": config["worker_num"], "build_dag_each_worker": False, "dag": graph}
-        self.pipeline = pipeline.DAGExecutor(pipeline.ResponseOp(input_ops=[op]), server, -1)
-        self.pipeline.start()
+        self.running = set()  # jobs
+        self.op = PPMiniLMOp(model)
+        self.scheduler = Scheduler(self.op, config["op"][protocol.SERVICE]["batch_size"])
         ready = "text_pair" if model.pairs else "text"
         self.health_fields = dict.fromkeys(("text", ready), model.labels[0])
-        query = protocol.read_query(self.health_fields, 0, float("inf"), model.pairs, 1)
-        response = self.pipeline.call(query)
-        if response.err_no:
-            raise RuntimeError(f"the model gave no answer: {response.err_msg}; see {config['log_dir']}")
 
-    def answer(self, front, read):
-        """Returns: the Response. Args: front: its name in the log. read: function that returns (fields, logid)."""
-        start, logid, count = time.monotonic(), 0, 0
-        response = protocol.messages().Response()
-        key = object()
+    async def answer(self, front, read, address):
+        """Returns: the Answer. Args: front: its name in the log. read: function that returns (fields, logid).
+        address: of the client, whose requests take turns with those of others."""
+        start, logid, count, values, err_no, err_msg = time.monotonic(), 0, 0, {}, OK, ""
         try:
-            with self.lock:
-                if self.closing or len(self.running) >= self.config["worker_num"]:
-                    why = "is stopping" if self.closing else "has too many requests waiting"
-                    raise ServiceError(UNAVAILABLE, f"the service {why}; try again")
-                self.running[key] = start
             fields, logid = read()
-            query = protocol.read_query(fields, logid, start + self.timeout, self.model.pairs, self.config["max_texts"])
+            query = protocol.read_query(fields, logid, self.model.pairs, self.config)
             count = len(query.texts)
-            response = self.pipeline.call(query)
+            values = await asyncio.wait_for(self.compute(query, address, front == "health"), self.timeout)
         except ServiceError as error:
-            response.err_no, response.err_msg = error.err_no, str(error)
+            err_no, err_msg = error.err_no, str(error)
+        except asyncio.TimeoutError:
+            err_no, err_msg = TIMEOUT, "the service is too busy: the request waited longer than its time limit"
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]  # not the message: it may quote the request
             log.error("logid %d: %s, %s:%d", logid, type(error).__name__, place.filename, place.lineno)
-            response.err_no = UNKNOWN
-        finally:
-            self.running.pop(key, None)
-        if response.err_no == UNKNOWN:  # Paddle Serving's message would reveal methods and data
-            response.err_msg = "the service failed to answer this request"
+            err_no, err_msg = UNKNOWN, "the service failed to answer this request"
         milliseconds = 1000 * (time.monotonic() - start)
-        log.info("%s logid %d: %d texts, %.1f ms, err_no %d", front, logid, count, milliseconds, response.err_no)
-        return response
+        log.info("%s logid %d: %d texts, %.1f ms, err_no %d", front, logid, count, milliseconds, err_no)
+        return Answer(err_no, err_msg, values)
+
+    async def compute(self, query, address, is_health):
+        job = Job(query, address, time.monotonic())
+        if self.closing:
+            raise ServiceError(UNAVAILABLE, "the service is stopping; try again")
+        if not is_health:  # which has a place of its own
+            self.admit(job)
+        try:
+            logits = await self.scheduler.run(job)
+        finally:
+            self.running.discard(job)
+        answer, _, _ = self.op.postprocess({"request": {"truncated": job.truncated}}, {"logits": logits})
+        return answer
+
+    def admit(self, job):
+        """Takes a job in. If there are too many, the largest that has not begun makes room, of equal ones the latest.
+
+        Raises: ServiceError if this one is the largest.
+        """
+        busy = ServiceError(UNAVAILABLE, "the service has too many requests waiting; try again")
+        self.running.add(job)
+        while len(self.running) > self.config["worker_num"] or self.texts() > self.config["max_texts_waiting"]:
+            not_begun = [one for one in self.running if one.logits is None]
+            largest = max(not_begun, key=lambda one: (one.seconds, one.order))
+            self.running.discard(largest)
+            if largest is job:
+                raise busy
+            self.scheduler.fail([largest], busy)
+
+    def texts(self):
+        return sum(len(job.query.texts) for job in self.running)
 
 
 def set_up_logs():
-    """Limits the size of Paddle Serving's log files, which it opens on import, and omits lines about queue entries."""
+    """Limits the size of Paddle Serving's log files, which it opens on import."""
     logging.getLogger("paddle_serving_server").setLevel(logging.WARNING)
-    logging.getLogger("waitress").setLevel(logging.ERROR)  # it warns whenever a request waits for a thread
+    logging.getLogger("aiohttp").setLevel(logging.CRITICAL)  # it logs what clients send wrong
     for handler in logging.getLogger().handlers:
         handler.maxBytes, handler.backupCount = 10_000_000, 4
 
 
-def watch(service):
-    """Ends the process when web_service.py is gone, or when requests wait but the model has not run for too long:
-    it hangs, and they would never be answered."""
-    while True:
-        time.sleep(0.5)
-        if os.getppid() != service.config["supervisor"]:
-            os._exit(1)
-        now = time.monotonic()
-        oldest = min(list(service.running.values()), default=now)
-        silent = now - max(oldest, service.model.last_run)
-        if silent > service.timeout + 30:
-            log.critical("requests are waiting, but the model has not run for %.0f s: ending this process", silent)
-            os._exit(1)
+async def serve(config, ready, heartbeat):
+    """Loads the model, opens the ports, calls ready(), and answers until SIGTERM or SIGINT.
 
-
-def serve(config, ready):
-    """Loads the model, opens the ports, calls ready(), and answers until SIGTERM or SIGINT."""
+    Args: heartbeat: function that is called twice a second: web_service.py ends a worker that is silent.
+    """
     set_up_logs()
     op = config["op"][protocol.SERVICE]["local_service_conf"]
     device = cli.set_device("cpu" if op["device_type"] == 0 else f"gpu:{op['devices'] or 0}")
     model = Model(op["model_config"], device, op["precision"], op["thread_num"], use_trt=op["device_type"] == 2)
-    service = Service(model, config)
-    rpc, http = fronts.rpc_server(service, config), fronts.http_server(service, config)
-
-    def stop(*_):
-        def drain():
-            service.closing = True
-            until = time.monotonic() + config["grace_ms"] / 1000
-            rpc_done = rpc.stop(config["grace_ms"] / 1000)
-            while time.monotonic() < until and (not rpc_done.is_set() or fronts.unanswered(http)):
-                time.sleep(0.01)
-            os._exit(0)
-
-        threading.Thread(target=drain).start()
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    threading.Thread(target=watch, args=(service,), daemon=True).start()
-    rpc.start()
+    model.prepare()
+    service, stopping = Service(model, config), asyncio.Event()
+    first = await service.answer("health", lambda: (service.health_fields, 0), "")
+    if first.err_no:
+        raise RuntimeError(f"the model gave no answer: {first.err_msg}; see {config['log_dir']}")
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    rpc, http = await fronts.start_rpc(service, config), await fronts.start_http(service, config)
     ready()
-    http.run()
+    while not stopping.is_set():
+        if not service.scheduler.is_stuck(service.timeout + 30):
+            heartbeat()
+        try:
+            await asyncio.wait_for(stopping.wait(), 0.5)
+        except asyncio.TimeoutError:
+            continue
+    service.closing = True
+    grace = config["grace_ms"] / 1000
+    await asyncio.gather(rpc.stop(grace), http.stop(grace))
