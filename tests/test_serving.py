@@ -194,10 +194,10 @@ def test_small_requests_overtake_and_addresses_take_turns(model):
 def test_the_beginning_of_a_long_text_decides(model):
     """Cut before it is tokenized, it has the tokens of the whole; also with blanks, unknown words, marks, pairs."""
     rng = random.Random(0)
-    pieces = ["一丁七", "hello ", " ", "\u0301", "é", "[SEP]", "x" * 150, "，", "三", "\n", "🙂", "ABC12 "]
+    pieces = ["一丁七", "hello ", " ", "\u0301", "é", "[SEP]", "x" * 150, "，", "三", "\n", "\x1c", "cc\x85c", "c\x0bc"]
     assert len(model.beginning("一丁七" * 5000)) == 4 * model.longest
     for number in range(60):
-        text = "".join(rng.choices(pieces, [9, 1, 1, 1, 1, 1, 0.2, 1, 5, 1, 1, 1], k=rng.choice([50, 400, 1500])))
+        text = "".join(rng.choices(pieces, [9, 1, 1, 1, 1, 1, 0.2, 1, 5, 1, 1, 1, 1], k=rng.choice([50, 400, 1500])))
         whole = model.tokenizer.encode([text], None, model.longest)
         features, truncated = model.tokenize([text], None)
         assert [(one.input_ids, one.token_type_ids) for one in features] == whole
@@ -398,3 +398,55 @@ def test_an_engine_that_hangs_is_seen(model):
             await waiting
 
     asyncio.run(run())
+
+
+def test_a_large_request_that_is_given_up_while_it_is_tokenized(model, monkeypatch):
+    """And turns out to be wrong then: the next one is tokenized and answered all the same."""
+    import asyncio
+
+    import worker
+    from scheduler import Job, Scheduler
+
+    tokenizing, release = threading.Event(), threading.Event()
+    tokenize = model.tokenize
+
+    def slowly(texts, pairs, number=1):
+        tokenizing.set()
+        release.wait(20)
+        return tokenize(texts, pairs, number)
+
+    monkeypatch.setattr(model, "tokenize", slowly)
+
+    async def run():
+        scheduler, large = Scheduler(worker.PPMiniLMOp(model), 32), ["一丁七万丈三上下" * 20] * 9
+        given_up = asyncio.ensure_future(scheduler.run(Job(protocol.Query([" ", *large], None, 0), "a", 0.0)))
+        await asyncio.sleep(0)
+        await asyncio.get_running_loop().run_in_executor(None, tokenizing.wait)
+        given_up.cancel()
+        await asyncio.sleep(0)
+        release.set()
+        logits = await asyncio.wait_for(scheduler.run(Job(protocol.Query(large, None, 0), "a", 0.0)), 20)
+        assert len(logits) == 9 and given_up.cancelled() and not scheduler.done_for
+
+    asyncio.run(run())
+
+
+def test_what_a_caller_gave_up_is_not_computed(model):
+    """Of 128 texts no more than the streams have taken already, the batch that waits for them, and one or two more."""
+    import asyncio
+
+    import worker
+    from scheduler import AHEAD, Job, Scheduler
+
+    async def run():
+        scheduler = Scheduler(worker.PPMiniLMOp(model), 32)
+        asked = asyncio.ensure_future(scheduler.run(Job(protocol.Query(["一丁七"] * 128, None, 0), "a", 0.0)))
+        await asyncio.sleep(0)
+        asked.cancel()
+        while scheduler.running:
+            await asyncio.sleep(0.01)
+        assert not scheduler.waiting and not scheduler.done_for
+
+    asyncio.run(run())
+    rows = sum(rows for rows, _ in (*model.shapes["streams"], *model.shapes["alone"]))
+    assert 0 < rows <= (model.streams + AHEAD + 2) * model.rows[0] < 128

@@ -13,6 +13,7 @@ from aiohttp import web, web_protocol
 import protocol
 from protocol import BAD_INPUT, NO_SERVICE, NOT_IMPLEMENTED, OK, UNKNOWN, Answer, ServiceError
 
+MOST_PIPELINED = 32  # requests of one connection that wait for the reply to the one before
 PREDICTION, HEALTH = f"/{protocol.SERVICE}/prediction", f"/{protocol.SERVICE}/health"
 
 
@@ -48,7 +49,10 @@ async def start_rpc(service, config):
             # More than there are places, so that one connection gets err_no 3001, and not silence.
             ("grpc.max_concurrent_streams", 2 * config["worker_num"]),
             ("grpc.max_metadata_size", config["max_header_bytes"]),
+            # Idle connections are closed, and those that hold streams without a message when they are old.
             ("grpc.max_connection_idle_ms", 60_000),
+            ("grpc.max_connection_age_ms", 600_000),
+            ("grpc.max_connection_age_grace_ms", config["timeout_ms"] + 1000),
             ("grpc.server_handshake_timeout_ms", config["request_ms"]),
         ],
     )
@@ -63,11 +67,12 @@ class Connection(web_protocol.RequestHandler):
     def __init__(self, front, **options):
         super().__init__(front.server, **options)
         self.front, self.deadline, self.address = front, None, ""
-        self.head, self.busy, self.pipelined = b"", False, False
+        self.head, self.busy, self.whole, self.surplus = b"", False, False, 0
         self.since = self._loop.time()
 
     def connection_made(self, transport):
         super().connection_made(transport)
+        self.raw = transport  # aiohttp forgets it when it closes, though there may be something left to send
         self.address = (transport.get_extra_info("peername") or ("",))[0]
         self.await_request()
         self.front.opened(self)
@@ -82,29 +87,36 @@ class Connection(web_protocol.RequestHandler):
         """From now on there is time for one whole request, its reply included if the client is slow to read it."""
         if self.deadline:
             self.deadline.cancel()
-        self.head, self.since = b"", self._loop.time()
+        self.head, self.surplus, self.since = b"", 0, self._loop.time()
         self.deadline = self._loop.call_later(self.front.seconds, self.abort)
 
     def abort(self):
-        if self.transport is not None:
-            self.transport.abort()
+        self.raw.abort()
 
     def data_received(self, data):
-        if self.busy:  # the client does not wait for the reply: from now on the parser's own limits have to do
-            self.pipelined = True
-        if self.head is not None and not self.busy and not self.pipelined:
-            self.head += data[: self.front.max_head + 1 - len(self.head)]
-            if b"\r\n\r\n" in self.head:
+        if self.whole:  # the client does not wait for its reply: there is no need to keep much of what it sends
+            self.surplus += len(data)
+            if self.surplus > self.front.max_head:
+                self.abort()
+                return
+        elif self.head is not None and not self.busy:
+            self.head = (self.head + data[: self.front.max_head + 1]).lstrip(b"\r\n")
+            if b"\r\n\r\n" in self.head[: self.front.max_head + 4]:
                 self.head = None  # all there; the body has a limit of its own
             elif len(self.head) > self.front.max_head:
                 answer = Answer(BAD_INPUT, f"the head is larger than {self.front.max_head} bytes", {})
-                self.transport.write(raw_reply(431, "Request Header Fields Too Large", answer))
+                self.raw.write(raw_reply(431, "Request Header Fields Too Large", answer))
                 self.close_after_reply()
                 return
         super().data_received(data)
+        if len(self._messages) > MOST_PIPELINED:
+            self.abort()
+        elif self._messages and self._current_request and isinstance(self._messages[-1][0], web_protocol._ErrInfo):
+            # What came is not the rest of the body that is being read: aiohttp would wait for it all the same.
+            self._current_request.content.set_exception(web.RequestPayloadError("malformed"))
 
     def close_after_reply(self):
-        self.transport.close()
+        self.raw.close()
         self.force_close()
 
     def handle_error(self, request, status=500, exc=None, message=None):
@@ -155,7 +167,7 @@ class HttpFront:
 
     def close_oldest(self, connections, most):
         """Closes as many of the connections as are more than ``most``."""
-        idle = sorted((one for one in connections if not one.busy), key=lambda one: one.since)
+        idle = sorted((one for one in connections if not one.whole), key=lambda one: one.since)
         for connection in idle[: max(0, len(connections) - most)]:
             self.connections.discard(connection)
             connection.abort()
@@ -163,6 +175,7 @@ class HttpFront:
     async def start(self):
         loop = asyncio.get_running_loop()
         options = {"loop": loop, "access_log": None, "keepalive_timeout": 3600.0, "lingering_time": 0}
+        options["auto_decompress"] = False  # what a few kilobytes unpack to would be known too late
         limits = {"max_line_size": 1024, "max_field_size": self.max_head}
         self.listener = await loop.create_server(
             lambda: Connection(self, **options, **limits), self.config["host"], self.config["http_port"], backlog=1024
@@ -172,7 +185,9 @@ class HttpFront:
         """Takes no more connections; waits for the replies that are being made, at most for ``grace`` seconds."""
         self.listener.close()
         until = asyncio.get_running_loop().time() + grace
-        while any(one.busy for one in self.connections) and asyncio.get_running_loop().time() < until:
+        while asyncio.get_running_loop().time() < until:
+            if not any(one.busy or one.raw.get_write_buffer_size() for one in self.connections):
+                break
             await asyncio.sleep(0.01)
         await self.server.shutdown(0.1)
 
@@ -182,7 +197,7 @@ class HttpFront:
         try:
             return await self.reply_to(request, connection)
         finally:
-            connection.busy = False
+            connection.busy = connection.whole = False
             connection.await_request()
 
     async def reply_to(self, request, connection):
@@ -194,17 +209,24 @@ class HttpFront:
         if request.method != methods[path]:
             return self.refusal(405, NOT_IMPLEMENTED, "POST to prediction, GET health")
         if path == HEALTH:
+            connection.whole = True
+            connection.deadline.cancel()
             return await self.health()
+        if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+            return self.refusal(415, BAD_INPUT, "compressed bodies are not taken")
         limit = self.config["max_body_bytes"]
         if (request.content_length or 0) > limit:
             return self.refusal(413, BAD_INPUT, f"the body is larger than {limit} bytes")
         if request.headers.get("Expect", "").lower() == "100-continue":
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = bytearray()
-        async for part in request.content.iter_any():
-            body += part
-            if len(body) > limit:
-                return self.refusal(413, BAD_INPUT, f"the body is larger than {limit} bytes")
+        try:
+            async for part in request.content.iter_any():
+                body += part
+                if len(body) > limit:
+                    return self.refusal(413, BAD_INPUT, f"the body is larger than {limit} bytes")
+        except web.RequestPayloadError:
+            return self.refusal(400, BAD_INPUT, "the body is malformed")
         in_message_form = False
 
         def read():
@@ -212,6 +234,7 @@ class HttpFront:
             fields, logid, in_message_form = protocol.fields_of_body(bytes(body))
             return fields, logid
 
+        connection.whole = True
         connection.deadline.cancel()  # all is there; for the answer there is timeout_ms
         answer = await self.service.answer("http", read, connection.address)
         return json_reply(answer, in_message_form=in_message_form)

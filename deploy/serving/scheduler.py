@@ -34,6 +34,7 @@ class Job:
         self.order = now + self.seconds
         self.features, self.truncated = [], []
         self.left = []  # numbers of the texts that no stream has taken
+        self.begun = False  # whether a stream has taken a text of it
         self.logits, self.missing = None, len(query.texts)
         self.done = asyncio.get_running_loop().create_future()
 
@@ -96,7 +97,8 @@ class Scheduler:
             try:
                 await self.loop.run_in_executor(self.tokenizing, self.tokenize, job, start, start + SLICE)
             except Exception as error:
-                self.untokenized.remove(job)
+                if job in self.untokenized:  # its caller may have given up meanwhile
+                    self.untokenized.remove(job)
                 self.fail([job], error)
                 continue
             if len(job.features) == len(job.query.texts) and job in self.untokenized:
@@ -127,6 +129,7 @@ class Scheduler:
 
     def fill(self):
         """Gives the streams batches as long as there are some that they can take."""
+        self.waiting = [job for job in self.waiting if not job.done.done()]  # whose caller has not given up
         while self.running < self.model.streams + AHEAD and self.waiting:
             alone = not self.running and sum(len(job.left) for job in self.waiting) <= self.model.most_alone
             chosen, length = self.next_batch()
@@ -161,6 +164,7 @@ class Scheduler:
         start, stop, length = next(run for run in runs if run[0] <= place_of_first < run[1])
         chosen = [texts[place] for place in order[start:stop]]
         for job, i in chosen:
+            job.begun = True
             self.done_for[job.address] = self.done_for.get(job.address, 0.0) + job.seconds / len(job.features)
             job.left.remove(i)
             if not job.left:
@@ -185,8 +189,8 @@ class Scheduler:
         self.fill()
 
     def is_stuck(self, seconds):
-        """Whether a batch has been with the streams for longer than that: the engine hangs."""
-        return any(time.monotonic() - begun > seconds for begun in self.begun.values())
+        """Whether a batch has been with the streams for longer than that: the engine hangs; or nothing is tokenized."""
+        return self.tokenizer_task.done() or any(time.monotonic() - begun > seconds for begun in self.begun.values())
 
     def fail(self, jobs, error):
         for job in jobs:

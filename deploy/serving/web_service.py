@@ -216,6 +216,9 @@ class Supervisor:
         """Starts the worker. Returns: a pipe from which a byte comes when it is ready, then twice a second."""
         log_dir = os.path.join(self.config["log_dir"], "PipelineServingLogs")
         os.makedirs(log_dir, exist_ok=True)
+        for path in (log_dir, *(os.path.join(log_dir, name) for name in os.listdir(log_dir))):
+            if os.path.islink(path):  # behind which another file might be overwritten
+                raise UserError(f"{path}: a link; the logs are written to files of their own")
         beats, worker_end = os.pipe()
         mode = os.O_TRUNC if self.worker is None else os.O_APPEND  # kept across restarts: it may show why one ended
         with open_log(os.path.join(log_dir, "worker.out"), mode) as out:
@@ -233,7 +236,7 @@ class Supervisor:
         if self.stopping:  # the signal arrived before the worker was started
             self.stop()
         with contextlib.suppress(BrokenPipeError), self.worker.stdin as stdin:
-            json.dump({**self.config, "supervisor": os.getpid()}, stdin)
+            json.dump(self.config, stdin)
         return beats
 
     def beats(self, pipe, seconds=None):
@@ -246,7 +249,8 @@ class Supervisor:
         self.stopping = True
         if self.worker is not None:
             signal.signal(signal.SIGALRM, lambda *_: self.end())
-            signal.setitimer(signal.ITIMER_REAL, self.config["grace_ms"] / 1000 + 5)
+            if not signal.getitimer(signal.ITIMER_REAL)[0]:  # a second signal does not put it off
+                signal.setitimer(signal.ITIMER_REAL, self.config["grace_ms"] / 1000 + 5)
             with contextlib.suppress(ProcessLookupError):
                 self.worker.terminate()
 
