@@ -54,7 +54,7 @@ class Objective:
     # Labels
 
     def labels_in(self, row):
-        """The label names that a train record shows: all together are the names of the outputs."""
+        """The label names that a train record shows: all together, one for each output of the model, are its labels."""
         return ["score"]
 
     def read_label(self, row, labels):
@@ -222,8 +222,10 @@ class MultiLabel(Objective):
             raise ValueError('no "labels", a list of label names, which may be empty')
         names = [str(label) for label in given]
         for name in names:
-            if name not in labels or names.count(name) > 1:
-                raise ValueError(f"label {name!r} stands twice, or is not one of the task's: {', '.join(labels)}")
+            if name not in labels:
+                raise ValueError(f"label {name!r} is not one of the task's: {', '.join(labels)}")
+            if names.count(name) > 1:
+                raise ValueError(f"label {name!r} stands twice")
         return tuple(float(label in names) for label in labels)
 
     def show_label(self, target, labels):
@@ -313,9 +315,11 @@ def read_own_files():
     for path in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
         if path in OWN_FILES:
             continue
-        if not os.path.isabs(path) or not os.path.isfile(path) or not path.endswith(".py"):
+        if not os.path.isabs(path) or not path.endswith(".py"):
             why = "must be the absolute path of a Python file; launchers change the directory"
             raise UserError(f"{VARIABLE}={path}: {why}")
+        if not os.path.isfile(path):
+            raise UserError(f"{VARIABLE}={path}: no such file")
         name = f"own_objectives_{len(OWN_FILES)}"
         spec = importlib.util.spec_from_file_location(name, path)
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
