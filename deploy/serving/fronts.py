@@ -151,8 +151,8 @@ class HttpFront:
         """Counts a new connection. If there are too many, those that have been without a whole request for the longest
         time are closed: slow clients cannot keep others out. Not at once, as a request may be just arriving."""
         self.connections.add(connection)
-        if len(self.connections) > 2 * self.config["max_connections"]:
-            self.close_oldest(self.connections, 2 * self.config["max_connections"])
+        if len(self.connections) > 4 * self.config["max_connections"]:
+            self.close_oldest(self.connections, 4 * self.config["max_connections"])
         elif not self.trimming:
             self.trimming = True
             asyncio.get_running_loop().call_later(0.05, self.trim)

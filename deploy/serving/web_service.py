@@ -185,7 +185,7 @@ def check_ports(config):
 def allow_connections(config):
     """Raises the limit of open files, of which each connection is one, as far as it may be. Raises: UserError if even
     that is too low for the settings."""
-    needed = 3 * config["max_connections"] + 256  # HTTP for a moment twice, as many by RPC, and what else is open
+    needed = 5 * config["max_connections"] + 256  # HTTP for a moment four times, as many by RPC, and what else is open
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most != resource.RLIM_INFINITY and most < needed:
         raise UserError(
