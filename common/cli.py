@@ -2,13 +2,17 @@
 
 import argparse
 import contextlib
+import ctypes
 import errno
 import os
 import random
+import signal
 import sys
 import tempfile
 
 from common import UserError, files
+
+LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec a child must not load anything
 
 
 def run(main):
@@ -200,6 +204,11 @@ def set_device(device=None):
         raise UserError(f"--device {device}: must be gpu or cpu")
     paddle.set_device(device)
     return device
+
+
+def die_with_parent():
+    """Runs in a child process: makes the kernel kill it when its parent dies, even if it is stopped."""
+    LIBC.prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
 def set_seed(seed):

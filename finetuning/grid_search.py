@@ -10,11 +10,9 @@ MODEL/best.json names the best finished cell of each task, for prune.sh, export_
     python grid_search.py --model ppminilm-6l-768h --tasks TNEWS --learning_rates 1e-4 3e-4 -- --max_train_samples 5000
 """
 
-import ctypes
 import itertools
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -34,7 +32,6 @@ from tqdm import tqdm
 BATCH_SIZES = [16, 32, 64]
 LEARNING_RATES = ["3e-5", "5e-5", "1e-4"]
 RUN_CLUE = os.path.join(HERE, "run_clue.py")
-LIBC = ctypes.CDLL(None)
 
 
 class Cell(NamedTuple):
@@ -235,12 +232,8 @@ def start(cell, args, slot, slots):
     with open(cell.log(), "a", encoding="utf-8") as log:
         command = [sys.executable, "-u", RUN_CLUE, *arguments_of(cell, args)]
         streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(command, **streams, env=environment, preexec_fn=die_with_parent)
-
-
-def die_with_parent():
-    """Runs in the child: makes the kernel kill it when the search dies. Otherwise it would keep its cell locked."""
-    LIBC.prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+        # With the search dies the cell, which would otherwise keep its lock.
+        return subprocess.Popen(command, **streams, env=environment, preexec_fn=cli.die_with_parent)
 
 
 def last_line(path):

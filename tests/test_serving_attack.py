@@ -50,11 +50,11 @@ def ask(service):
 
 
 @contextlib.contextmanager
-def unharmed(service, allowed=0.5, resets=0):
+def unharmed(service, allowed=0.5):
     """Within the block an attack goes on: correct requests are answered right within twice the usual time and 0.5 s;
     afterwards memory is within 200 MB of before, and the worker is the same.
 
-    Args: allowed: those seconds. resets: so many connections may be closed instead of being answered.
+    Args: allowed: those seconds.
     """
     usual = statistics.median(ask(service)[0] for _ in range(7))
     _, expected = ask(service)
@@ -77,8 +77,7 @@ def unharmed(service, allowed=0.5, resets=0):
         over.set()
         asking.join()
     errors = [found for _, found in outcomes if isinstance(found, str)]
-    assert len(errors) <= resets and all("Connection" in error for error in errors), errors[:3]
-    outcomes = [outcome for outcome in outcomes if not isinstance(outcome[1], str)]
+    assert not errors, errors[:3]
     assert all(np.allclose(logits, expected, atol=1e-4) for _, logits in outcomes)
     slowest = max(seconds for seconds, _ in outcomes)
     print(
@@ -375,7 +374,7 @@ ATTACKS = (
 
 
 def test_a_mixture(attacked):
-    """All together, for ten minutes in tests/faults.sh's long mode: no answer is wrong."""
+    """All together, for ten minutes in tests/faults.sh's long mode: no answer is wrong, none fails."""
     seconds = {"long": 600, "short": 30}.get(FAULTS, 10)
     until, counts = time.monotonic() + seconds, dict.fromkeys(ATTACKS, 0)
 
@@ -388,10 +387,7 @@ def test_a_mixture(attacked):
             counts[chosen] += 1
 
     # Attackers and the one who asks share the interpreter of this process: more time for it than beside one attack.
-    # With twice as many connections as there may be opened within milliseconds, a good one may be among those closed:
-    # seen once in ten minutes, and once in ten seconds.
-    limits = {"allowed": 3.0, "resets": 5}
-    with concurrent.futures.ThreadPoolExecutor(2) as pool, unharmed(attacked, **limits):
+    with concurrent.futures.ThreadPoolExecutor(2) as pool, unharmed(attacked, allowed=3.0):
         list(pool.map(attack, range(2)))
     print({function.__name__: count for function, count in counts.items()})
     assert sum(counts.values()) >= 4

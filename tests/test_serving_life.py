@@ -248,8 +248,7 @@ def test_limits(model, tmp_path):
     with Service(tmp_path, model, settings=settings) as service:
         texts = ["一丁七万丈三上下" * 8] * 128
         outcomes = at_once(40, lambda: service.post({"texts": texts}))
-        # How many get through in that time depends on the machine.
-        assert {503, 504} <= {status for (status, _), _ in outcomes} <= {200, 503, 504}
+        assert {status for (status, _), _ in outcomes} == {200, 503, 504}
         for (status, answer), _ in outcomes:
             assert answer["err_no"] == {200: 0, 503: 3001, 504: 6000}[status] and ("labels" in answer) == (
                 status == 200
@@ -258,7 +257,7 @@ def test_limits(model, tmp_path):
         assert max(refused) < max(seconds for (status, _), seconds in outcomes if status == 504)
         message = protocol.messages().Request(key=["texts"], value=[json.dumps(texts)])
         outcomes = at_once(40, lambda: service.call(message).err_no)
-        assert {3001, 6000} <= {err_no for err_no, _ in outcomes} <= {0, 3001, 6000}
+        assert {err_no for err_no, _ in outcomes} == {0, 3001, 6000}
         assert service.post({"text": "一丁七"})[0] == 200
         # A client that sends half a request, or nothing, is put off and keeps nobody from being served.
         idle = [socket.create_connection(("127.0.0.1", service.http)) for _ in range(5)]

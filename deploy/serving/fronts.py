@@ -13,6 +13,7 @@ from aiohttp import web, web_protocol
 import protocol
 from protocol import BAD_INPUT, NO_SERVICE, NOT_IMPLEMENTED, OK, UNKNOWN, Answer, ServiceError
 
+YOUNG = 0.2  # seconds in which the event loop has read what a new connection sent, also when it is busy
 MOST_PIPELINED = 32  # requests of one connection that wait for the reply to the one before
 PREDICTION, HEALTH = f"/{protocol.SERVICE}/prediction", f"/{protocol.SERVICE}/health"
 
@@ -152,10 +153,14 @@ class HttpFront:
         time are closed: slow clients cannot keep others out. Not at once, as a request may be just arriving."""
         self.connections.add(connection)
         if len(self.connections) > 4 * self.config["max_connections"]:
-            self.close_oldest(self.connections, 4 * self.config["max_connections"])
-        elif not self.trimming:
+            self.close_oldest(self.connections, 4 * self.config["max_connections"], youngest=0.0)
+        else:
+            self.trim_soon()
+
+    def trim_soon(self):
+        if not self.trimming:
             self.trimming = True
-            asyncio.get_running_loop().call_later(0.05, self.trim)
+            asyncio.get_running_loop().call_later(YOUNG, self.trim)
 
     def trim(self):
         self.trimming, of_address = False, {}
@@ -164,10 +169,14 @@ class HttpFront:
         for connections in of_address.values():
             self.close_oldest(connections, self.config["max_connections_per_address"])
         self.close_oldest(self.connections, self.config["max_connections"])
+        if len(self.connections) > self.config["max_connections"]:  # some were too young
+            self.trim_soon()
 
-    def close_oldest(self, connections, most):
-        """Closes as many of the connections as are more than ``most``."""
-        idle = sorted((one for one in connections if not one.whole), key=lambda one: one.since)
+    def close_oldest(self, connections, most, youngest=YOUNG):
+        """Closes as many of the connections as are more than ``most``, but none that is younger than that: it may have
+        sent a request that the event loop has not come to yet."""
+        before = asyncio.get_running_loop().time() - youngest
+        idle = sorted((c for c in connections if not c.whole and c.since <= before), key=lambda one: one.since)
         for connection in idle[: max(0, len(connections) - most)]:
             self.connections.discard(connection)
             connection.abort()

@@ -11,7 +11,6 @@ SIGINT or SIGTERM. The model runs in a worker process with its own process group
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import resource
@@ -195,11 +194,6 @@ def allow_connections(config):
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(needed, 4096) if most == resource.RLIM_INFINITY else most, most))
 
 
-def die_with_parent():
-    """Runs in the worker: makes the kernel kill it when this process dies, even if it is stopped."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
-
-
 def open_log(path, mode):
     """A log file for writing. Raises: OSError for a link, behind which another file might be overwritten."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | mode, 0o600), "wb")
@@ -228,7 +222,7 @@ class Supervisor:
                 stdout=out,
                 pass_fds=[worker_end],
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=cli.die_with_parent,
                 text=True,
                 env={**os.environ, WORKER: str(worker_end), "SERVING_LOG_PATH": self.config["log_dir"]},
             )

@@ -50,7 +50,7 @@ def is_cjk(text):
 
 
 class Model:
-    """The exported model, with the interface of Paddle Serving's local service handler.
+    """The exported model with its engine and tokenizer.
 
     Args: threads: CPU threads in all, 0 for all cores. They are divided among streams, which compute batches side by
         side: faster than one batch on all threads, which wait for each other after every operator.
@@ -143,25 +143,12 @@ class Model:
     def batch(self, features, length):
         return batching.collate(features, range(len(features)), self.tokenizer.pad_id, length)
 
-    def prepare_server(self):
-        return None
-
-    def get_port_list(self):
-        return []
-
-    get_fetch_list = get_client_config = get_port_list
-
-    def get_client(self, concurrency_idx):
-        return self
-
 
 class PPMiniLMOp(pipeline.Op):
     """Paddle Serving's operator: what is done with a request before, in, and after the model. See scheduler.py."""
 
     def __init__(self, model):
-        super().__init__(
-            name=protocol.SERVICE, input_ops=[], client_type="local_predictor", local_service_handler=model
-        )
+        super().__init__(name=protocol.SERVICE, input_ops=[])
         self.model = model
 
     def preprocess(self, input_dicts, data_id=0, log_id=0):
@@ -212,11 +199,9 @@ class Service:
             fields, logid = read()
             query = protocol.read_query(fields, logid, self.model.pairs, self.config)
             count = len(query.texts)
-            values = await asyncio.wait_for(self.compute(query, address, front == "health"), self.timeout)
+            values = await self.compute(query, address, front == "health")
         except ServiceError as error:
             err_no, err_msg = error.err_no, str(error)
-        except asyncio.TimeoutError:
-            err_no, err_msg = TIMEOUT, "the service is too busy: the request waited longer than its time limit"
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]  # not the message: it may quote the request
             log.error("logid %d: %s, %s:%d", logid, type(error).__name__, place.filename, place.lineno)
@@ -234,13 +219,21 @@ class Service:
         if not is_health:  # which has places of its own
             self.admit(job)
         self.checking += is_health
+        expiry = asyncio.get_running_loop().call_later(self.timeout, self.expire, job)
         try:
             logits = await self.scheduler.run(job)
         finally:
+            expiry.cancel()
             self.checking -= is_health
             self.running.discard(job)
         answer, _, _ = self.op.postprocess({"request": {"truncated": job.truncated}}, {"logits": logits})
         return answer
+
+    def expire(self, job):
+        """Ends the waiting of a job. One that has begun is answered: what was computed of it is not thrown away."""
+        if not job.begun:
+            late = "the service is too busy: the request waited longer than its time limit"
+            self.scheduler.fail([job], ServiceError(TIMEOUT, late))
 
     def admit(self, job):
         """Takes a job in. If there are too many, one that has not begun makes room: of the address with most of them
