@@ -143,8 +143,8 @@ class Model:
         # cheapest[n]: (lowest cost of the n shortest texts, batch size of the run with the longest of them).
         cheapest = [(0, 0)]
         for n in range(1, len(lengths) + 1):
-            sizes = [size for size in rows if size <= n]
-            cheapest.append(min((cheapest[n - size][0] + RUN_COST + size * padded[size][n - 1], size) for size in sizes))
+            costs = {size: RUN_COST + size * padded[size][n - 1] for size in rows if size <= n}
+            cheapest.append(min((cheapest[n - size][0] + cost, size) for size, cost in costs.items()))
         runs, n = [], len(lengths)
         while n:
             size = cheapest[n][1]
