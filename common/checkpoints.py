@@ -8,16 +8,13 @@
 Weights are read by read_tensors, which takes nothing but tensors, and compared with the hashes in stage.json.
 """
 
-import codecs
 import os
-import pickle
-import re
 import tempfile
 from typing import Any, NamedTuple, Optional
 
-import numpy as np
-
-from common import UserError, cli, compat, files, modeling, objectives, processes, records, tokenization
+from common import UserError, cli, compat, files, foreign, modeling
+from common import objectives, processes, records, tokenization
+from common.tensors import read_tensors
 
 WEIGHTS = "model_state.pdparams"
 
@@ -77,13 +74,13 @@ def load_pretrained(
     parent, notes = None, []
     if init_config:
         # Launchers pass a name for the results in any case, so a name that holds no weights is not a mistake.
-        if name and is_model_directory(name):
+        if name and has_weights(name):
             raise UserError(f"{option} {name} and --init_config: the first has weights; give one of them")
         if vocab_file:
             tokenizer = tokenization.load_tokenizer(None, use_faster_tokenizer, vocab_file)
         if tokenizer is None:
             raise UserError("--init_config needs --vocab_file, the vocabulary that the new embeddings are for")
-        model = cls(modeling.random_config(model_type, init_config, len(tokenizer.vocab), num_labels))
+        model = modeling.build(cls, modeling.random_config(model_type, init_config, len(tokenizer.vocab), num_labels))
         source, notes = "random weights", ["random weights, no pre-training"]
     elif not name:
         raise UserError(f"{option} is needed: a built-in name or a model directory (or --init_config)")
@@ -91,25 +88,28 @@ def load_pretrained(
         if os.path.isfile(os.path.join(name, records.RECORD)):
             record = records.read_record(name)
             check_hashes(name, record)
-            notes, parent = list(record["notes"]), records.parent_of(name, record)
+            notes, parent = list(record["notes"]), parent_of_start(name)
         check_model_type(name, model_type)
         model, new_parameters = read_model(cls, name, num_labels, new_head=True)
         if any("pooler" in parameter for parameter in new_parameters):
             notes.append(f"random weights of the pooler, which {WEIGHTS} lacks")
         source = files.relative(name)
         tokenizer = tokenization.load_tokenizer(name, use_faster_tokenizer)
+    elif foreign.is_hugging_face(name):
+        found = read_hugging_face(name, use_faster_tokenizer, kind, model_type, num_labels)
+        model, tokenizer, new_parameters = found.model, found.tokenizer, found.new_parameters
+        if any("pooler" in parameter for parameter in new_parameters):
+            notes.append("random weights of the pooler, which the directory of Hugging Face lacks")
+        source, parent = files.relative(name), parent_of_start(name)
     elif source := builtin_name(cls, name):
         model, tokenizer = load_builtin(cls, source, num_labels, model_type, use_faster_tokenizer)
     else:
         builtin = [n for n in cls.pretrained_init_configuration if "uncased" not in n][:8]
         raise UserError(
-            f"{option} {name}: no directory with {WEIGHTS}, and not a built-in "
+            f"{option} {name}: no directory with {WEIGHTS} or {foreign.SAFETENSORS}, and not a built-in "
             f"{model_type} model ({', '.join(builtin)}, ...)"
         )
-    if len(tokenizer.vocab) > model.config.vocab_size:
-        raise UserError(
-            f"{name or source}: the vocabulary has {len(tokenizer.vocab)} tokens, the model {model.config.vocab_size}"
-        )
+    check_vocabulary(name or source, tokenizer, model)
     if max_seq_length is not None:
         records.check_sequence_length(max_seq_length, model.config.max_position_embeddings)
     described = {"model_type": model_type, "architecture": modeling.architecture_of(model), "width_mult": 1.0}
@@ -155,6 +155,97 @@ def is_model_directory(path):
     return os.path.isfile(os.path.join(path, WEIGHTS))
 
 
+def parent_of_start(directory):
+    """The field ``parent`` of what is trained from a directory; None if it has neither record nor foreign weights."""
+    if os.path.isfile(os.path.join(directory, records.RECORD)):
+        return records.parent_of(directory, records.read_record(directory)) if is_model_directory(directory) else None
+    if not is_model_directory(directory) and foreign.is_hugging_face(directory):
+        return {"path": files.relative(directory), "weights": foreign.hashes(directory)}
+    return None
+
+
+def has_weights(path):
+    """Whether a path is a directory with weights, of this repository, of PaddleNLP or of Hugging Face."""
+    return is_model_directory(path) or foreign.is_hugging_face(path)
+
+
+class Foreign(NamedTuple):
+    """A model of a directory that was written elsewhere."""
+
+    model: Any
+    tokenizer: Any
+    names: Optional[list]  # of the classes, in the order of the logits, if the directory says them
+    model_type: str
+    new_parameters: list  # names of those that started at random
+
+
+def read_hugging_face(directory, use_faster_tokenizer, kind, model_type=None, num_labels=None):
+    """The model of a directory of Hugging Face.
+
+    Args: kind: as load_pretrained's. model_type: the family that it has to be of. num_labels: of a new head; None if
+        the directory has to have a head.
+    Returns: Foreign. Raises: UserError if it is of another family, damaged, or has no head.
+    """
+    family, fields, names = foreign.read_config(directory)
+    if model_type not in (None, family):
+        raise UserError(f"--model_type {model_type}: {directory} holds a model of type {family}")
+    weights = foreign.read_weights(directory)
+    outputs = num_labels or outputs_of(weights, directory)
+    cls = modeling.model_class(family, kind)
+    model = modeling.build(cls, cls.config_class(**fields, num_labels=outputs))
+    new_parameters = give_parameters(model, weights, directory, new_head=num_labels is not None)
+    vocab, lower_case = foreign.read_tokenizer(directory)
+    try:
+        tokenizer = tokenization.tokenizer_class(use_faster_tokenizer)(vocab, lower_case, split_symbols=False)
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from error
+    check_vocabulary(directory, tokenizer, model)
+    return Foreign(model, tokenizer, names, family, new_parameters)
+
+
+def read_paddlenlp(directory, use_faster_tokenizer):
+    """The classifier of a directory that PaddleNLP wrote, with config.json or, in 2021, model_config.json: Foreign.
+
+    Raises: UserError if the family is not known, the directory is damaged, or has no head.
+    """
+    config = next((n for n in ("config.json", "model_config.json") if os.path.isfile(os.path.join(directory, n))), None)
+    if config is None:
+        raise UserError(f"{directory}: no config.json and no model_config.json beside {WEIGHTS}")
+    config = files.read_json_object(os.path.join(directory, config))
+    family = foreign.family_of(config)
+    if family is None:
+        known = ", ".join(foreign.MODEL_TYPES.values())
+        raise UserError(f"{directory}: its configuration names no class of these families: {known}")
+    check_model_type(directory, family)
+    path = os.path.join(directory, WEIGHTS)
+    outputs = outputs_of(read_tensors(path), directory)
+    model, _ = read_model(modeling.model_class(family), directory, outputs)
+    tokenizer = tokenization.load_tokenizer(directory, use_faster_tokenizer)
+    check_vocabulary(directory, tokenizer, model)
+    return Foreign(model, tokenizer, foreign.names_of_classes(config), family, [])
+
+
+def outputs_of(weights, directory):
+    """The number of classes of a classifier. Raises: UserError if there is no head."""
+    if "classifier.weight" not in weights:
+        raise UserError(
+            f"{directory}: has no classification head; fine-tune it (run_clue.py --model_name_or_path {directory})"
+        )
+    return weights["classifier.weight"].shape[1]
+
+
+def check_vocabulary(directory, tokenizer, model):
+    """Raises: UserError if a tokenizer does not fit a model."""
+    if len(tokenizer.vocab) > model.config.vocab_size:
+        raise UserError(
+            f"{directory}: the vocabulary has {len(tokenizer.vocab)} tokens, the model {model.config.vocab_size}"
+        )
+    if tokenizer.pad_id != model.config.pad_token_id:
+        raise UserError(
+            f"{directory}: [PAD] is token {tokenizer.pad_id}, the configuration says {model.config.pad_token_id}"
+        )
+
+
 def check_model_type(directory, model_type):
     """Raises: UserError if a model directory is of another family, or of a pruned width."""
     path = os.path.join(directory, "config.json")
@@ -167,10 +258,8 @@ def check_model_type(directory, model_type):
         raise UserError(
             f"{directory}: a pruned model; dynabert.load_sub_model loads it, these scripts start from whole ones"
         )
-    for family, prefix in modeling.MODEL_TYPES.items():
-        is_family = any(re.match(f"{prefix}[A-Z]", name) for name in config.get("architectures") or [])
-        if is_family and family != model_type:
-            raise UserError(f"--model_type {model_type}: {directory} holds a model of type {family}")
+    if foreign.family_of(config) not in (None, model_type):
+        raise UserError(f"--model_type {model_type}: {directory} holds a model of type {foreign.family_of(config)}")
 
 
 # What fine-tuning and pruning wrote
@@ -242,20 +331,24 @@ def read_model(cls, directory, num_labels, new_head=False):
     Returns: (model, names of the parameters that did). Raises: UserError if any other parameter does not fit.
     """
     try:
-        model = cls(cls.config_class.from_pretrained(directory, num_labels=num_labels))
+        model = modeling.build(cls, cls.config_class.from_pretrained(directory, num_labels=num_labels))
     except Exception as error:  # PaddleNLP checks nothing, so a wrong field may raise anything
         raise UserError(f"{directory}: its config.json makes no model ({type(error).__name__}: {error})") from error
-    return model, set_parameters(model, os.path.join(directory, WEIGHTS), new_head)
+    path = os.path.join(directory, WEIGHTS)
+    return model, give_parameters(model, read_tensors(path), path, new_head)
 
 
-def set_parameters(model, path, new_head=False):
-    """Gives a model all its parameters from a file. Args, returns and raises: as read_model."""
+def give_parameters(model, weights, path, new_head=False):
+    """Gives a model all its parameters. Args: weights: {name: array}. path: of their file, for messages.
+
+    Further args, returns and raises: as read_model.
+    """
     prefix, new_parameters = f"{model.base_model_prefix}.", []
 
     def in_encoder(name):  # a model without a head has no prefix in its names
         return name[len(prefix) :] if name.startswith(prefix) else name
 
-    arrays = {in_encoder(name): array for name, array in read_tensors(path).items()}
+    arrays = {in_encoder(name): array for name, array in weights.items()}
     for name, parameter in model.named_parameters():
         array = arrays.get(in_encoder(name))
         if array is not None and array.dtype.kind != "f":  # Paddle keeps BF16 as uint16
@@ -332,58 +425,3 @@ def find_prefix(path, option="--model_path"):
         if not os.path.isfile(prefix + suffix):
             raise UserError(f"{option} {path}: no {prefix}{suffix}")
     return prefix
-
-
-# .pdparams files. They are pickles, which may execute any code when they are loaded; here only tensors are taken.
-
-# All that paddle.save needs for a state dictionary: arrays, each alone or in a tuple with its name.
-ALLOWED_CLASSES = {
-    ("builtins", "tuple"),
-    ("collections", "OrderedDict"),
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),  # NumPy 2's name
-}
-
-
-def _latin1_bytes(text, encoding):
-    """What pickles of protocol 2 call for the bytes of an array."""
-    return codecs.latin_1_encode(text)[0]
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    def find_class(self, module, name):
-        if (module, name) == ("_codecs", "encode"):
-            return _latin1_bytes
-        if (module, name) not in ALLOWED_CLASSES:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no part of a tensor")
-        return super().find_class(module, name)
-
-
-def read_tensors(path):
-    """{name: array of numbers} of a state dictionary that paddle.save wrote.
-
-    Raises: UserError if the file is damaged, or holds anything but tensors, or numbers that are not finite.
-    """
-    try:
-        with open(path, "rb") as file:
-            content = _TensorUnpickler(file).load()
-    except OSError:
-        raise
-    except Exception as error:  # damaged bytes make pickle and NumPy raise almost anything
-        raise UserError(f"{path}: not a file of tensors, or damaged ({error}); it was not loaded") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds {type(content).__name__}, not tensors with their names")
-    arrays = {}
-    for name, value in content.items():
-        if name == "StructuredToParameterName@@":  # Paddle's own table of names
-            continue
-        array = value[1] if isinstance(value, tuple) and len(value) == 2 else value
-        if not isinstance(name, str) or not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
-            kind = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
-            raise UserError(f"{path}: {name!r} is {kind}, not a tensor of numbers")
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise UserError(f"{path}: {name!r} holds numbers that are not finite")
-        arrays[name] = array
-    return arrays

@@ -233,7 +233,8 @@ class Handles:
 
     def __init__(self, predictor):
         self.predictor = predictor
-        self.inputs = [predictor.get_input_handle(name) for name in predictor.get_input_names()]
+        # input_ids, token_type_ids: sorted, as a graph that was exported elsewhere may have them in another order.
+        self.inputs = [predictor.get_input_handle(name) for name in sorted(predictor.get_input_names())]
         self.output = predictor.get_output_handle(predictor.get_output_names()[0])
 
     def run(self, batch):

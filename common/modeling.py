@@ -2,12 +2,12 @@
 
 import math
 import os
+import sys
 
-from common import UserError, batching, files
+from common import UserError, batching, files, foreign, processes
 from common.compat import paddle
 
-# --model_type: the beginning of the names of PaddleNLP's classes.
-MODEL_TYPES = {"ppminilm": "PPMiniLM", "bert": "Bert", "ernie": "Ernie", "roberta": "Roberta"}
+MODEL_TYPES = foreign.MODEL_TYPES
 
 # What an --init_config file may set. The defaults are ppminilm-6l-768h's values.
 ARCHITECTURE = {
@@ -38,6 +38,38 @@ def model_class(model_type, kind="ForSequenceClassification"):
     return getattr(transformers, MODEL_TYPES[model_type] + kind)
 
 
+# Activations that Paddle has under another name or only with an argument: the approximations of GELU by tanh.
+TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
+
+
+def _tanh_gelu(x):
+    return paddle.nn.functional.gelu(x, approximate=True)
+
+
+def build(cls, config):
+    """A model of PaddleNLP's class ``cls`` with random weights, as its configuration says.
+
+    PaddleNLP has no approximated GELU, and its ERNIE always normalizes with an epsilon of 1e-12.
+    Raises: UserError for an activation that Paddle does not have.
+    """
+    activation = config.hidden_act
+    if activation not in TANH_GELU and not callable(getattr(paddle.nn.functional, str(activation), None)):
+        raise UserError(
+            f"hidden_act {activation!r}: no activation of Paddle; relu, gelu and {', '.join(TANH_GELU)} are"
+        )
+    if activation in TANH_GELU:
+        config.hidden_act = "gelu"
+    model = cls(config)
+    config.hidden_act = activation
+    if activation in TANH_GELU:
+        for layer in encoder_of(model).encoder.layers:
+            layer.activation = _tanh_gelu
+    for layer in model.sublayers():
+        if isinstance(layer, paddle.nn.LayerNorm) and getattr(config, "layer_norm_eps", None) is not None:
+            layer._epsilon = config.layer_norm_eps
+    return model
+
+
 def encoder_of(model):
     """The encoder (embeddings, layers, pooler) inside a model with a head, or the model itself."""
     return getattr(model, model.base_model_prefix, model)
@@ -56,13 +88,27 @@ def random_config(model_type, init_config, vocab_size, num_labels):
     given = files.read_json(init_config, option)
     if not isinstance(given, dict):
         raise UserError(f"{option}: must be a JSON object")
-    unknown = sorted(set(given) - {*ARCHITECTURE, *ERNIE_ARCHITECTURE})
-    if unknown:
+    known = {*ARCHITECTURE, *ERNIE_ARCHITECTURE}
+    unknown = sorted(set(given) - known)
+    if unknown and {"model_type", "architectures"} & set(given):
+        # A whole config.json, of Hugging Face or PaddleNLP. Its vocabulary may be larger than the one in use.
+        family = foreign.family_of(given)
+        if family not in (None, model_type):
+            raise UserError(f"{option}: of a model of type {family}; --model_type {family} takes it")
+        foreign.check_network(given, option)
+        given = {**foreign.defaults_of(given), **given}
+        given = {name: value for name, value in given.items() if name in known and value is not None}
+        given["vocab_size"] = max(given.get("vocab_size", vocab_size), vocab_size)
+        if processes.is_first():
+            print(f"note: {option}: these fields build nothing and are left out: {', '.join(unknown)}", file=sys.stderr)
+    elif unknown:
         raise UserError(f"{option}: unknown {', '.join(unknown)}; it may set {', '.join(ARCHITECTURE)}")
+    else:
+        size = given.get("vocab_size") or vocab_size
+        if size != vocab_size:
+            raise UserError(f"{option}: vocab_size {size}, but --vocab_file has {vocab_size} tokens")
     fields = {**ARCHITECTURE, **given}
     fields["vocab_size"] = fields["vocab_size"] or vocab_size
-    if fields["vocab_size"] != vocab_size:
-        raise UserError(f"{option}: vocab_size {fields['vocab_size']}, but --vocab_file has {vocab_size} tokens")
     hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
     if hidden % heads:
         raise UserError(f"{option}: hidden_size {hidden} is not divisible by num_attention_heads {heads}")

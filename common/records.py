@@ -215,7 +215,10 @@ def read_record(directory, what="a stage's output"):
     if not os.path.isdir(directory):
         raise UserError(f"{directory}: no such directory; {what} is needed")
     if not os.path.isfile(path):
-        raise UserError(f"{directory}: no {RECORD} there, so it is not {what}")
+        raise UserError(
+            f"{directory}: no {RECORD} there, so it is not {what}; a model trained elsewhere comes in by "
+            "finetuning/adopt.py --task_name TASK --model_path DIR --output_dir OUT"
+        )
     record = files.read_json(path, advice=f"; {ADVICE}")
     if isinstance(record, dict):
         if record.get("schema") == 1:  # had no hashes of these files
@@ -302,7 +305,7 @@ def parent_of(directory, record, weights=None):
 
 def parameter_hashes(hashes):
     """The hashes that tell models apart: parameters. Graphs are alike for all models of one architecture."""
-    return {digest for name, digest in hashes.items() if name.endswith((".pdparams", ".pdiparams"))}
+    return {digest for name, digest in hashes.items() if name.endswith((".pdparams", ".pdiparams", ".safetensors"))}
 
 
 def find_records(directories):

@@ -33,8 +33,10 @@ class _BasicTokens(dict):
     """A table for str.translate that applies BERT's basic tokenizer to each character.
 
     It drops control characters, replaces white space by a space, lower-cases, strips accents, and puts spaces around
-    CJK characters, punctuation and symbols. The rules are those of PaddleNLP 2.8.1, which also splits at
-    symbols. Hugging Face's rules do not.
+    CJK characters, punctuation and symbols. The rules are those of PaddleNLP 2.8.1, which also splits at symbols; those
+    of Hugging Face do so only at the symbols of ASCII.
+
+    Args: split_symbols: whether text is split at all symbols.
     """
 
     cjk = re.compile(
@@ -44,14 +46,20 @@ class _BasicTokens(dict):
     # PaddleNLP treats these as symbols, too.
     extra_symbols = "\u00ad\u00b2\u00ba\u3007\u00b5\u00d8\u014b\u01b1"
 
-    def __init__(self, lower_case):
+    def __init__(self, lower_case, split_symbols=True):
         super().__init__()
         self.lower_case = lower_case
+        self.isolated_categories = "PS" if split_symbols else "P"
+        self.isolated_symbols = self.extra_symbols if split_symbols else ""
         self.contextual = set()  # characters that NFD may reorder with their neighbours
 
     def isolated(self, char):
         ascii_punctuation = char.isascii() and char.isprintable() and not char.isalnum() and char != " "
-        return ascii_punctuation or unicodedata.category(char)[0] in "PS" or char in self.extra_symbols
+        return (
+            ascii_punctuation
+            or unicodedata.category(char)[0] in self.isolated_categories
+            or (char in self.isolated_symbols)
+        )
 
     def cleaned(self, char):
         if (unicodedata.category(char)[0] == "C" and char not in "\t\n\r") or char == "\ufffd":
@@ -94,10 +102,13 @@ class _BasicTokens(dict):
 
 
 class _Tokenizer:
-    """Base class of both tokenizers. Args: vocab: list of tokens; the index of a token is its id."""
+    """Base class of both tokenizers.
 
-    def __init__(self, vocab, lower_case=True):
-        self.vocab, self.lower_case = vocab, lower_case
+    Args: vocab: list of tokens; the index of a token is its id. split_symbols: False for models of Hugging Face.
+    """
+
+    def __init__(self, vocab, lower_case=True, split_symbols=True):
+        self.vocab, self.lower_case, self.split_symbols = vocab, lower_case, split_symbols
         ids = {token: i for i, token in enumerate(vocab)}
         missing = [t for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if t not in ids]
         if missing:
@@ -107,8 +118,9 @@ class _Tokenizer:
 
     def save(self, directory):
         """Writes ``vocab.txt`` and ``tokenizer_config.json``, which PaddleNLP's tokenizers load as well."""
+        settings = {"do_lower_case": self.lower_case, **({} if self.split_symbols else {"split_symbols": False})}
         with open(os.path.join(directory, "tokenizer_config.json"), "w", encoding="utf-8") as file:
-            json.dump({"do_lower_case": self.lower_case}, file)
+            json.dump(settings, file)
         # Last, and whole: no directory is read without it, so none that was left by kill -9 lacks the file above.
         files.write_whole(os.path.join(directory, "vocab.txt"), "".join(f"{token}\n" for token in self.vocab))
 
@@ -116,16 +128,16 @@ class _Tokenizer:
 class FastTokenizer(_Tokenizer):
     """BERT tokenization with Hugging Face ``tokenizers`` (Rust) doing the WordPiece part; same ids as PaddleNLP's."""
 
-    def __init__(self, vocab, lower_case=True):
+    def __init__(self, vocab, lower_case=True, split_symbols=True):
         from tokenizers import Tokenizer, models, pre_tokenizers
 
-        super().__init__(vocab, lower_case)
+        super().__init__(vocab, lower_case, split_symbols)
         model = models.WordPiece(
             {token: i for i, token in enumerate(vocab)}, unk_token="[UNK]", max_input_chars_per_word=100
         )
         self.wordpiece = Tokenizer(model)
         self.wordpiece.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        self.basic = _BasicTokens(lower_case)
+        self.basic = _BasicTokens(lower_case, split_symbols)
 
     def encode(self, texts, pairs=None, max_seq_length=128):
         """[CLS] text [SEP], or [CLS] text [SEP] pair [SEP], truncated to ``max_seq_length``, the longer text first.
@@ -157,10 +169,15 @@ class FastTokenizer(_Tokenizer):
 class ReferenceTokenizer(_Tokenizer):
     """PaddleNLP's PPMiniLMTokenizer behind the same interface: pure Python, the reference for the ids."""
 
-    def __init__(self, vocab, lower_case=True):
+    def __init__(self, vocab, lower_case=True, split_symbols=True):
         from paddlenlp.transformers import PPMiniLMTokenizer
 
-        super().__init__(vocab, lower_case)
+        super().__init__(vocab, lower_case, split_symbols)
+        if not split_symbols:
+            raise UserError(
+                "PaddleNLP's tokenizer splits at all symbols, this model's does not: leave out "
+                "--use_faster_tokenizer False"
+            )
         with tempfile.TemporaryDirectory() as directory:
             self.save(directory)
             self.tokenizer = PPMiniLMTokenizer.from_pretrained(directory)
@@ -174,21 +191,27 @@ class ReferenceTokenizer(_Tokenizer):
         return encoded
 
 
+def tokenizer_class(use_faster_tokenizer=True):
+    return FastTokenizer if use_faster_tokenizer else ReferenceTokenizer
+
+
 def load_tokenizer(directory, use_faster_tokenizer=True, vocab_file=None, lower_case=True):
     """The tokenizer of a model directory, or of ``vocab_file`` and ``lower_case``.
 
     Raises: UserError if the vocabulary is missing or is not that of a Chinese BERT.
     """
+    split_symbols = True
     if vocab_file is None:
         vocab_file = os.path.join(directory, "vocab.txt")
         config = os.path.join(directory, "tokenizer_config.json")
         if os.path.isfile(config):
-            lower_case = files.read_json_object(config).get("do_lower_case", True)
+            settings = files.read_json_object(config)
+            lower_case, split_symbols = settings.get("do_lower_case", True), settings.get("split_symbols", True)
     if not os.path.isfile(vocab_file):
         raise UserError(f"{vocab_file}: no such vocabulary; every stage writes its tokenizer files beside the model")
     try:
         with open(vocab_file, encoding="utf-8") as file:
             vocab = [line.rstrip("\n") for line in file]
-        return (FastTokenizer if use_faster_tokenizer else ReferenceTokenizer)(vocab, lower_case)
+        return tokenizer_class(use_faster_tokenizer)(vocab, lower_case, split_symbols)
     except (UnicodeDecodeError, UserError) as error:
         raise UserError(f"{vocab_file}: {error}") from error

@@ -120,10 +120,7 @@ class CellRuns:
 
     def __init__(self, args):
         self.hashes = {}
-        record = os.path.join(args.model, records.RECORD)
-        self.parent = None
-        if checkpoints.is_model_directory(args.model) and os.path.isfile(record):
-            self.parent = records.parent_of(args.model, records.read_record(args.model))
+        self.parent = checkpoints.parent_of_start(args.model)
 
     def of(self, task, asked):
         """runs.Run of a cell of the task with the arguments ``asked``."""

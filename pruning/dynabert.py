@@ -201,7 +201,7 @@ def build_sub_model(record, width):
     """
     architecture = record["model"]["architecture"]
     cls = modeling.model_class(record["model"]["model_type"])
-    model = cls(cls.config_class(**architecture, num_labels=len(record["labels"])))
+    model = modeling.build(cls, cls.config_class(**architecture, num_labels=len(record["labels"])))
     heads, neurons, hidden = (architecture[k] for k in ("num_attention_heads", "intermediate_size", "hidden_size"))
     kept = check_width(width, heads, neurons)
     inner, ffn = hidden // heads * kept, neurons * kept // heads
@@ -239,7 +239,8 @@ def load_sub_model(directory):
         raise UserError(f"{directory}: no {SUB_CONFIG} there, so it is not a pruned model of pruning/export.sh")
     records.check_files(directory, record)
     model = build_sub_model(record, record["model"]["width_mult"])
-    checkpoints.set_parameters(model, os.path.join(directory, checkpoints.WEIGHTS))
+    path = os.path.join(directory, checkpoints.WEIGHTS)
+    checkpoints.give_parameters(model, checkpoints.read_tensors(path), path)
     model.eval()
     return model, tokenization.load_tokenizer(directory), record
 
