@@ -40,6 +40,7 @@ def write_best(model):
     if not os.path.isdir(os.path.join(model, "models")):
         return
     roots = [r for r in find_records([os.path.join(model, "models")]) if r["stage"] == "finetune"]
+    roots = [r for r in roots if "learning_rate" in r["arguments"]]  # not what finetuning/adopt.py took in
     cells = {}
     for task, record in tables.best_cells(roots).items():
         cells[task] = {

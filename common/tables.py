@@ -209,14 +209,16 @@ def grid_tables_of(roots, metric):
     names += ["cells", f"{constant}, %", "remarks"]
     lines += ["**Best of the grid**", "", f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
     for task, record in best.items():
-        settings = [f"{record['arguments'][name]:g}" for name in HYPER_PARAMETERS]
+        settings = [record["arguments"].get(name) for name in HYPER_PARAMETERS]  # adopt.py knows but the length
+        settings = ["" if value is None else f"{value:g}" for value in settings]
         cells = sum(other["task"] == task for other in roots)
-        row = [task, percent(score(record)), *settings, str(record["metrics"]["step"]), str(cells)]
+        row = [task, percent(score(record)), *settings, str(record["metrics"].get("step", "")), str(cells)]
         row += [percent(constant_answer(record["data"]["dev"])[1]), "; ".join(remarks(record))]
         lines.append(f"| {' | '.join(row)} |")
     for task in best:
         cells, footnotes = {}, Footnotes()
-        for record in sorted((r for r in roots if r["task"] == task), key=rank):  # of equal settings the best stays
+        trained = (r for r in roots if r["task"] == task and "learning_rate" in r["arguments"])
+        for record in sorted(trained, key=rank):  # of equal settings the best stays
             cells[record["arguments"]["learning_rate"], record["arguments"]["batch_size"]] = record
         if len(cells) > 1:
             rates, sizes = (sorted({key[i] for key in cells}) for i in (0, 1))
@@ -249,7 +251,7 @@ def long_rows(model, rows, roots):
     best = best_cells(roots).values()
     for record in roots:
         place = {"table": "grid", "model": model, "row": "best" if record in best else "", "task": record["task"]}
-        settings = {name: record["arguments"][name] for name in HYPER_PARAMETERS}
+        settings = {name: record["arguments"].get(name) for name in HYPER_PARAMETERS}
         flat_rows.append({**place, **flat(record, None), **settings})
     return flat_rows
 

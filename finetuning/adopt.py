@@ -62,17 +62,16 @@ def adopt(args):
     model = {**found.fields, "width_mult": 1.0, "initialized_from": files.relative(source)}
     fields = {"task": task.name, "labels": list(labels), "model": model, "params": found.params, "flops": found.flops}
     run = Run("finetune", args, found.parent, {"dev": dev.describe()}, notes, **fields)
-    with files.Lock(args.output_dir):
-        if run.has_finished(args.output_dir):
-            print(f"{args.output_dir}: already finished with these arguments, nothing to do")
-            return
-        features = batching.convert(dev.examples, found.tokenizer, args.max_seq_length)
-        logits = found.predict(features)
-        metrics = task.objective.on_dev(logits, batching.targets(features))
-        constant, reached = records.constant_answer(run.fields["data"]["dev"])
-        if metrics[task.objective.metric] <= reached:
-            run.notes.append(f"dev {task.objective.shown} not above the {constant}")
-            print(f"warning: dev {task.objective.shown} not above the {constant}{other_order(task, features, logits)}")
+    if run.has_finished(args.output_dir):
+        print(f"{args.output_dir}: already finished with these arguments, nothing to do")
+        return
+    features = batching.convert(dev.examples, found.tokenizer, args.max_seq_length)
+    logits = found.predict(features)
+    metrics = task.objective.on_dev(logits, batching.targets(features))
+    constant, reached = records.constant_answer(run.fields["data"]["dev"])
+    if metrics[task.objective.metric] <= reached:
+        run.notes.append(f"dev {task.objective.shown} not above the {constant}")
+        print(f"warning: dev {task.objective.shown} not above the {constant}{other_order(task, features, logits)}")
     written = {"metrics": {**metrics, "max_seq_length": args.max_seq_length}, "export": found.export}
     written["objective"] = task.objective.with_settings(metrics).describe()
     with run.output(args.output_dir, found.weights, **written) as directory:
