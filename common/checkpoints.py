@@ -316,6 +316,11 @@ def load_classifier_for(args, directory, stage="finetune", model_type=None):
 
 def check_hashes(directory, record):
     """Raises: UserError unless the record names the weights and all files are as it says."""
+    if record["model"]["model_type"] == "graph":
+        raise UserError(
+            f"{directory}: a static graph that adopt.py took in: it is quantized, run and served, but not pruned or "
+            "trained; for that take in the directory with the weights that it was exported from"
+        )
     if WEIGHTS not in record["weights"]:
         raise UserError(f"{os.path.join(directory, records.RECORD)}: does not name {WEIGHTS}; it is not of this model")
     records.check_files(directory, record)

@@ -40,6 +40,7 @@ DEFAULTS = {
 }
 ERNIE_DEFAULTS = {"use_task_id": False, "task_type_vocab_size": 3}
 # What would change the network if it were set, and to which value it must be.
+ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "tanh", "silu", "swish")
 MUST_BE = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
 
 # Names inside a layer: Hugging Face's -> PaddleNLP's.
@@ -184,6 +185,8 @@ def check_network(config, path):
     for name, value in MUST_BE.items():
         if config.get(name, value) not in (value, None):
             raise UserError(f"{path}: {name} is {config[name]!r}; only {value!r} is known")
+    if config.get("hidden_act", "gelu") not in ACTIVATIONS:
+        raise UserError(f"{path}: hidden_act is {config['hidden_act']!r}; {', '.join(ACTIVATIONS)} are known")
 
 
 def fields_of(config, path):
