@@ -1,8 +1,9 @@
 """The seven CLUE tasks, and tasks of your own: where their files lie, their labels, how a record becomes an Example.
 
-A task's files are ``train.json``, ``dev.json`` and, if there is one, ``test.json``, with one JSON object per line. They
-are looked for in ``--data_dir`` or ``$CLUE_DATA_DIR`` (as ``<task>_public/`` or ``<task>/``; a ``--data_dir`` may be
-the task's directory itself). With neither given, PaddleNLP downloads the CLUE task to ``~/.paddlenlp/datasets/Clue/``.
+A task's files are ``train.json``, ``dev.json`` and, if there is one, ``test.json``, with one JSON object per line, or
+tables: ``train.csv`` or ``train.tsv`` with a header, ``text,label`` or ``sentence1,sentence2,label``. They are looked
+for in ``--data_dir`` or ``$CLUE_DATA_DIR`` (as ``<task>_public/`` or ``<task>/``; a ``--data_dir`` may be the task's
+directory itself). With neither given, PaddleNLP downloads the CLUE task to ``~/.paddlenlp/datasets/Clue/``.
 
 A task of your own whose records have ``sentence``, or ``sentence1`` and ``sentence2``, and ``label``, or ``labels`` for
 several labels per text, needs no line of code: name its directory with --data_dir. For records of another form, add a
@@ -23,7 +24,11 @@ import numpy as np
 
 from common import UserError, objectives
 from common.batching import Example
-from common.files import read_json_lines, relative
+from common.files import TABLES, read_rows, read_text_lines, relative, windows_form
+
+
+# Fields in which records say what their label is called: of TNEWS, of IFLYTEK.
+NAMES_IN_RECORDS = ("label_desc", "label_des")
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Task:
     max_seq_length: int = 128
     train_files: tuple = ("train.json",)  # the first one found counts
     objective: objectives.Objective = field(default_factory=objectives.Classification)
+    label_names: Optional[tuple] = None  # as people call them, in the order of ``labels``, if the data say it
 
 
 OCNLI_TRAIN = ("train.50k.json", "train.json")  # the original download, and the name that other tasks have
@@ -73,6 +79,7 @@ class Split:
     def describe(self):
         """What stage.json says about the split: its file by name (files.relative), its md5, its size."""
         targets = np.array([example.label for example in self.examples if example.label is not None])
+        form = windows_form(self.path)
         return {
             "file": relative(self.path),
             "md5": self.md5,
@@ -80,6 +87,7 @@ class Split:
             "pairs": self.examples[0].text_pair is not None,
             **(self.objective.constant_answer(targets) if len(targets) else {}),
             "partial": self.partial,
+            **({"form": form} if form else {}),
         }
 
 
@@ -101,7 +109,7 @@ def find_data_dir(task_name, data_dir=None):
     if data_dir:
         candidates.append(root)
     for directory in candidates:
-        if os.path.isfile(os.path.join(directory, "dev.json")):
+        if any(os.path.isfile(os.path.join(directory, f"dev{ending}")) for ending in (".json", *TABLES)):
             return directory
     given = f"--data_dir {data_dir}" if data_dir else f"CLUE_DATA_DIR={root}"
     raise UserError(f"{given}: no dev.json for {task_name}; looked in {', '.join(dict.fromkeys(candidates))}")
@@ -124,9 +132,12 @@ def split_path(task_name, split, data_dir=None):
             ) from error
         return downloaded_path(task_name, split)
     names = task.train_files if split == "train" else (f"{split}.json",)
-    for name in names:
-        if os.path.isfile(os.path.join(directory, name)):
-            return os.path.join(directory, name)
+    names = (*names, *(split + ending for ending in TABLES))
+    found = [name for name in names if os.path.isfile(os.path.join(directory, name))]
+    if any(name.endswith(tuple(TABLES)) for name in found[1:]):
+        raise UserError(f"{directory}: {' and '.join(found)}; only one file may hold the {split} records")
+    if found:
+        return os.path.join(directory, found[0])
     raise UserError(f"{directory}: no {' or '.join(names)} there")
 
 
@@ -155,27 +166,14 @@ def get_task(task_name, data_dir=None, objective=None):
     if objective:
         objective = objectives.named(objective)
     else:
-        _, first_record = next(read_json_lines(split_path(task_name, "dev", data_dir)), (0, {}))
+        _, first_record = next(read_rows(split_path(task_name, "dev", data_dir)), (0, {}))
         objective = objectives.of_records_like(first_record)
     directory = find_data_dir(task_name, data_dir)
-    labels_file = os.path.join(directory, "labels.json") if directory else ""
-    if os.path.isfile(labels_file):
-        try:
-            with open(labels_file, encoding="utf-8") as file:
-                text = file.read().strip()
-            if text.startswith("["):
-                rows = json.loads(text)
-            else:
-                rows = [json.loads(line)["label"] for line in text.split("\n")]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f'{labels_file}: neither a JSON list of labels nor one {{"label": ...}} per line'
-            ) from error
-        labels = tuple(str(label) for label in rows)
-    else:
+    labels, names = read_labels_file(directory) if directory else (None, None)
+    if labels is None:
         path = split_path(task_name, "train", data_dir)
         types = {}
-        for number, row in read_json_lines(path):
+        for number, row in read_rows(path):
             for label in objective.labels_in(row):
                 if str(label) != str(label).strip() or types.setdefault(str(label), type(label)) is not type(label):
                     raise UserError(f"{path}:{number}: label {label!r} has blanks around it, or is of two types")
@@ -186,14 +184,57 @@ def get_task(task_name, data_dir=None, objective=None):
         wanted = "at least two labels are" if objective.fewest_labels == 2 else "at least one label is"
         raise UserError(f"{task_name}: {wanted} needed, each once; found {list(labels)[:10]}")
     known = TASKS.get(task_name.lower(), Task(task_name))
-    return replace(known, labels=labels, objective=objective)
+    return replace(known, labels=labels, label_names=names, objective=objective)
+
+
+def read_labels_file(directory):
+    """(labels, their names or None) of ``labels.json`` (a JSON list, or one object with ``label`` and, as TNEWS has it,
+    ``label_desc`` per line) or ``labels.txt`` (one label per line); (None, None) if there is neither.
+
+    Raises: UserError if a file has another form, or if there are both.
+    """
+    paths = [os.path.join(directory, name) for name in ("labels.json", "labels.txt")]
+    path, *others = [path for path in paths if os.path.isfile(path)] or [None]
+    if others:
+        raise UserError(f"{directory}: labels.json and labels.txt; only one file may hold the labels")
+    if path is None:
+        return None, None
+    lines = [line.strip() for _, line in read_text_lines(path) if line.strip()]
+    if path.endswith(".txt"):
+        return tuple(lines), None
+    try:
+        rows = json.loads("\n".join(lines)) if lines[:1] and lines[0].startswith("[") else list(map(json.loads, lines))
+        labels = tuple(str(row["label"] if isinstance(row, dict) else row) for row in rows)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path}: neither a JSON list of labels nor one {{"label": ...}} per line') from error
+    names = [
+        next((str(row[key]) for key in NAMES_IN_RECORDS if key in row), None) for row in rows if isinstance(row, dict)
+    ]
+    return labels, tuple(names) if names and all(names) else None
+
+
+def label_names(task, split):
+    """The names of a task's labels in their order, as a list: those of labels.json, or what the records of a split call
+    them (``label_desc`` in TNEWS, ``label_des`` in IFLYTEK); None if they do not say it of every label, or if two
+    records differ. Args: split: Split of train.
+    """
+    if task.label_names:
+        return list(task.label_names)
+    found = {}
+    for _, row in read_rows(split.path):
+        name = next((row[key] for key in NAMES_IN_RECORDS if isinstance(row.get(key), str)), None)
+        label = row.get("label")
+        if name is None or not isinstance(label, (str, int)) or found.setdefault(str(label), name) != name:
+            return None
+    return [found[label] for label in task.labels] if set(found) == set(task.labels) else None
 
 
 def task_of(record):
     """The Task of a model: objective and labels are those of its stage.json, in the order of its logits."""
     known = TASKS.get(record["task"].lower(), Task(record["task"]))
     objective, labels = objectives.of_record(record), tuple(record["labels"])
-    return Task(record["task"], labels, known.train_size, train_files=known.train_files, objective=objective)
+    names = record["model"].get("label_names")
+    return replace(known, name=record["task"], labels=labels, objective=objective, label_names=names)
 
 
 def mark_spans(text, target):
@@ -235,6 +276,8 @@ def texts_of(task_name, row):
         raise ValueError("no sentence, and no sentence1 and sentence2; data.texts_of reads records of other forms")
     if not isinstance(pair[0], str) or not isinstance(pair[1], (str, type(None))):
         raise TypeError("a text is not a string")
+    if not pair[0].strip() or (pair[1] is not None and not pair[1].strip()):
+        raise ValueError("a text is empty")
     return pair
 
 
@@ -248,7 +291,7 @@ def read_split(task, split, data_dir=None, max_samples=None, texts_of=texts_of):
     limit = f"--max_{'train' if split == 'train' else 'eval'}_samples"
     path = split_path(task.name, split, data_dir)
     examples = []
-    for number, row in read_json_lines(path):
+    for number, row in read_rows(path):
         try:
             # CLUE keeps the labels of test to itself.
             target = None if split == "test" else task.objective.read_label(row, task.labels)
@@ -312,4 +355,4 @@ def read_dev_if_local(task, args):
 
 def record_ids(split):
     """The ``id`` of each record in a split's file, by default its place, from 0: for CLUE's submission files."""
-    return [row.get("id", place) for place, (_, row) in enumerate(read_json_lines(split.path))]
+    return [row.get("id", place) for place, (_, row) in enumerate(read_rows(split.path))]

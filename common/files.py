@@ -1,6 +1,8 @@
 """Files and directories that appear whole or not at all, locks, hashes, JSON lines."""
 
+import codecs
 import contextlib
+import csv
 import fcntl
 import hashlib
 import json
@@ -173,23 +175,90 @@ def read_json_object(path):
         raise UserError(f"{path}: not a JSON object ({error})") from error
 
 
-def read_json_lines(path):
-    """Yields (line number, JSON object) of a file with one object per line. Raises: UserError naming file and line."""
+def read_text_lines(path):
+    """Yields (line number, text of the line without its end) of a UTF-8 file; a byte order mark and CRLF are read as
+    what they are, habits of Windows editors. Raises: UserError naming file, line and the way out for another encoding.
+    """
     with open(path, "rb") as file:  # in bytes: text mode would also end lines at a lone CR
         for number, line in enumerate(file, 1):
-            if line.endswith(b"\r\n"):
-                raise UserError(f"{path}:{number}: the line ends in CRLF, not LF; sed -i 's/\\r$//' mends the file")
-            if not line.strip():
-                continue
+            if b"\0" in line:
+                utf_16 = f"if the file is UTF-16, iconv -f UTF-16 -t UTF-8 {path} > NEW mends it"
+                raise UserError(f"{path}:{number}: holds NUL bytes; {utf_16}")
             try:
-                row = json.loads(line.decode("utf-8"))
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
-                raise UserError(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start})") from error
-            except ValueError as error:
-                raise UserError(f"{path}:{number}: not a JSON object ({error})") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: a JSON object is needed, not {type(row).__name__}")
-            yield number, row
+                gbk = f"if it is GBK, iconv -f GB18030 -t UTF-8 {path} > NEW mends it"
+                raise UserError(
+                    f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start} of the line); {gbk}"
+                ) from error
+
+
+def windows_form(path):
+    """What a Windows editor has left in a text file, for a record; None if nothing."""
+    with open(path, "rb") as file:
+        first = file.readline()
+    found = [(first.startswith(codecs.BOM_UTF8), "a byte order mark"), (first.endswith(b"\r\n"), "CRLF line ends")]
+    return ", ".join(what for is_there, what in found if is_there) or None
+
+
+def _without_repeated_keys(pairs):
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return row
+
+
+def read_json_lines(path):
+    """Yields (line number, JSON object) of a file with one object per line. Raises: UserError naming file and line."""
+    for number, line in read_text_lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, object_pairs_hook=_without_repeated_keys)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: not a JSON object ({error})") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: a JSON object is needed, not {type(row).__name__}")
+        yield number, row
+
+
+# Columns of tables, by the header: what they are in a JSON line.
+COLUMNS = {"text": "sentence", "sentence": "sentence", "sentence1": "sentence1", "sentence2": "sentence2"}
+COLUMNS.update(label="label", id="id")
+TABLES = {".csv": "excel", ".tsv": "excel-tab"}  # dialects of the csv module: quotes are honoured in both
+
+
+def read_rows(path):
+    """Yields (line number, record) of a file of records: JSON lines, or a table (.csv, .tsv) whose header names its
+    columns: text or sentence, or sentence1 and sentence2; label; id. Raises: UserError naming file and line.
+    """
+    dialect = TABLES.get(os.path.splitext(path)[1])
+    if not dialect:
+        yield from read_json_lines(path)
+        return
+    lines = read_text_lines(path)
+    # The csv module counts the lines that it was given, so a record in quotes may go over several.
+    reader = csv.reader((f"{line}\n" for _, line in lines), dialect, strict=True)
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        names = [COLUMNS.get(name) for name in header]
+        if None in names or len(set(names)) < len(names) or not {"sentence", "sentence1"} & set(names):
+            raise UserError(
+                f"{path}:1: header {header}; text,label or sentence1,sentence2,label is needed (id may follow)"
+            )
+        before = reader.line_num
+        for fields in reader:
+            number, before = before + 1, reader.line_num
+            if not fields:
+                continue
+            if len(fields) != len(names):
+                raise UserError(
+                    f"{path}:{number}: {len(fields)} fields, the header has {len(names)}: {', '.join(header)}"
+                )
+            yield number, dict(zip(names, fields))
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: not a table ({error})") from error
 
 
 def copy_files(source, target):

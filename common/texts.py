@@ -12,7 +12,7 @@ def add_text_arguments(group):
     group.add_argument(
         "--input_file",
         help="classify a file: one text per line (a tab before the second text of a pair), or .json with one record "
-        "of the task per line; - is standard input",
+        "of the task per line, or a .csv or .tsv with a header; - is standard input",
     )
 
 
@@ -26,8 +26,8 @@ def read_texts(args, task_name, pairs, texts_of):
         if args.text_pair and len(args.text_pair) != len(args.text):
             raise UserError(f"--text_pair: {len(args.text_pair)} texts for {len(args.text)} of --text")
         rows = list(zip(args.text, args.text_pair or [None] * len(args.text)))
-    elif args.input_file.endswith((".json", ".jsonl")):
-        rows = list(_read_json(args.input_file, task_name, texts_of))
+    elif args.input_file.endswith((".json", ".jsonl", *files.TABLES)):
+        rows = list(_read_records(args.input_file, task_name, texts_of))
     else:
         rows = list(_read_lines(args.input_file))
     for number, (text, pair) in enumerate(rows, 1):
@@ -43,8 +43,8 @@ def read_texts(args, task_name, pairs, texts_of):
     return [batching.Example(text, pair, None, number) for number, (text, pair) in enumerate(rows, 1)]
 
 
-def _read_json(path, task_name, texts_of):
-    for number, row in files.read_json_lines(path):
+def _read_records(path, task_name, texts_of):
+    for number, row in files.read_rows(path):
         try:
             yield texts_of(task_name, row)
         except (KeyError, TypeError, ValueError) as error:
@@ -53,17 +53,36 @@ def _read_json(path, task_name, texts_of):
 
 def _read_lines(path):
     try:
-        with sys.stdin if path == "-" else open(path, encoding="utf-8") as file:
-            for line in file:
-                text, tab, pair = line.rstrip("\r\n").partition("\t")
-                yield text, pair if tab else None
+        lines = (
+            (line.rstrip("\r\n") for line in sys.stdin) if path == "-" else (t for _, t in files.read_text_lines(path))
+        )
+        for line in lines:
+            text, tab, pair = line.partition("\t")
+            yield text, pair if tab else None
     except UnicodeDecodeError as error:
         raise UserError(f"--input_file {path}: not UTF-8 ({error.reason})") from error
 
 
-def answer(example, objective, logits, labels):
-    """The JSON object that answers a text. Args: objective: of the model. logits: [outputs], of ``labels``."""
-    fields = {"text": example.text, **objective.answer(logits, labels)}
+def named(answer, labels, names):
+    """What to add to an answer, or to the service's answers to several texts: what the classes are called.
+
+    Args: answer: with ``label`` or ``labels``. names: of the labels, or None if nobody said them. Returns: a dict.
+    """
+    if not names:
+        return {}
+    name_of = dict(zip(labels, names))
+
+    def of(label):
+        return [of(one) for one in label] if isinstance(label, list) else name_of[label]
+
+    return {key.replace("label", "label_name"): of(answer[key]) for key in ("label", "labels") if key in answer}
+
+
+def answer(example, objective, logits, labels, names=None):
+    """The JSON object that answers a text. Args: objective: of the model. logits: [outputs], of ``labels``. names: of
+    the labels."""
+    found = objective.answer(logits, labels)
+    fields = {"text": example.text, **found, **named(found, labels, names)}
     if example.text_pair is not None:
         fields["text_pair"] = example.text_pair
     return fields

@@ -46,8 +46,11 @@ def adopt(args):
     # What the task asks, and the records on which the model is scored.
     task = data.get_task(args.task_name, args.data_dir, args.objective)
     found = read(args)
+    # What the records call their labels may be what the checkpoint calls its classes.
+    names = data.label_names(task, data.read_split(task, "dev", args.data_dir))
+    task = dataclasses.replace(task, label_names=names)
     # A wrong order of the labels gives a model that is wrong in every answer, so it is asked for where nothing says it.
-    labels, order = order_of_labels(args, task, found.names)
+    labels, order, names = order_of_labels(args, task, found.names)
     if found.outputs != len(labels):
         raise UserError(f"{source}: {found.outputs} outputs, but {task.name} has {len(labels)} labels: {order}")
     task = dataclasses.replace(task, labels=labels)
@@ -60,6 +63,8 @@ def adopt(args):
 
     notes = [f"trained elsewhere: {found.kind}", f"labels: {order}"]
     model = {**found.fields, "width_mult": 1.0, "initialized_from": files.relative(source)}
+    if names and names != list(labels):
+        model["label_names"] = names
     fields = {"task": task.name, "labels": list(labels), "model": model, "params": found.params, "flops": found.flops}
     run = Run("finetune", args, found.parent, {"dev": dev.describe()}, notes, **fields)
     if run.has_finished(args.output_dir):
@@ -127,25 +132,30 @@ def read(args):
 
 
 def order_of_labels(args, task, names):
-    """(labels in the order of the logits, how that is known).
+    """(labels in the order of the logits, how that is known, how they are called or None).
 
-    Args: names: of the classes in the order of the logits, or None. Raises: UserError if the order is not known, or
-        the labels are not those of the task.
+    Args: names: of the classes in the order of the logits, as the checkpoint has them, or None.
+    Raises: UserError if the order is not known, or the labels are not those of the task.
     """
+    known = dict(zip(task.label_names or (), task.labels))  # {how it is called: label}
     if args.labels:
         labels = files.read_json(args.labels)
         if not isinstance(labels, list) or sorted(map(str, labels)) != sorted(task.labels):
             raise UserError(f"--labels {args.labels}: must be a JSON list of {task.name}'s labels, {list(task.labels)}")
-        return tuple(map(str, labels)), "as --labels says"
+        names = names if names and len(names) == len(labels) else None
+        return tuple(map(str, labels)), "as --labels says", names
     if names and sorted(names) == sorted(task.labels):
-        return tuple(names), "as the checkpoint says"
+        called = {label: name for name, label in known.items()}
+        return tuple(names), "as the checkpoint says", [called[label] for label in names] if called else None
+    if names and sorted(names) == sorted(known):
+        return tuple(known[name] for name in names), "as the checkpoint says", names
     if names:
         raise UserError(
             f"{args.model_path}: its classes are {names}, {task.name}'s labels are {list(task.labels)}; --labels "
             "labels.json says, as a JSON list, which label each logit stands for"
         )
     if task.name.lower() in data.TASKS:
-        return task.labels, "not said by the checkpoint, CLUE's order"
+        return task.labels, "not said by the checkpoint, CLUE's order", task.label_names and list(task.label_names)
     raise UserError(
         f"{args.model_path}: does not say the order of its labels; --labels labels.json, a JSON list such as "
         f"{list(task.labels)}, says it"

@@ -78,6 +78,9 @@ def fine_tune(args):
     # stage inherits, and model, params and flops.
     fields = {"parent": start.parent, "data": described, "notes": start.notes, **start.fields}
     fields.update(task=task.name, labels=list(task.labels), objective=task.objective.describe())
+    names = data.label_names(task, splits["train"])
+    if names:  # what people call the labels, for the answers of infer.py and the service
+        fields["model"]["label_names"] = names
     with ResumableRun("finetune", args, [args.output_dir], **fields) as run:
         if not run.finished:
             # Every process tokenizes; the first one also prints three samples and the plan.

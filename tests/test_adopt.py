@@ -198,7 +198,7 @@ def test_every_kind_goes_through_every_stage(kind, adopted, topics, tmp_path, ca
     offline = [json.loads(line)["label"] for line in lines]
     with Service(tmp_path, tmp_path / "int8/abs_max8") as service:
         status, answer = service.post({"texts": texts})
-    assert status == 200 and answer["label"] == offline and answer["classes"] == LABELS and len(offline) == 6
+    assert status == 200 and answer["labels"] == offline and answer["classes"] == LABELS and len(offline) == 6
 
 
 def test_teacher_student_and_start_of_fine_tuning(tmp_path, topics):
@@ -233,6 +233,36 @@ def test_config_of_others_as_architecture(tmp_path, topics, capsys):
     notes = [line for line in capsys.readouterr().err.splitlines() if "build nothing" in line]
     assert len(notes) == 1 and "model_type" in notes[0] and "hidden_size" not in notes[0]
     assert record(out)["model"]["architecture"]["hidden_act"] == "gelu"
+
+
+def test_names_of_classes_in_answers(tmp_path, topics, capsys):
+    """The data's labels are numbers, the checkpoint's classes are what the records call them: both are in an answer,
+    of the adopted model and of one that run_clue.py trained."""
+    numbers = dict(zip(LABELS, ["7", "3", "5", "1"]))
+    rows = [row for _, row in files.read_rows(os.path.join(topics, "dev.json"))]
+    rows = [{**row, "label": numbers[row["label"]], "label_desc": row["label"]} for row in rows]
+    extra = [{"sentence": "卷", "label": number, "label_desc": name} for name, number in numbers.items()]
+    (tmp_path / "numbers").mkdir()
+    for split in ("train", "dev"):
+        write_rows(tmp_path / "numbers" / f"{split}.json", [*rows, *extra])
+    given = ["--data_dir", str(tmp_path / "numbers"), "--task_name", "numbers"]
+    bert = os.path.join(FIXTURES, "bert")
+    adopt.main([*given, "--model_path", bert, "--output_dir", str(tmp_path / "in"), "--max_seq_length", "32"])
+    assert record(tmp_path / "in")["labels"] == list(numbers.values())
+    random_start = ["--init_config", os.path.join(bert, "config.json"), "--vocab_file", os.path.join(bert, "vocab.txt")]
+    more = ["--model_type", "bert", "--max_steps", "1", "--max_seq_length", "32"]
+    run_clue.main([*given, *random_start, *more, "--output_dir", str(tmp_path / "tuned")])
+    for place in ("in", "tuned"):
+        export = load_script("finetuning", "export_model")
+        export.main(["--task_name", "numbers", "--model_path", str(tmp_path / place), *given[:2]])
+        capsys.readouterr()
+        infer.main(["--model_path", str(tmp_path / place), "--text", "股市", "决赛"])
+        answers = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+        assert len(answers) == 2 and all(numbers[answer["label_name"]] == answer["label"] for answer in answers)
+    with Service(tmp_path, tmp_path / "in") as service:
+        _, answer = service.post({"texts": ["股市", "决赛"]})
+        assert [numbers[name] for name in answer["label_names"]] == answer["labels"]
+        assert answer["class_names"] == LABELS and answer["classes"] == list(numbers.values())
 
 
 def copied(tmp_path, name="bert"):

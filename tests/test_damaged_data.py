@@ -19,8 +19,9 @@ LINES = {
     "two records in a line": b'{"sentence": "a", "label": "100"} {"sentence": "a", "label": "100"}',
     "wrong label": b'{"sentence": "a", "label": "105"}',
     "wrong encoding": '{"sentence": "甲乙", "label": "100"}'.encode("gb18030"),
-    "byte order mark": b"\xef\xbb\xbf" + b'{"sentence": "a", "label": "100"}',
-    "line ends of Windows (CRLF)": b'{"sentence": "a", "label": "100"}\r',
+    "byte order mark in the middle": b"\xef\xbb\xbf" + b'{"sentence": "a", "label": "100"}',
+    "empty text": b'{"sentence": " ", "label": "100"}',
+    "key that stands twice": b'{"sentence": "a", "label": "100", "label": "101"}',
     "text missing": b'{"label": "100"}',
     "text that is null": b'{"sentence": null, "label": "100"}',
     "record that is a list": b'["a", "100"]',
@@ -43,7 +44,7 @@ def test_broken_lines_stop_the_training(what, split, workspace, tmp_path, capsys
     fault(f"CLUE file: {what}", "the third line of train.json, and of dev.json", 1, "refused by file and line")
 
 
-TEXT = st.text(max_size=40) | st.text("甲乙丙丁，。_[] \u2028\u0301áÀ１ａ", max_size=80)
+TEXT = (st.text(max_size=40) | st.text("甲乙丙丁，。_[] \u2028\u0301áÀ１ａ", max_size=80)).filter(str.strip)
 
 
 @st.composite
@@ -64,7 +65,7 @@ SENTENCE, PAIR = (
 )
 RECORDS = {
     "AFQMC": PAIR, "OCNLI": PAIR, "CMNLI": PAIR, "TNEWS": SENTENCE, "IFLYTEK": SENTENCE, "CLUEWSC2020": winograd(),
-    "CSL": st.fixed_dictionaries({"keyword": st.lists(TEXT, max_size=5), "abst": TEXT}),
+    "CSL": st.fixed_dictionaries({"keyword": st.lists(TEXT, min_size=1, max_size=5), "abst": TEXT}),
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Reading and converting the seven tasks and one's own; batches; errors that name file and line."""
 
+import csv
 import json
 
 import pytest
@@ -117,7 +118,11 @@ BROKEN = {
     "not JSON": (b'{"sentence": "a", "label": "100"', "not a JSON object"),
     "not an object": (b'["a"]', "a JSON object is needed"),
     "not UTF-8": (json.dumps({"sentence": "甲", "label": "100"}, ensure_ascii=False).encode("gbk"), "not UTF-8"),
-    "byte order mark": (b"\xef\xbb\xbf" + b'{"sentence": "a", "label": "100"}', "not a JSON object"),
+    "byte order mark in the middle": (b"\xef\xbb\xbf" + b'{"sentence": "a", "label": "100"}', "not a JSON object"),
+    "GBK": ('{"sentence": "甲"}'.encode("gbk"), r"iconv -f GB18030 -t UTF-8 .*dev\.json > NEW"),
+    "NUL bytes": (b"{\x00}", "NUL bytes; if the file is UTF-16, iconv"),
+    "key twice": (b'{"sentence": "a", "label": "100", "sentence": "b"}', "the key 'sentence' stands twice"),
+    "empty text": (b'{"sentence": "  ", "label": "100"}', "a text is empty"),
     "wrong label": (b'{"sentence": "a", "label": "105"}', "label '105'"),
     "no label": (b'{"sentence": "a"}', "no label"),
     "no text": (b'{"sentenc": "a", "label": "100"}', "no sentence, and no sentence1 and sentence2"),
@@ -130,6 +135,110 @@ def test_broken_records_are_named_by_file_and_line(tmp_path, line, message):
     (tmp_path / "dev.json").write_bytes(b'{"sentence": "\xe2\x80\xa8a", "label": "100"}\n\n' + line + b"\n")
     with pytest.raises(UserError, match=rf"dev\.json:3: .*{message}"):
         data.read_split(data.get_task("tnews"), "dev", str(tmp_path))
+
+
+ROWS = [
+    {"sentence": '他说"好", 走了', "label": "甲"},
+    {"sentence": "a\tb", "label": "乙"},
+    {"sentence": "两\n行", "label": "甲"},
+    {"sentence": "股市收盘", "label": "乙"},
+]
+
+
+def write_table(path, rows, dialect, header=("text", "label"), encoding="utf-8"):
+    with open(path, "w", encoding=encoding, newline="") as file:
+        writer = csv.writer(file, dialect)
+        writer.writerow(header)
+        writer.writerows([list(row.values()) for row in rows])
+
+
+def test_what_windows_editors_make_is_read(tmp_path):
+    """A byte order mark and CRLF: the same records, and a note of it in what stage.json says about the split."""
+    for split in ("train", "dev"):
+        write_rows(tmp_path / f"{split}.json", ROWS)
+    task = data.get_task("own", str(tmp_path))
+    plain = data.read_split(task, "dev", str(tmp_path))
+    assert "form" not in plain.describe()
+    for start, end, form in ((b"\xef\xbb\xbf", b"\n", "a byte order mark"), (b"", b"\r\n", "CRLF line ends"),
+                             (b"\xef\xbb\xbf", b"\r\n", "a byte order mark, CRLF line ends")):  # fmt: skip
+        lines = [json.dumps(row, ensure_ascii=False).encode() for row in ROWS]
+        (tmp_path / "dev.json").write_bytes(start + end.join(lines) + end)
+        (tmp_path / "labels.json").write_bytes(start + b'["\xe4\xb9\x99", "\xe7\x94\xb2"]' + end)
+        found = data.read_split(data.get_task("own", str(tmp_path)), "dev", str(tmp_path))
+        assert found.examples == plain.examples and found.describe()["form"] == form
+
+
+@pytest.mark.parametrize("ending, dialect", [(".csv", "excel"), (".tsv", "excel-tab")])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_tables_hold_the_records_of_json_lines(tmp_path, ending, dialect, encoding):
+    """Commas, tabs, quotes and a line end within a text included; the csv module writes CRLF."""
+    (tmp_path / "json").mkdir()
+    (tmp_path / "table").mkdir()
+    for split in ("train", "dev"):
+        write_rows(tmp_path / "json" / f"{split}.json", ROWS)
+        write_table(tmp_path / "table" / f"{split}{ending}", ROWS, dialect, encoding=encoding)
+    read = {}
+    for place in ("json", "table"):
+        task = data.get_task("own", str(tmp_path / place))
+        read[place] = task.labels, data.read_split(task, "train", str(tmp_path / place)).examples
+    texts = {place: [(e.text, e.label) for e in examples] for place, (_, examples) in read.items()}
+    assert read["json"][0] == read["table"][0] and texts["json"] == texts["table"] and len(texts["json"]) == 4
+    assert [e.line for e in read["table"][1]] == [2, 3, 4, 6], "where a record of two lines begins"
+
+
+def test_tables_of_pairs_and_without_labels(tmp_path):
+    pairs = [{"sentence1": "甲", "sentence2": "乙", "label": "1"}, {"sentence1": "丙", "sentence2": "丁", "label": "0"}]
+    for split in ("train", "dev"):
+        write_table(tmp_path / f"{split}.csv", pairs, "excel", ("sentence1", "sentence2", "label"))
+    write_table(tmp_path / "test.csv", [{"id": "7", "sentence1": "甲", "sentence2": "乙"}], "excel",
+                ("id", "sentence1", "sentence2"))  # fmt: skip
+    (tmp_path / "labels.txt").write_text("1\n0\n")
+    task = data.get_task("own", str(tmp_path))
+    assert task.labels == ("1", "0")
+    assert [e[:3] for e in data.read_split(task, "dev", str(tmp_path)).examples] == [("甲", "乙", 0), ("丙", "丁", 1)]
+    assert data.record_ids(data.read_split(task, "test", str(tmp_path))) == ["7"]
+    (tmp_path / "labels.json").write_text('["1", "0"]')
+    with pytest.raises(UserError, match=r"labels\.json and labels\.txt"):
+        data.get_task("own", str(tmp_path))
+    write_rows(tmp_path / "train.json", pairs)
+    with pytest.raises(UserError, match=r"train\.json and train\.csv; only one"):
+        data.split_path("own", "train", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("text,label\na,1\nb\n", r"dev\.csv:3: 1 fields, the header has 2: text, label"),
+        ("a,1\nb,0\n", r"dev\.csv:1: header \['a', '1'\]; text,label or"),
+        ("text,sentence\na,b\n", r"dev\.csv:1: header"),
+        ('text,label\n"a,1\n', r"dev\.csv:2: not a table"),
+        ("text,label\n\n,1\n", r"dev\.csv:3: a text is empty"),
+        ("", r"dev\.csv:1: header"),
+    ],
+)
+def test_tables_that_are_refused(tmp_path, content, message):
+    (tmp_path / "dev.csv").write_text(content)
+    with pytest.raises(UserError, match=message):
+        data.read_split(data.Task("own", ("1", "0")), "dev", str(tmp_path))
+
+
+def test_names_of_labels(tmp_path):
+    """From labels.json or the records, as CLUE's TNEWS and IFLYTEK have them; none if two records disagree."""
+    rows = [
+        {"sentence": "a", "label": "100", "label_desc": "故事"},
+        {"sentence": "b", "label": "101", "label_desc": "文化"},
+    ]
+    for split in ("train", "dev"):
+        write_rows(tmp_path / f"{split}.json", rows)
+    task = data.get_task("own", str(tmp_path))
+    assert data.label_names(task, data.read_split(task, "train", str(tmp_path))) == ["故事", "文化"]
+    write_rows(tmp_path / "train.json", [*rows, {"sentence": "c", "label": "101", "label_desc": "体育"}])
+    assert data.label_names(task, data.read_split(task, "train", str(tmp_path))) is None
+    write_rows(
+        tmp_path / "labels.json", [{"label": "101", "label_desc": "文化"}, {"label": "100", "label_desc": "故事"}]
+    )
+    task = data.get_task("own", str(tmp_path))
+    assert task.labels == ("101", "100") and task.label_names == ("文化", "故事")
 
 
 def test_span_that_is_not_where_its_index_says(tmp_path):

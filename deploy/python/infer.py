@@ -102,7 +102,7 @@ def classify_texts(args, models):
         # The model gives logits. What they mean, its objective knows: a label with the probabilities of all (softmax),
         # or each label above a threshold (sigmoid).
         for example, row in zip(examples, model.logits(model.convert(examples))):
-            answer = texts.answer(example, model.task.objective, row, model.task.labels)
+            answer = texts.answer(example, model.task.objective, row, model.task.labels, model.task.label_names)
             print(json.dumps(answer, ensure_ascii=False))
 
 

@@ -170,7 +170,7 @@ def main(argv=None):
         # Of logits only the model's objective knows what they mean: one that is not known here is refused.
         objective = objectives.of_description(answer.get("objective", objectives.Classification().describe()))
         for example, row, truncated in zip(chosen, np.float32(answer["logits"]), answer["truncated"]):
-            result = texts.answer(example, objective, row, answer["classes"])
+            result = texts.answer(example, objective, row, answer["classes"], answer.get("class_names"))
             print(json.dumps({**result, "truncated": truncated}, ensure_ascii=False), flush=True)
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import fronts
 import numpy as np
 import protocol
-from common import batching, checkpoints, cli, compat, engine
+from common import batching, checkpoints, cli, compat, engine, texts
 from protocol import BAD_INPUT, OK, TIMEOUT, UNAVAILABLE, UNKNOWN, Answer, ServiceError
 from scheduler import Job, Scheduler
 
@@ -72,6 +72,7 @@ class Model:
         self.record, self.tokenizer = graph.record, graph.tokenizer()
         self.precision = precision or engine.default_precision(graph.prefix)
         self.objective, self.labels = graph.objective, self.record["labels"]
+        self.label_names = self.record["model"].get("label_names")
         self.pairs = bool(self.record["data"]["dev"].get("pairs"))
         self.longest = self.record["arguments"]["max_seq_length"]
         self.lengths = padded_lengths(device, self.longest)
@@ -179,11 +180,14 @@ class PPMiniLMOp(pipeline.Op):
         """The answer to a request: {truncated}, {logits} -> {key: a value for JSON}."""
         (request,) = input_data.values()
         logits = fetch_data["logits"]
+        chosen, names = self.model.objective.columns(logits, self.model.labels), self.model.label_names
         answer = {
-            **self.model.objective.columns(logits, self.model.labels),
+            **chosen,
+            **texts.named(chosen, self.model.labels, names),
             # Nine significant digits identify every float32 value.
             "logits": [[float(f"{value:.9g}") for value in row] for row in logits.tolist()],
             "classes": self.model.labels,
+            **({"class_names": names} if names else {}),
             "truncated": request["truncated"],
             "objective": self.model.objective.describe(),
         }
