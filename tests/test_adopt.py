@@ -8,12 +8,13 @@ import shutil
 import numpy as np
 import paddle
 import pytest
+import safetensors
 from conftest import ROOT, Service, load_script, record, refused, sh, write_rows
 from safetensors.numpy import load_file, save_file
 
 import general_distill
 import run_clue
-from common import UserError, batching, checkpoints, files, modeling, tokenization
+from common import UserError, batching, checkpoints, exporting, files, modeling, tensors, tokenization
 
 FIXTURES = os.path.join(ROOT, "tests", "fixtures", "hugging_face")
 LABELS = ["财经", "体育", "科技", "教育"]
@@ -352,6 +353,22 @@ def test_damage_is_one_line(what, tmp_path, topics, capsys):
     refused(capsys, tmp_path / "out", words, adopt.main, arguments(source, tmp_path / "out", topics))
 
 
+def test_half_precision_is_read(tmp_path):
+    """FP16 and BF16, which NumPy does not have: the numbers that they stand for, exactly."""
+    numbers = np.array([[1.5, -2.0, 0.0078125], [3.140625, -0.0, 65280.0]], "float32")
+    upper_halves = (numbers.view("uint32") >> 16).astype("uint16")
+    path = str(tmp_path / "model.safetensors")
+    entries = {
+        "bf16": {"dtype": "bfloat16", "shape": [2, 3], "data": upper_halves.tobytes()},
+        "fp16": {"dtype": "float16", "shape": [2, 3], "data": numbers.astype("float16").tobytes()},
+        "whole numbers": {"dtype": "int64", "shape": [1], "data": bytes(8)},
+    }
+    safetensors.serialize_file(entries, path)
+    found = tensors.read_safetensors(path)
+    assert set(found) == {"bf16", "fp16"}
+    assert all(array.dtype == "float32" and (array == numbers).all() for array in found.values())
+
+
 def test_shards_that_are_missing_or_elsewhere(tmp_path, topics, capsys):
     source = copied(tmp_path, "bert_odd")
     index = json.loads((source / "model.safetensors.index.json").read_text())
@@ -384,6 +401,10 @@ def test_graphs_that_are_refused(tmp_path, topics, capsys):
     )
     refused(capsys, out, ["input_ids and token_type_ids"], adopt.main, arguments(source, out, topics))
     graph = source / "model.pdmodel"
+    program = exporting.read_program(str(graph))
+    program.blocks[0].ops[1].type = "faster_tokenizer"
+    graph.write_bytes(program.SerializeToString())
+    refused(capsys, out, ["takes strings", "input_ids"], adopt.main, arguments(source, out, topics))
     graph.write_bytes(graph.read_bytes()[:50])
     refused(capsys, out, ["damaged"], adopt.main, arguments(source, out, topics))
 
