@@ -246,6 +246,27 @@ def test_what_comes_while_a_request_is_answered(attacked):
             send(attacked.http, data, 1.0)
 
 
+def test_chunks_of_one_byte(attacked):
+    """250,000 of them are a body of 250 KB in 1.5 MB: too much to parse for all of it to be read, and refused as such."""
+    head = b"POST /ppminilm/prediction HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with unharmed(attacked):
+        for _ in range(3):
+            send(attacked.http, head + b"1\r\na\r\n" * 250_000)
+    with connect(attacked.http) as connection:  # slowly enough for the reply to be read
+        connection.settimeout(5)
+        connection.sendall(head)
+        time.sleep(0.2)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(60):
+                connection.sendall(b"1\r\na\r\n" * 1000)
+                time.sleep(0.005)
+        reply = connection.recv(65536)
+    assert reply.split(b" ")[1] == b"413" and b"chunk sizes" in reply
+    few = b"%x\r\n%b\r\n0\r\n\r\n"
+    body = json.dumps(GOOD).encode()
+    assert send(attacked.http, head + few % (len(body), body)).split(b" ")[1] == b"200"
+
+
 def test_a_chunk_that_is_none(attacked):
     """It comes after a good one, in a body that is being read already."""
     head = b"POST /ppminilm/prediction HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"

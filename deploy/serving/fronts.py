@@ -69,6 +69,7 @@ class Connection(web_protocol.RequestHandler):
         super().__init__(front.server, **options)
         self.front, self.deadline, self.address = front, None, ""
         self.head, self.busy, self.whole, self.surplus = b"", False, False, 0
+        self.received, self.too_large = 0, False  # bytes of the request, chunk sizes and all; whether they are too many
         self.since = self._loop.time()
 
     def connection_made(self, transport):
@@ -89,6 +90,7 @@ class Connection(web_protocol.RequestHandler):
         if self.deadline:
             self.deadline.cancel()
         self.head, self.surplus, self.since = b"", 0, self._loop.time()
+        self.received, self.too_large = 0, False
         self.deadline = self._loop.call_later(self.front.seconds, self.abort)
 
     def abort(self):
@@ -109,6 +111,12 @@ class Connection(web_protocol.RequestHandler):
                 self.raw.write(raw_reply(431, "Request Header Fields Too Large", answer))
                 self.close_after_reply()
                 return
+        self.received += len(data)
+        if self.busy and not self.whole and self.received > self.front.max_received:
+            # Chunks of one byte take six on the way, and their parsing 40 times as long as those bytes in one piece.
+            self.too_large = True
+            self._current_request.content.set_exception(web.RequestPayloadError("too large"))
+            return
         super().data_received(data)
         if len(self._messages) > MOST_PIPELINED:
             self.abort()
@@ -145,6 +153,7 @@ class HttpFront:
     def __init__(self, service, config):
         self.service, self.config = service, config
         self.seconds, self.max_head = config["request_ms"] / 1000, config["max_header_bytes"]
+        self.max_received = config["max_body_bytes"] + 2 * self.max_head
         self.connections, self.trimming, self.listener = set(), False, None
         self.server = web.Server(self.handle, handler_cancellation=True)
 
@@ -235,6 +244,8 @@ class HttpFront:
                 if len(body) > limit:
                     return self.refusal(413, BAD_INPUT, f"the body is larger than {limit} bytes")
         except web.RequestPayloadError:
+            if connection.too_large:
+                return self.refusal(413, BAD_INPUT, f"the body and its chunk sizes are larger than {limit} bytes")
             return self.refusal(400, BAD_INPUT, "the body is malformed")
         in_message_form = False
 
