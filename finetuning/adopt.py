@@ -61,6 +61,8 @@ def adopt(args):
         f"{source}: {found.kind}, {found.fields['model_type']}, {found.params / 1e6:.2f} M parameters; labels: {order}"
     )
 
+    # Another order, configuration or vocabulary makes it another result, also in a file of the same name.
+    args.labels, args.source_files = list(labels), hashes_beside_weights(args)
     notes = [f"trained elsewhere: {found.kind}", f"labels: {order}"]
     model = {**found.fields, "width_mult": 1.0, "initialized_from": files.relative(source)}
     if names and names != list(labels):
@@ -86,6 +88,16 @@ def adopt(args):
         f"{task.name}: dev {task.objective.shown} {metrics[task.objective.metric]:.4f} ({constant} {reached:.4f}) -> "
         f"{args.output_dir}"
     )
+
+
+def hashes_beside_weights(args):
+    """{file name: sha256} of what else the model was made of."""
+    directory = args.model_path if os.path.isdir(args.model_path) else os.path.dirname(os.path.abspath(args.model_path))
+    names = (*records.BESIDE_WEIGHTS, "model_config.json", "tokenizer.json")
+    found = files.hash_files(directory, [name for name in names if os.path.isfile(os.path.join(directory, name))])
+    if args.vocab_file:
+        found["--vocab_file"] = files.file_hash(args.vocab_file)
+    return found
 
 
 class Found:

@@ -384,6 +384,12 @@ def test_wrong_order_of_labels_is_seen(tmp_path, topics, capsys):
     labels.write_text(json.dumps(LABELS[::-1]), encoding="utf-8")
     adopt.main(arguments(os.path.join(FIXTURES, "bert"), tmp_path / "out", topics, "--labels", labels))
     assert "warning: dev accuracy not above the majority class" in capsys.readouterr().out
+    given = arguments(os.path.join(FIXTURES, "bert"), tmp_path / "out", topics, "--labels", labels)
+    labels.write_text(json.dumps(LABELS), encoding="utf-8")
+    with pytest.raises(UserError, match="holds the result of something else"):  # not "already finished"
+        adopt.main(given)
+    adopt.main([*given, "--overwrite"])
+    assert record(tmp_path / "out")["metrics"]["accuracy"] == 1.0
     labels.write_text("[1, 2]")
     given = arguments(os.path.join(FIXTURES, "bert"), tmp_path / "other/out", topics, "--labels", labels)
     refused(capsys, tmp_path / "other/out", ["JSON list of topics's labels"], adopt.main, given)
