@@ -54,7 +54,7 @@ print("usable", sys.version_info[1], base)' 2>&1 | tail -n 1) # the last line: o
 digest() { # FLAVOUR SERVING: hash of the lock files of the environment
     (
         cd "$root/requirements"
-        cat build.txt "$1.txt" ${2:+serving*.txt} | sha256sum | cut -c 1-16
+        cat build.txt "$1.txt" ${2:+serving*.txt paddle_serving_client.py} | sha256sum | cut -c 1-16
     )
 }
 
@@ -87,6 +87,10 @@ install_serving_and_finish() {
     if [ -n "$serving" ]; then
         install serving
         install serving-wheels
+        # Paddle Serving's server and PipelineClient import a package that has no wheel for Python 3.10 and later.
+        "$venv/bin/python" -c "import paddle_serving_client" 2> /dev/null ||
+            cp "$root/requirements/paddle_serving_client.py" "$("$venv/bin/python" -c \
+                "import sysconfig; print(sysconfig.get_path('purelib'))")"
         [ "$flavour" = cpu ] || install serving-wheels-gpu
     fi
     echo "$flavour ${serving:--} $(digest "$flavour" "$serving") $base" > "$stamp"

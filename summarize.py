@@ -26,7 +26,7 @@ BEST = "best.json"
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     parser.add_argument("directories", nargs="*", help="directories to search for stage.json files")
-    parser.add_argument("--task_name", help="show only this task, without the CLUE table")
+    parser.add_argument("--task_name", type=cli.task_name, help="show only this task, without the CLUE table")
     parser.add_argument("--format", choices=("markdown", "csv", "json"), default="markdown", help="output format")
     parser.add_argument("--json", help="also write the records to this file, sorted as in the tables")
     parser.add_argument("--perf", help="perf.json of one model; fills in the speed-up column")

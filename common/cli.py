@@ -139,10 +139,19 @@ def _described(value):
 # Arguments that several scripts have
 
 
+# What the scripts of the original example also call two of the tasks.
+TASK_ALIASES = {"wsc": "CLUEWSC2020", "ifly": "IFLYTEK"}
+
+
+def task_name(text):
+    """argparse type: the name of a task, CLUE's where the original's scripts have a shorter one."""
+    return TASK_ALIASES.get(text.lower(), text)
+
+
 def add_task_argument(group):
     # It does not make a result: model and data say which task it is, and it may be typed in any case.
-    help = "a CLUE task in any case, or a name for the data in --data_dir"
-    group.add_argument("--task_name", required=True, help=help, without_effect=True)
+    help = "a CLUE task in any case (wsc: CLUEWSC2020, ifly: IFLYTEK), or a name for the data in --data_dir"
+    group.add_argument("--task_name", type=task_name, required=True, help=help, without_effect=True)
 
 
 def add_output_argument(group, help, required=False):
@@ -162,7 +171,7 @@ def add_data_arguments(group):
     """--data_dir and the sample limits."""
     help = "directory with train.json and dev.json; default: $CLUE_DATA_DIR, else PaddleNLP downloads the CLUE task"
     # A record knows the data by its md5, wherever it lies.
-    group.add_argument("--data_dir", type=PathArgument, help=help, without_effect=True)
+    group.add_argument("--data_dir", "--glue_dir", type=PathArgument, help=help, without_effect=True)
     for split in ("train", "eval"):
         help = f"use only this many {split} records, for a quick trial; the result is marked as partial"
         group.add_argument(f"--max_{split}_samples", type=int, help=help, positive=True)

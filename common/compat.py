@@ -9,8 +9,7 @@ import io
 import os
 import sys
 import tempfile
-from importlib.util import find_spec
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 # Paddle's advice about OMP_NUM_THREADS on standard error assumes OpenBLAS; these wheels carry MKL.
 try:
@@ -96,13 +95,9 @@ def quant_post_static(*args, **kwargs):
 def paddle_serving():
     """Paddle Serving's pipeline: a namespace with Op, RequestOp, ResponseOp and DAGExecutor.
 
-    The server imports the name ``Client`` from paddle_serving_client, which has no wheel for Python 3.10 and later,
-    and never uses it for a model in the same process: an empty class takes its place. Importing the server opens log
-    files in $SERVING_LOG_PATH/PipelineServingLogs.
+    Importing the server opens log files in $SERVING_LOG_PATH/PipelineServingLogs. It imports paddle_serving_client, for
+    which setup_env.sh has installed a stand-in (requirements/paddle_serving_client.py) where it has no wheel.
     """
-    if "paddle_serving_client" not in sys.modules and find_spec("paddle_serving_client") is None:
-        sys.modules["paddle_serving_client"] = ModuleType("paddle_serving_client")
-        sys.modules["paddle_serving_client"].Client = type("Client", (), {})
     from paddle_serving_server.pipeline import operator
     from paddle_serving_server.pipeline.dag import DAGExecutor
 

@@ -23,12 +23,21 @@ usage() {
 lower() { echo "$1" | tr '[:upper:]' '[:lower:]'; }
 upper() { echo "$1" | tr '[:lower:]' '[:upper:]'; }
 
+# alias_of NAME: CLUE's name of a task that the original's scripts also call by a shorter one (cli.TASK_ALIASES).
+alias_of() {
+    case $(lower "$1") in
+        wsc) echo CLUEWSC2020 ;;
+        ifly) echo IFLYTEK ;;
+        *) echo "$1" ;;
+    esac
+}
+
 # is_clue NAME: whether it is one of the CLUE tasks, which data.py lists as Task("NAME", ...), in any case.
-is_clue() { grep -qF "Task(\"$(upper "$1")\"," "$root/data.py"; }
+is_clue() { grep -qF "Task(\"$(upper "$(alias_of "$1")")\"," "$root/data.py"; }
 
 # task_name NAME: the name as it stands in paths: CLUE's in upper case, others as they were typed.
 task_name() {
-    if is_clue "$1"; then upper "$1"; else echo "$1"; fi
+    if is_clue "$1"; then upper "$(alias_of "$1")"; else echo "$1"; fi
 }
 
 # for_each_best BEST_JSON FUNCTION ...: calls FUNCTION ... for each task in a best.json, with the variables task, lr, batch,

@@ -34,6 +34,9 @@ def identity(arguments, parent, data, without_effect):
     Args: arguments, parent, data: as in a record. without_effect: names of arguments that do not count.
     """
     made_from = {name: value for name, value in arguments.items() if name not in without_effect}
+    # Results from before this argument was there stay valid: they are those of its default.
+    if made_from.get("gradient_accumulation_steps") == 1:
+        del made_from["gradient_accumulation_steps"]
     made_from["weights made from"] = None
     if parent:
         hashes = sorted(digest[:12] for digest in records.parameter_hashes(parent["weights"]))

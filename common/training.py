@@ -14,8 +14,12 @@ from common import UserError, batching, cli, objectives, processes
 from common.compat import paddle
 
 
-def add_training_arguments(parser, **defaults):
-    """Adds the group of optimization arguments. Args: defaults: those of this script that differ from fine-tuning's."""
+def add_training_arguments(parser, accumulates=True, **defaults):
+    """Adds the group of optimization arguments.
+
+    Args: accumulates: whether the script trains with fit, which can add up the gradients of several batches. defaults:
+        those of this script that differ from fine-tuning's.
+    """
     group = parser.add_argument_group("training")
     group.add_argument(
         "--learning_rate",
@@ -25,8 +29,12 @@ def add_training_arguments(parser, **defaults):
         "random weights; lower it if the loss rises or becomes NaN",
         positive=True,
     )
-    help = "sequences per step and device; lower it if memory runs out"
+    help = "sequences at a time and device; lower it, and raise --gradient_accumulation_steps, if memory runs out"
     group.add_argument("--batch_size", type=int, default=32, help=help, positive=True)
+    if accumulates:
+        help = "batches of --batch_size in a step, whose gradients are added up: two of 16 are the training of one of "
+        help += "32, but for the random draws of dropout"
+        group.add_argument("--gradient_accumulation_steps", type=int, default=1, help=help, positive=True)
     help = "passes over the train data; raise it for small data sets (CLUEWSC2020: 50)"
     group.add_argument("--num_train_epochs", type=int, default=3, help=help, positive=True)
     help = "if above 0: this many steps instead of epochs"
@@ -68,7 +76,12 @@ def total_steps(args, examples):
 
 
 def steps_per_epoch(args, examples):
-    return math.ceil(examples / (args.batch_size * processes.world_size()))
+    return math.ceil(examples / joint_size(args))
+
+
+def joint_size(args):
+    """Records of a step: --batch_size x --gradient_accumulation_steps x processes."""
+    return args.batch_size * args.gradient_accumulation_steps * processes.world_size()
 
 
 def convert(args, run, splits, tokenizer, task):
@@ -104,7 +117,9 @@ def unknown_share(features, unk_id):
 def show_plan(args, examples):
     """Prints the steps and evaluations of a training on so many examples, with the arithmetic."""
     steps, per_epoch, world = total_steps(args, examples), steps_per_epoch(args, examples), processes.world_size()
-    size = f"{args.batch_size}" if world == 1 else f"({args.batch_size} x {world} processes)"
+    accumulated, size = args.gradient_accumulation_steps, f"{args.batch_size}"
+    size += f" x {accumulated} accumulated" * (accumulated > 1) + f" x {world} processes" * (world > 1)
+    size = f"({size})" if " " in size else size
     epochs = "--max_steps" if args.max_steps > 0 else f"x {args.num_train_epochs} epochs"
     warmup = args.warmup_steps or int(args.warmup_proportion * steps)
     print(
@@ -161,26 +176,27 @@ def seed_step(seed, step):
 
 
 def training_batches(features, args, first_step, steps, pad_id=0):
-    """Yields (step, Batch, share) for the steps after ``first_step``. An epoch takes each record once.
+    """Yields (step, [(Batch, share)]) for the steps after ``first_step``. An epoch takes each record once.
 
-    Several processes divide a joint batch of --batch_size x processes records among them. ``share`` is the size of
-    this process's part over that of the joint batch: its mean loss is multiplied by it, so that the gradients of all
-    processes add up to those of the joint batch. A process whose part is empty gets None instead of a Batch.
+    The joint batch of a step has --batch_size x --gradient_accumulation_steps x processes records. Each process takes
+    its part of it, in batches of --batch_size: one, without accumulation. ``share`` is the size of a batch over that of
+    the joint batch: its mean loss is multiplied by it, so that all gradients add up to those of the joint batch. A
+    process for which no record is left gets an empty list.
     """
-    rank, joint_size = processes.rank(), args.batch_size * processes.world_size()
-    per_epoch = math.ceil(len(features) / joint_size)
+    size, of_process = joint_size(args), args.batch_size * args.gradient_accumulation_steps
+    per_epoch = math.ceil(len(features) / size)
     order = None
     for step in range(first_step + 1, steps + 1):
         epoch, position = divmod(step - 1, per_epoch)
         if order is None or position == 0:
-            order = epoch_order(features, joint_size, args.seed, epoch, args.group_by_length)
+            order = epoch_order(features, size, args.seed, epoch, args.group_by_length)
         seed_step(args.seed, step)
-        joint = order[position * joint_size : (position + 1) * joint_size]
-        part = joint[rank * args.batch_size : (rank + 1) * args.batch_size]
-        # The same length in all processes, because pruning's loss includes padding.
+        joint = order[position * size : (position + 1) * size]
+        mine = joint[processes.rank() * of_process :][:of_process]
+        # The same length in all batches and processes, because pruning's loss includes padding.
         length = max(len(features[i].input_ids) for i in joint)
-        batch = batching.collate(features, part, pad_id, length) if len(part) else None
-        yield step, batch, len(part) / len(joint)
+        parts = [mine[start : start + args.batch_size] for start in range(0, len(mine), args.batch_size)]
+        yield step, [(batching.collate(features, part, pad_id, length), len(part) / len(joint)) for part in parts]
 
 
 # The loop
@@ -220,19 +236,23 @@ def fit(args, run, model, features, pad_id, losses_of, evaluate, metric, write, 
     # Dropout is on while training, and off in modeling.predict.
     model.train()
     batches = training_batches(features, args, state["step"], progress.steps, pad_id)
-    for step, batch, share in progress.bar(batches, state["step"], args.task_name):
-        losses = []
-        if batch is not None:  # without a record left, a process still takes part in the sums below
+    for step, parts in progress.bar(batches, state["step"], args.task_name):
+        # A single batch, unless gradients are accumulated. Without a record left, a process still takes part in the
+        # sums below.
+        mean_loss = 0.0
+        for batch, share in parts:
+            losses = []
             for loss in losses_of(batch):
-                # share: the part of this process in the records of the step, 1 in a single process, 1/2 in each of two.
+                # share: the part of this batch in the records of the step, 1 for a single one, 1/2 for each of two.
                 # Means weighted by it add up to the mean over all records, also where a last batch is divided unevenly.
                 loss = loss * share
                 loss.backward()
                 losses.append(float(loss))
+            mean_loss += sum(losses) / len(losses)
         # Sums the gradients over the processes, which wait for each other here; clips them (--max_grad_norm); takes one
         # step of AdamW and one of the schedule; clears the gradients.
         update(model, optimizer, schedule)
-        progress.loss(step, sum(losses) / max(len(losses), 1), schedule)
+        progress.loss(step, mean_loss, schedule)
 
         # The published search evaluated every 100 steps: 51 times for TNEWS. The best checkpoint often lies within an
         # epoch. As dev chooses it, its dev score is a little optimistic. The other processes wait meanwhile.

@@ -17,7 +17,9 @@ from common import cli, files
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
-    parser.add_argument("--task_name", required=True, help="CLUE task, or the name of your own task")
+    parser.add_argument(
+        "--task_name", type=cli.task_name, required=True, help="CLUE task, or the name of your own task"
+    )
     help = "objective of the records, if it is one of your own (default: what they look like)"
     parser.add_argument("--objective", help=help)
     cli.add_data_arguments(parser)

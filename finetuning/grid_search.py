@@ -54,7 +54,9 @@ def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     parser.add_argument("--model", required=True, help="built-in name or model directory; gets the results")
     tasks = [task.name for task in data.TASKS.values()]
-    parser.add_argument("--tasks", nargs="+", default=tasks, help="CLUE tasks, or names of your own data")
+    parser.add_argument(
+        "--tasks", nargs="+", type=cli.task_name, default=tasks, help="CLUE tasks, or names of your own data"
+    )
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=BATCH_SIZES, help="batch sizes of the grid")
     parser.add_argument("--learning_rates", nargs="+", default=LEARNING_RATES, help="learning rates of the grid")
     help = "epochs, for all tasks (default: the published number of each task)"

@@ -140,6 +140,8 @@ def save_best(args, run, objective, state, tokenizer):
         f"{run.fields['task']}: dev {objective.shown} {best[objective.metric]:.4f} at step "
         f"{best['step']} ({constant} {reached:.4f}) -> {args.output_dir}"
     )
+    if objective.metric == "accuracy":  # the line that scripts written for the original example look for
+        print(f"best_acc: {best[objective.metric]:.6g}")
 
 
 def main(argv=None):

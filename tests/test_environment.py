@@ -54,6 +54,7 @@ def checkout(tmp_path):
     shutil.copy(os.path.join(ROOT, "setup_env.sh"), root)
     for lock in LOCKS:
         (root / "requirements" / os.path.basename(lock)).write_text("")
+    shutil.copy(os.path.join(ROOT, "requirements/paddle_serving_client.py"), root / "requirements")
     return root
 
 

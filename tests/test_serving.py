@@ -58,6 +58,65 @@ def dev_texts(workspace, count):
     return [batching.Example(row["sentence"], None, None, n) for n, row in enumerate(rows, 1)]
 
 
+# The settings in the config_nlp.yml of the original example.
+ORIGINAL = {
+    "worker_num": 20,
+    "build_dag_each_worker": False,
+    "dag": {"is_thread_op": False, "tracer": {"interval_s": 10}},
+    "http_port": 18082,
+    "rpc_port": 8090,
+    "op": {
+        "ppminilm": {
+            "concurrency": 1,
+            "local_service_conf": {
+                "client_type": "local_predictor",
+                "device_type": 1,
+                "devices": "2",
+                "fetch_list": ["logits"],
+                "model_config": "serving_server",
+            },
+        }
+    },
+}
+# Its client, with the class of Paddle Serving: texts under the keys 0, 1, ..., logits read from the first value.
+CLIENT = """
+import json, sys
+from paddle_serving_server.pipeline import PipelineClient
+client = PipelineClient()
+client.connect([sys.argv[1]])
+answer = client.predict(feed_dict={str(n): text for n, text in enumerate(sys.argv[2:])})
+print(json.dumps([answer.err_no, answer.key[0], eval(answer.value[0])]))
+profiled = client.predict(feed_dict={"texts": json.dumps(sys.argv[2:])}, profile=True)
+print(json.dumps([profiled.err_no, dict(zip(profiled.key, profiled.value))["logits"]]))
+"""
+
+
+def test_the_originals_settings_and_client(models, workspace, tmp_path):
+    """Both work as they are. Eleven texts: sorted as words, "10" would stand before "2"."""
+    directory, _ = models["int8"]
+    texts = [example.text for example in dev_texts(workspace, 11)]
+    with Service(tmp_path, directory, settings=ORIGINAL) as service:
+        command = [sys.executable, "-c", CLIENT, f"127.0.0.1:{service.rpc}", *texts]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        numbered, profiled = map(json.loads, re.findall(r"^\[.*\]$", done.stdout, re.M))
+        _, plain = service.post({"texts": texts})
+        _, by_http = service.post({str(n): text for n, text in enumerate(texts)})
+        status, too_many = service.post({str(n): "一" for n in range(129)})
+        _, missing = service.post({"0": "一", "2": "一"})
+        alone = [sys.executable, os.path.join(ROOT, "deploy/serving/rpc_client.py")]
+        printed = subprocess.run([*alone, "--address", f"127.0.0.1:{service.rpc}"], capture_output=True, text=True)
+    assert numbered[:2] == [0, "logits"] and by_http["labels"] == plain["labels"]
+    assert np.abs(np.array(numbered[2]) - np.array(plain["logits"])).max() <= 0.01
+    assert profiled[0] == 0 and json.loads(profiled[1]) == plain["logits"]
+    assert status == 400 and "129 texts in texts; at most 128" in too_many["err_msg"]
+    assert "the keys must be text or texts" in missing["err_msg"]
+    assert [json.loads(line)["text"] for line in printed.stdout.splitlines()] == rpc_client.SENTENCES, printed.stderr
+    notes = [line for line in service.stderr.read_text().splitlines() if line.startswith("note: ")]
+    ours = "build_dag_each_worker", "is_thread_op", "tracer", "client_type", "fetch_list"
+    assert all(f" {name} (" in notes[0] for name in ours) and notes[1].startswith("note: device_type 1"), notes
+
+
 def test_answers_are_infers(served, models, workspace):
     """One text, a list, by HTTP in both forms and by RPC: labels, probabilities, logits of infer.py, in order."""
     service, precision = served
@@ -321,7 +380,7 @@ def test_client_gives_infers_lines(served, models, workspace, tmp_path, capsys):
 def test_clients_exit_status(service, tmp_path):
     address = ["--address", f"127.0.0.1:{service.rpc}"]
     for options, status, words in (
-        ([*address], 2, "give either --text or --input_file"),
+        ([*address, "--text", "一", "--input_file", "-"], 2, "give either --text or --input_file"),
         ([*address, "--text", " "], 2, "text 1 is empty"),
         ([*address, "--input_file", tmp_path / "none.txt"], 2, "No such file"),
         (["--address", "nowhere", "--text", "一"], 2, "must be host:port"),

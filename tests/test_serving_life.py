@@ -162,7 +162,10 @@ def test_what_kills_its_process_group_kills_no_more(model, tmp_path):
         ("http_prot: 1", "no setting is called http_prot"),
         ("http_port: many", "http_port: 'many': Input should be a valid integer"),
         ("http_port: 80", "http_port: 80: Input should be greater than or equal to 1024"),
-        ("dag: {is_thread_op: false}", "dag.is_thread_op: False: Value error, process mode is not supported"),
+        (
+            "op: {ppminilm: {local_service_conf: {client_type: brpc}}}",
+            "client_type: 'brpc': Input should be 'local_pred",
+        ),
         ("dag: {is_thread_op: 1}", "dag.is_thread_op: 1: Input should be a valid boolean"),
         ("op: {ppminilm: {concurrency: 2}}", "concurrency: 2: Input should be less than or equal to 1"),
         ("op: {ppminilm: {concurrency: true}}", "concurrency: True: Input should be a valid integer"),
@@ -170,7 +173,7 @@ def test_what_kills_its_process_group_kills_no_more(model, tmp_path):
         ("op: {ppminilm: {local_service_conf: {precision: int4}}}", "precision: 'int4': Input should be ''"),
         ("- a\n- b", "must be settings"),
         ("a: [", "not YAML"),
-        ("http_port: 8091", "http_port and rpc_port are both 8091"),
+        ("http_port: 8091\nrpc_port: 8091", "http_port and rpc_port are both 8091"),
     ],
 )
 def test_wrong_settings(tmp_path, settings, words):
@@ -180,6 +183,37 @@ def test_wrong_settings(tmp_path, settings, words):
     with pytest.raises(UserError, match=re.escape(words)) as error:
         web_service.check_ports(web_service.read_config(web_service.parse_args(["--config", str(config)])))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings, http_port, rpc_port",
+    [("", 18083, 8091), ("http_port: 9000\nrpc_port:", 9000, 9001), ("rpc_port: 9000", None, 9000)],
+)
+def test_ports_as_paddle_serving_documents_them(tmp_path, settings, http_port, rpc_port):
+    config = tmp_path / "config.yml"
+    config.write_text(settings)
+    read = web_service.read_config(web_service.parse_args(["--config", str(config)]))
+    assert (read["http_port"], read["rpc_port"]) == (http_port, rpc_port)
+
+
+def test_a_service_without_http(model, tmp_path):
+    config, port = tmp_path / "config.yml", free_port()
+    config.write_text(
+        f"rpc_port: {port}\nlog_dir: {tmp_path}\nop: {{ppminilm: {{local_service_conf: {{model_config: {model}}}}}}}"
+    )
+    script = [sys.executable, os.path.join(ROOT, "deploy/serving/web_service.py"), "--config", str(config)]
+    running = subprocess.Popen(script, stdout=subprocess.PIPE, text=True)
+    try:
+        assert subprocess.run([*script, "--wait-ready", "60"]).returncode == 0
+        assert running.stdout.readline() == f"web_service.py: ready, RPC on port {port}\n"
+        client = [sys.executable, os.path.join(ROOT, "deploy/serving/rpc_client.py"), "--address", f"127.0.0.1:{port}"]
+        done = subprocess.run([*client, "--text", "一"], capture_output=True, text=True)
+        assert json.loads(done.stdout)["text"] == "一", done.stderr
+    finally:
+        running.terminate()
+        assert running.wait(30) == 0
+    waiting = subprocess.run([*script, "--wait-ready", "0.5"], capture_output=True, text=True)
+    assert waiting.returncode == 1 and "no RPC connection" in waiting.stderr
 
 
 def test_wrong_overrides_go_by_the_name_of_their_option():

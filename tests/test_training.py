@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ def arguments(**changed):
         **{
             **{
                 "batch_size": 4,
+                "gradient_accumulation_steps": 1,
                 "seed": 3,
                 "group_by_length": False,
                 "learning_rate": 1e-3,
@@ -40,13 +42,13 @@ def arguments(**changed):
 def test_an_epoch_sees_each_record_once(group_by_length):
     features = [batching.Feature([2] * (1 + i % 7), [0] * (1 + i % 7), i) for i in range(1003)]
     args = arguments(group_by_length=group_by_length)
-    seen = [batch.labels.tolist() for _, batch, _ in training.training_batches(features, args, 0, 2 * 251)]
+    seen = [batch.labels.tolist() for _, [(batch, _)] in training.training_batches(features, args, 0, 2 * 251)]
     for epoch in (seen[:251], seen[251:]):
         assert sorted(sum(epoch, [])) == list(range(1003))
     assert seen[:251] != seen[251:]
-    again = [batch.labels.tolist() for _, batch, _ in training.training_batches(features, args, 100, 2 * 251)]
+    again = [batch.labels.tolist() for _, [(batch, _)] in training.training_batches(features, args, 100, 2 * 251)]
     assert again == seen[100:]
-    padding = sum(b.input_ids.size for _, b, _ in training.training_batches(features, args, 0, 251)) / sum(
+    padding = sum(b.input_ids.size for _, [(b, _)] in training.training_batches(features, args, 0, 251)) / sum(
         len(f.input_ids) for f in features
     )
     assert padding < 1.02 if group_by_length else padding > 1.2
@@ -396,7 +398,8 @@ def without_dropout(workspace, tuned, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", ["finetune", "prune"])
-def test_two_processes_equal_one_on_the_joint_batch(workspace, without_dropout, tmp_path, stage):
+def test_two_processes_or_accumulation_equal_one_on_the_joint_batch(workspace, without_dropout, tmp_path, stage):
+    """57 records in joint batches of 24: the last one, of 9, is divided unevenly, 5 + 4 records in accumulation."""
     common = ["--task_name", "topics", "--data_dir", workspace / "data", "--num_train_epochs", "2", "--save_steps", "4",
               "--max_train_samples", "57", "--max_eval_samples", "60", "--learning_rate", "5e-4", "--adam_epsilon", "1e-6",
               "--max_seq_length", "48", "--logging_steps", "1"]  # fmt: skip
@@ -418,6 +421,32 @@ def test_two_processes_equal_one_on_the_joint_batch(workspace, without_dropout, 
     a, b = (paddle.load(str(d / "model_state.pdparams")) for d in (one, two))
     assert max(np.abs(a[k].numpy() - b[k].numpy()).max() for k in a) < 1e-5
     assert record(one)["metrics"]["loss"] == pytest.approx(record(two)["metrics"]["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["finetune", "prune"])
+def test_accumulated_batches_equal_one_batch(workspace, without_dropout, tmp_path, capsys, stage):
+    """Batches of 24 against three of 8 each: of the last 9 records, one batch has 8 and one a single record."""
+    common = ["--task_name", "topics", "--data_dir", workspace / "data", "--num_train_epochs", "2", "--save_steps", "4",
+              "--max_train_samples", "57", "--max_eval_samples", "60", "--learning_rate", "5e-4", "--adam_epsilon", "1e-6",
+              "--max_seq_length", "48", "--logging_steps", "1"]  # fmt: skip
+    if stage == "finetune":
+        script = load_script("finetuning", "run_clue")
+        common += ["--init_config", without_dropout / "tiny.json", "--vocab_file", workspace / "vocab.txt"]
+    else:
+        script = load_script("pruning", "prune")
+        common += ["--model_name_or_path", without_dropout / "tuned", "--width_mult_list", "0.5", "0.25"]
+        common += ["--importance_samples", "20"]
+    losses, plans = [], []
+    for name, batch in (("one", ["24"]), ("three", ["8", "--gradient_accumulation_steps", "3"])):
+        script.main([*map(str, common), "--output_dir", str(tmp_path / name), "--batch_size", *batch])
+        printed = capsys.readouterr()
+        losses.append([float(loss) for loss in re.findall(r"step \d+/6 loss (\S+)", printed.out + printed.err)])
+        plans += re.findall("plan: .*", printed.out)
+    assert "/ (8 x 3 accumulated) = 3 steps an epoch" in plans[1] and "/ 24 = 3 steps an epoch" in plans[0]
+    assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], abs=2e-4)
+    best = "0.25/best_model" if stage == "prune" else ""
+    a, b = (paddle.load(str(tmp_path / name / best / "model_state.pdparams")) for name in ("one", "three"))
+    assert max(np.abs(a[k].numpy() - b[k].numpy()).max() for k in a) < 1e-5
 
 
 def test_a_record_is_checked_before_the_training(tuned, tmp_path):

@@ -23,7 +23,9 @@ def parse_args(argv=None):
     main = parser.add_argument_group("what to run")
     help = "file prefix of a graph, without .pdmodel, or the directory with it; several of one task give a table"
     main.add_argument("--model_path", nargs="+", required=True, help=help)
-    main.add_argument("--task_name", help="default, and checked: the task in the model's stage.json")
+    main.add_argument(
+        "--task_name", type=cli.task_name, help="default, and checked: the task in the model's stage.json"
+    )
     help = "write the predictions for the task's test.json, as CLUE takes them, to DIR/<task>_predict.json"
     main.add_argument("--predict_test", metavar="DIR", help=help)
     texts.add_text_arguments(parser.add_argument_group("your own texts, instead of dev"))
@@ -156,6 +158,8 @@ def score_dev(args, models):
     if len(models) == 1:
         result = {"task": models[0].task.name, "model": files.relative(models[0].graph.prefix)}
         print(json.dumps({**result, "precision": args.precision, **found, **dev.describe()}, ensure_ascii=False))
+        if metric == "accuracy":  # the line that scripts written for the original example look for
+            print(f"acc: {found[metric]:.6g}")
     else:
         best, shown = max(scores, key=scores.get), models[0].task.objective.shown
         print(f"| {models[0].task.name}, {args.precision}, {len(dev.examples)} dev records | {shown} |\n| --- | --- |")

@@ -29,6 +29,7 @@ def parse_args(argv=None):
     parser.add_argument("--client_path", default="serving_client", help="directory for the client")
     parser.add_argument("--feed_alias_names", help="comma-separated aliases of the inputs, in the graph's order")
     parser.add_argument("--fetch_alias_names", help="comma-separated aliases of the outputs, in the graph's order")
+    parser.add_flag("--show_proto", "only print the description of inputs and outputs, to choose alias names by")
     return parser.parse_args(argv)
 
 
@@ -91,6 +92,9 @@ def main(argv=None):
         raise UserError(f"--params_filename {args.params_filename}: those of {name}.pdmodel are {name}.pdiparams")
     graph_files = records.graph_files(record)
     config = describe(*read_variables(f"{prefix}.pdmodel"), args.feed_alias_names, args.fetch_alias_names)
+    if args.show_proto:
+        print(config)
+        return
     for path in (args.server_path, args.client_path):
         known = {"serving_server_conf.prototxt", "serving_client_conf.prototxt"}
         if os.path.exists(path) and os.listdir(path) and not known & set(os.listdir(path)):

@@ -4,6 +4,7 @@ A request contains its texts under one of these sets of keys:
 
     text                one text                      texts                    a list of them
     text, text_pair     one sentence pair             texts, text_pairs        two lists of the same length
+    0, 1, 2, ...        one text each, as the client of the original example sends them; its answer begins with logits
 
 Over RPC, a request is Paddle Serving's pipeline message. Its values are strings, so lists are encoded as JSON. Over
 HTTP, a request is that message as JSON, {"key": ["text"], "value": ["..."]}, or the plain object {"text": "..."}.
@@ -40,6 +41,7 @@ class Query(NamedTuple):
     texts: list[str]
     pairs: Optional[list[str]]
     logid: int
+    numbered: bool = False  # whether its keys are 0, 1, 2, ...
 
 
 class Answer(NamedTuple):
@@ -100,6 +102,7 @@ def fields_of_message(message):
     if len(message.key) != len(message.value) or len(set(message.key)) != len(message.key):
         raise ServiceError(BAD_INPUT, "each key needs one value, and each value a key of its own")
     fields = dict(zip(message.key, message.value))
+    fields.pop("pipeline.profile", None)  # PipelineClient asks for times with it; they are in the log
     for key in {"texts", "text_pairs"} & set(fields):
         fields[key] = parse_json(fields[key], f"the value of {key}")
     return fields
@@ -140,6 +143,10 @@ def read_query(fields, logid, pairs, limits):
     Args: fields: {key: value}. pairs: whether the model takes sentence pairs. limits: with max_texts, max_text_chars.
     Raises: ServiceError that identifies an invalid text by its number and does not quote it.
     """
+    numbered = [str(number) for number in range(min(len(fields), limits["max_texts"] + 1))]
+    if fields and not pairs and set(numbered) <= set(fields):
+        texts = [fields[key] for key in sorted(fields, key=lambda key: (len(key), key))]
+        return Query(check_texts("texts", texts, limits), None, logid, numbered=True)
     forms = [("text", "text_pair"), ("texts", "text_pairs")] if pairs else [("text",), ("texts",)]
     keys = next((form for form in forms if set(form) == set(fields)), None)
     if keys is None:

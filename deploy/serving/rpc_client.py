@@ -1,5 +1,6 @@
 """Client of the service: sends texts over RPC, or HTTP with --http, and prints one JSON line per text.
 
+    python rpc_client.py                                        # two sentences of its own
     python rpc_client.py --text 今年的高考作文题 股市收盘上涨
     python rpc_client.py --http --address 127.0.0.1:18083 --input_file texts.txt
     echo 今年的高考作文题 | python rpc_client.py --input_file -
@@ -18,6 +19,8 @@ import numpy as np
 import protocol
 from common import cli, objectives, texts
 
+# What is sent where no text is given: a headline about education and one about the stock exchange.
+SENTENCES = ["今年的高考作文题你会写吗", "沪深股市收盘双双上涨"]
 PORTS = {"rpc": 8091, "http": 18083}
 
 
@@ -40,12 +43,16 @@ def parse_args(argv=None):
     group.add_argument("--retries", type=int, default=3, help="retries if the service is unreachable or overloaded")
     help = "first wait up to SECONDS until the service is ready"
     group.add_argument("--wait-ready", "--wait_ready", type=float, default=0.0, metavar="SECONDS", help=help)
-    group.add_argument("--task_name", default="", help="CLUE task of the records, if --input_file is a .json file")
+    group.add_argument(
+        "--task_name", type=cli.task_name, default="", help="CLUE task of the records, if --input_file is a .json file"
+    )
     args = parser.parse_args(argv)
-    if bool(args.text) == bool(args.input_file):
+    if args.text and args.input_file:
         parser.error("give either --text or --input_file")
     if args.text_pair and not args.text:
         parser.error("--text_pair goes with --text")
+    if not args.text and not args.input_file:
+        args.text = SENTENCES
     if args.retries < 0:
         parser.error(f"--retries {args.retries}: must be 0 or more")
     host, _, port = (args.address or f"127.0.0.1:{PORTS['http' if args.http else 'rpc']}").rpartition(":")
@@ -127,11 +134,16 @@ def ask_again(ask, fields, deadline, retries):
             retries, pause = retries - 1, min(1.0, 2 * pause)
 
 
-def wait_ready(host, port, seconds):
-    """Whether the service answers a health request, which runs the model like any other, within ``seconds``."""
+def wait_ready(host, port, seconds, rpc_port=None):
+    """Whether the service answers a health request, which runs the model like any other, within ``seconds``.
+
+    A service without HTTP (port None) is asked by RPC whether it takes connections: it does when the model is warm.
+    """
     import requests
 
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    if port is None:
+        return wait_connected(host, rpc_port, seconds)
     url = f"http://{protocol.authority(host, port)}/{protocol.SERVICE}/health"
     until, session = time.monotonic() + seconds, http_session()
     while True:
@@ -148,6 +160,20 @@ def wait_ready(host, port, seconds):
             )
             return False
         time.sleep(min(0.2, max(0.0, until - time.monotonic())))
+
+
+def wait_connected(host, port, seconds):
+    """Whether an RPC connection comes about within ``seconds``."""
+    import grpc
+
+    address = protocol.authority(host, port)
+    with grpc.insecure_channel(address, [("grpc.max_reconnect_backoff_ms", 500)]) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(seconds)
+        except grpc.FutureTimeoutError:
+            print(f"{address}: no RPC connection after {seconds:g} s; is it running?", file=sys.stderr)
+            return False
+    return True
 
 
 def main(argv=None):

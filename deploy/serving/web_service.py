@@ -20,7 +20,7 @@ import socket
 import subprocess
 import sys
 import time
-from typing import Literal
+from typing import Literal, Optional
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, "..", ".."))
@@ -31,6 +31,11 @@ from common import UserError, cli
 
 def number(default, least, most):
     return pydantic.Field(default, ge=least, le=most)
+
+
+def without_effect(default):
+    """A setting of Paddle Serving that is taken, and goes no further: see WITHOUT_EFFECT."""
+    return pydantic.Field(default, exclude=True)
 
 
 class Section(pydantic.BaseModel):
@@ -46,6 +51,8 @@ class LocalServiceConf(Section):
     devices: str = ""
     thread_num: int = number(0, 0, 1024)
     precision: Literal["", "fp32", "bf16", "fp16", "int8"] = ""
+    client_type: Literal["local_predictor"] = without_effect("local_predictor")
+    fetch_list: list[str] = without_effect([])
 
 
 class Operator(Section):
@@ -58,15 +65,13 @@ class Operators(Section):
     ppminilm: Operator = Operator()
 
 
+class Tracer(Section):
+    interval_s: int = -1
+
+
 class Dag(Section):
     is_thread_op: bool = True
-
-    @pydantic.field_validator("is_thread_op")
-    @classmethod
-    def only_threads(cls, value):
-        if not value:
-            raise ValueError("process mode is not supported, it must be true")
-        return value
+    tracer: Tracer = without_effect(Tracer())
 
 
 class Settings(Section):
@@ -74,7 +79,8 @@ class Settings(Section):
 
     host: str = "127.0.0.1"
     rpc_port: int = number(8091, 1024, 65535)
-    http_port: int = number(18083, 1024, 65535)
+    http_port: Optional[int] = number(18083, 1024, 65535)
+    build_dag_each_worker: bool = without_effect(False)
     worker_num: int = number(128, 1, 512)
     timeout_ms: int = number(10_000, 1, 600_000)
     max_body_bytes: int = number(1 << 18, 1024, 1 << 26)
@@ -89,6 +95,16 @@ class Settings(Section):
     log_dir: str = "."
     dag: Dag = Dag()
     op: Operators = Operators()
+
+
+# Settings of Paddle Serving that its other services have: {dotted name: why it has no effect in this one}.
+WITHOUT_EFFECT = {
+    "build_dag_each_worker": "one process answers all requests",
+    "dag.is_thread_op": "the streams of one engine compute in threads",
+    "dag.tracer": "the time of each request is in the log",
+    "op.ppminilm.local_service_conf.client_type": "the model always runs in this service",
+    "op.ppminilm.local_service_conf.fetch_list": "an answer always has the logits",
+}
 
 
 # {command-line option: dotted name of the setting that it overrides}
@@ -134,6 +150,35 @@ def check_settings(settings, source):
         raise UserError(f"{source}: {name}: {first['input']!r}: {first['msg']}") from error
 
 
+def fill_in_ports(given):
+    """As Paddle Serving documents it: RPC at http_port + 1 if that alone is set, no HTTP if rpc_port alone is set."""
+    for name in ("http_port", "rpc_port"):
+        if given.get(name, 0) is None:  # `http_port:` with nothing behind it
+            del given[name]
+    http_port = given.get("http_port")
+    if "rpc_port" in given:
+        given.setdefault("http_port", None)
+    elif isinstance(http_port, int) and http_port >= 1024:  # others are refused by their own name
+        given["rpc_port"] = http_port + 1
+
+
+def is_given(settings, name):
+    """Whether nested settings have a value under a dotted name."""
+    first, _, rest = name.partition(".")
+    if not isinstance(settings, dict) or first not in settings:
+        return False
+    return is_given(settings[first], rest) if rest else settings[first] not in (None, [])
+
+
+def note_without_effect(given, path):
+    """Says in one line which settings are taken without effect, and why. is_thread_op: true is what is done anyway."""
+    named = [f"{name.rpartition('.')[2]} ({why})" for name, why in WITHOUT_EFFECT.items() if is_given(given, name)]
+    if is_given(given, "dag.is_thread_op") and given["dag"]["is_thread_op"]:
+        named = [each for each in named if not each.startswith("is_thread_op")]
+    if named:
+        print(f"note: {path}: without effect: {', '.join(named)}", file=sys.stderr)
+
+
 def read_config(args):
     """The settings of the config file, overridden by the command line, as nested dicts; paths are absolute.
 
@@ -149,7 +194,10 @@ def read_config(args):
         raise UserError(f"{source}: not YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(given, dict):
         raise UserError(f"{source}: must be settings, one `name: value` per line")
+    fill_in_ports(given)
     config = check_settings(given, source)
+    if args.wait_ready is None:
+        note_without_effect(given, args.config)
     # Paths in the file are relative to it, those on the command line to the working directory.
     base = os.path.dirname(os.path.abspath(args.config))
     for option, name in OPTIONS.items():
@@ -170,6 +218,8 @@ def read_config(args):
 def check_ports(config):
     """Raises: UserError if a port is in use, or if the address does not belong to this machine."""
     for name in ("http_port", "rpc_port"):
+        if config[name] is None:
+            continue
         try:
             family, kind, _, _, address = socket.getaddrinfo(config["host"], config[name], type=socket.SOCK_STREAM)[0]
             with socket.socket(family, kind) as probe:
@@ -262,8 +312,9 @@ class Supervisor:
             ready = self.beats(pipe)  # loading takes as long as it takes
             since = time.monotonic()
             if ready:
-                where = f"http://{protocol.authority(config['host'], config['http_port'])}/ppminilm/prediction"
-                print(f"web_service.py: ready, {where} and RPC on port {config['rpc_port']}", flush=True)
+                where = f"http://{protocol.authority(config['host'], config['http_port'])}/ppminilm/prediction and "
+                where = where if config["http_port"] else ""
+                print(f"web_service.py: ready, {where}RPC on port {config['rpc_port']}", flush=True)
             while ready and self.beats(pipe, SILENCE):
                 pass
             os.close(pipe)
@@ -317,7 +368,8 @@ def main(argv=None):
     if args.wait_ready is not None:
         import rpc_client
 
-        sys.exit(0 if rpc_client.wait_ready(config["host"], config["http_port"], args.wait_ready) else 1)
+        address = config["host"], config["http_port"]
+        sys.exit(0 if rpc_client.wait_ready(*address, args.wait_ready, config["rpc_port"]) else 1)
     check_ports(config)
     allow_connections(config)
     with protocol.needs_paddle_serving():

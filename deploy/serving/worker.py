@@ -216,6 +216,8 @@ class Service:
             query = protocol.read_query(fields, logid, self.model.pairs, self.config)
             count = len(query.texts)
             values = await self.compute(query, address, front == "health")
+            if query.numbered:  # the original example's client takes the first value for the logits
+                values = {"logits": values.pop("logits"), **values}
         except ServiceError as error:
             err_no, err_msg = error.err_no, str(error)
         except Exception as error:
@@ -278,6 +280,15 @@ def set_up_logs():
         handler.maxBytes, handler.backupCount = 10_000_000, 4
 
 
+def device_of(settings):
+    """(device, whether TensorRT runs on it) of local_service_conf; a Paddle without CUDA takes the CPU, and says so."""
+    kind, gpu = settings["device_type"], settings["devices"] or "0"
+    if kind and not compat.paddle.is_compiled_with_cuda():
+        print(f"note: device_type {kind}: this Paddle is one for CPUs, so the CPU is used", file=sys.stderr)
+        kind = 0
+    return cli.set_device(f"gpu:{gpu}" if kind else "cpu"), kind == 2
+
+
 async def serve(config, ready, heartbeat):
     """Loads the model, opens the ports, calls ready(), and answers until SIGTERM or SIGINT.
 
@@ -285,8 +296,8 @@ async def serve(config, ready, heartbeat):
     """
     set_up_logs()
     op = config["op"][protocol.SERVICE]["local_service_conf"]
-    device = cli.set_device("cpu" if op["device_type"] == 0 else f"gpu:{op['devices'] or 0}")
-    model = Model(op["model_config"], device, op["precision"], op["thread_num"], use_trt=op["device_type"] == 2)
+    device, use_trt = device_of(op)
+    model = Model(op["model_config"], device, op["precision"], op["thread_num"], use_trt)
     model.prepare()
     service, stopping = Service(model, config), asyncio.Event()
     first = await service.answer("health", lambda: (service.health_fields, 0), "")
@@ -295,7 +306,9 @@ async def serve(config, ready, heartbeat):
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    rpc, http = await fronts.start_rpc(service, config), await fronts.start_http(service, config)
+    running = [await fronts.start_rpc(service, config)]
+    if config["http_port"]:
+        running.append(await fronts.start_http(service, config))
     ready()
     while not stopping.is_set():
         if not service.scheduler.is_stuck(service.timeout + 30):
@@ -306,4 +319,4 @@ async def serve(config, ready, heartbeat):
             continue
     service.closing = True
     grace = config["grace_ms"] / 1000
-    await asyncio.gather(rpc.stop(grace), http.stop(grace))
+    await asyncio.gather(*(front.stop(grace) for front in running))
