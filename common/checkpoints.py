@@ -63,7 +63,7 @@ def load_pretrained(
 
     Args:
         name: a built-in name or a directory; may be None if ``init_config`` is given.
-        init_config: path of a JSON architecture: random weights instead of ``name``.
+        init_config: path of a JSON architecture, or what would be in it: random weights instead of ``name``.
         vocab_file, tokenizer: the vocabulary for ``init_config``, one of the two.
         kind: suffix of PaddleNLP's class.
         option: the option by which the user gave ``name``, for messages.

@@ -81,11 +81,17 @@ def architecture_of(model):
 
 
 def random_config(model_type, init_config, vocab_size, num_labels):
-    """PaddleNLP's configuration for the JSON architecture in a file. Raises: UserError if no model can be built."""
+    """PaddleNLP's configuration for a JSON architecture. Raises: UserError if no model can be built.
+
+    Args: init_config: path of the file, or what would be in it.
+    """
     option = f"--init_config {init_config}"
-    if not os.path.isfile(init_config):
+    if isinstance(init_config, dict):
+        given = init_config
+    elif os.path.isfile(init_config):
+        given = files.read_json(init_config, option)
+    else:
         raise UserError(f"{option}: no such file")
-    given = files.read_json(init_config, option)
     if not isinstance(given, dict):
         raise UserError(f"{option}: must be a JSON object")
     known = {*ARCHITECTURE, *ERNIE_ARCHITECTURE}

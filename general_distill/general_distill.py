@@ -27,7 +27,7 @@ def parse_args(argv=None):
     models = parser.add_argument_group("models")
     families = sorted(modeling.MODEL_TYPES)
     models.add_argument("--model_type", default="ppminilm", choices=families, help="family of the student")
-    help = "built-in name or directory; required unless --init_config"
+    help = "built-in name or directory; required unless --init_config or --num_layers"
     models.add_argument("--student_model_name_or_path", type=cli.NameOrPathArgument, help=help)
     help = "JSON file with the student's architecture: start from random weights"
     models.add_argument("--init_config", type=cli.PathArgument, help=help)
@@ -38,10 +38,13 @@ def parse_args(argv=None):
     models.add_argument("--teacher_model_name_or_path", type=cli.NameOrPathArgument, required=True, help=help)
     relations.add_relation_arguments(parser.add_argument_group("loss"))
     optimization = training.add_training_arguments(
-        parser, accumulates=False, learning_rate=6e-4, batch_size=512, warmup_proportion=0.01, save_steps=20000
+        parser, accumulates=False, learning_rate=6e-4, batch_size=128, warmup_proportion=0.01, save_steps=20000
     )
-    help = "micro-batches of --batch_size per step and process; raise it, and lower --batch_size, if memory runs out: "
-    help += "16 x 32 is the published 512 (sample relations stay within a micro-batch)"
+    help = "micro-batches of --batch_size per step and process; the published 1,024 sequences were 128 in each of 8 "
+    help += (
+        "processes, which 8 micro-batches of 128 in one process equal. Sample relations stay within a micro-batch, so "
+    )
+    help += "128 x 8 is another loss than 64 x 16"
     optimization.add_argument("--gradient_accumulation_steps", type=int, default=1, help=help, positive=True)
     optimization.add_flag("--use_amp", "compute in FP16 where possible, on a GPU")
     help = "initial loss scaling of --use_amp"
@@ -64,7 +67,10 @@ def load_pair(args):
         args.teacher_model_name_or_path, 2, model_type=args.teacher_model_type, option=option, **shared
     )
     # A student from random weights takes the teacher's vocabulary: relations compare the tokens of the same sequence.
-    shared.update(init_config=args.init_config, vocab_file=args.vocab_file, tokenizer=teacher.tokenizer)
+    architecture = args.init_config
+    if args.num_layers and not (architecture or args.student_model_name_or_path):
+        architecture = {"num_hidden_layers": args.num_layers}  # the rest is that of ppminilm-6l-768h
+    shared.update(init_config=architecture, vocab_file=args.vocab_file, tokenizer=teacher.tokenizer)
     option = "--student_model_name_or_path"
     student = checkpoints.load_pretrained(
         args.student_model_name_or_path, 2, model_type=args.model_type, option=option, **shared
@@ -83,7 +89,7 @@ def train(args, run, corpus, teacher, student):
     model, tokenizer = student.model, student.tokenizer
     rank, world, accumulation = processes.rank(), processes.world_size(), args.gradient_accumulation_steps
     progress = training.Progress(args, 0)
-    # run.sh: 400,000 steps of 512 sentences = 205 million sentences. The learning rate rises for 1 % of them, 4,000
+    # run.sh: 400,000 steps of 1,024 sentences = 410 million sentences. The learning rate rises for 1 % of them, 4,000
     # steps, and falls linearly to 0 over the rest.
     optimizer, schedule = training.make_optimizer(model, args, progress.steps)
     # FP16 gradients are multiplied by a scale, so that small ones do not become 0; without --use_amp this does nothing.
@@ -97,6 +103,7 @@ def train(args, run, corpus, teacher, student):
     teacher.model.eval()
     model.train()
     # Micro-batches are numbered over all processes, so that any division of them among processes is the same training.
+    # Another --batch_size is not: a sample relates to the others of its micro-batch only (--beta).
     micro_batches = corpus.batches(args.batch_size, state["step"] * accumulation * world, args.group_by_length)
     # The loss is a sum over rows (heads x tokens x sentences), divided by their number. That number is known only when
     # all micro-batches of the step have been seen, so the sum is first divided by an estimate, which keeps it near 1
@@ -125,7 +132,9 @@ def train(args, run, corpus, teacher, student):
             # The softmax of the relations needs FP32. Teacher and student may have different widths and heads: both are
             # regrouped into the same number of relation heads (64 for a large teacher).
             qkv = [[x.astype("float32") for x in captured] for captured in (teacher_qkv, student_qkv)]
-            loss, rows = relations.relation_loss(*qkv, mask, args.num_relation_heads, args.alpha, args.beta)
+            loss, rows = relations.relation_loss(
+                *qkv, mask, args.num_relation_heads, args.alpha, args.beta, args.relation_mb
+            )
             scaler.scale(loss / expected_rows).backward()
             loss_sum, rows_sum = loss_sum + float(loss), rows_sum + rows
             tokens += count

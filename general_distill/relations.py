@@ -21,7 +21,7 @@ MASKED = -1e9  # added to masked scores, so that their softmax is 0 in float32
 
 
 def add_relation_arguments(group):
-    help = "number of layers of the student; if given, it is only checked"
+    help = "layers of the student: builds it, 768 wide, from random weights, if none is named; else only checked"
     group.add_argument("--num_layers", type=int, help=help)
     help = "teacher layer to distill, counted from 0; 19 for a large teacher with 24 layers"
     group.add_argument("--teacher_layer_index", type=int, default=19, help=help)
@@ -32,6 +32,11 @@ def add_relation_arguments(group):
     group.add_argument("--alpha", type=float, default=0.0, help="weight of head-head relations")
     help = "weight of sample-sample relations; the published model used 1.0"
     group.add_argument("--beta", type=float, default=0.0, help=help)
+    help = (
+        "MB of one tensor of relations: they are computed in as many parts as that needs, and about four such tensors "
+    )
+    help += "are held at a time; lower it if memory runs out (the result is the same, but for rounding)"
+    group.add_argument("--relation_mb", type=float, default=64, help=help, positive=True, without_effect=True)
 
 
 def check_layers(args, student, teacher):
@@ -82,48 +87,89 @@ class CapturedQKV:
         raise RuntimeError("the model ran to its end without all three projections")
 
 
-def relation_scores(x, mask, heads, term):
-    """The scaled dot products of one term, and its valid rows.
+def by_rows(x, heads, term):
+    """float [batch, tokens, hidden] in the order of a term: rows that relate to each other stand in the third axis.
 
-    Args: x: float [batch, tokens, hidden]; mask: float [batch, tokens], 1 for a token, 0 for padding; heads: relation
-        heads, which divide hidden; term: ``token``, ``head`` or ``sample``.
-    Returns: (scores with masked padding columns; rows: 1 for valid rows, 0 for padding, like the scores' leading axes).
+    Returns: float [batch, heads, tokens, d] for ``token``, [batch, tokens, heads, d] for ``head``, [tokens, heads,
+        batch, d] for ``sample``.
     """
     x = x.reshape([0, 0, heads, -1])
-    width = x.shape[-1]
-    if term == "token":
-        x = x.transpose([0, 2, 1, 3])  # [batch, heads, tokens, d]
-        rows, columns = mask.unsqueeze(1), mask.unsqueeze([1, 2])
-    elif term == "head":
-        rows, columns = mask.unsqueeze(-1), None  # [batch, tokens, heads, d]
-    else:
-        x = x.transpose([1, 2, 0, 3])  # [tokens, heads, batch, d]
-        by_position = mask.transpose([1, 0])
-        rows, columns = by_position.unsqueeze(1), by_position.unsqueeze([1, 2])
-    scores = paddle.matmul(x, x, transpose_y=True) * width**-0.5
+    return x.transpose({"token": [0, 2, 1, 3], "head": [0, 1, 2, 3], "sample": [1, 2, 0, 3]}[term])
+
+
+def from_rows(x, term):
+    """The inverse of by_rows: [batch, tokens, hidden]."""
+    x = x.transpose({"token": [0, 2, 1, 3], "head": [0, 1, 2, 3], "sample": [2, 0, 1, 3]}[term])
+    return x.flatten(2)
+
+
+def masks(mask, term):
+    """(valid rows, like the first three axes of by_rows or to be broadcast to them; valid columns, or None for all).
+
+    Args: mask: float [batch, tokens], 1 for a token, 0 for padding.
+    """
+    if term == "head":
+        return mask.unsqueeze(-1), None
+    mask = mask if term == "token" else mask.transpose([1, 0])  # sample: [tokens, batch]
+    return mask.unsqueeze(1), mask.unsqueeze([1, 2])
+
+
+def log_relation(x, columns):
+    """log softmax(X X^T / sqrt(d)), float [..., rows, rows], with padding columns masked. Args: x: [..., rows, d]."""
+    scores = paddle.matmul(x, x, transpose_y=True) * x.shape[-1] ** -0.5
     if columns is not None:
         scores = scores + (1.0 - columns) * MASKED
-    return scores, rows
+    return F.log_softmax(scores)
 
 
-def term_sum(teacher, student, mask, heads, term):
-    """Sum over valid rows of KL(teacher's relation || student's) for one of Q, K, V; a scalar in nats."""
-    teacher_scores, rows = relation_scores(teacher, mask, heads, term)
-    student_scores, _ = relation_scores(student, mask, heads, term)
-    log_teacher, log_student = F.log_softmax(teacher_scores), F.log_softmax(student_scores)
-    return ((log_teacher.exp() * (log_teacher - log_student)).sum(-1) * rows).sum()
+class TermSum(paddle.autograd.PyLayer):
+    """Sum over valid rows of KL(teacher's relation || student's) for one of Q, K, V: a scalar in nats.
+
+    The relations of a term are far larger than Q, K and V: those of samples in the published micro-batch are 128
+    positions x 64 heads x 128 x 128 numbers, 0.54 GB each in FP32, and the usual backward pass would keep several. What
+    differs in their leading axis (positions for samples, samples otherwise) is independent, so it is computed in parts,
+    each with its gradient, and only the gradient of the student's Q, K or V is kept. With T and P the relations of teacher and student, and
+    S = X X^T / sqrt(d) the student's scores,
+
+        d KL(T || P) / dS = P - T        dS -> X:  dX = (G + G^T) X / sqrt(d),  G = P - T on valid rows, 0 on others.
+    """
+
+    @staticmethod
+    def forward(ctx, student, teacher, mask, heads, term, most):
+        """Args: student, teacher: float [batch, tokens, hidden]. most: numbers in one tensor of relations."""
+        rows, columns = masks(mask, term)
+        x, y = by_rows(student, heads, term), by_rows(teacher, heads, term)
+        leading, second, related, width = x.shape
+        size = max(1, int(most // (second * related * related)))
+        total, gradients = 0.0, []
+        for start in range(0, leading, size):
+            part = slice(start, start + size)
+            valid = columns if columns is None else columns[part]
+            log_teacher, log_student = log_relation(y[part], valid), log_relation(x[part], valid)
+            of_teacher = log_teacher.exp()
+            total = total + ((of_teacher * (log_teacher - log_student)).sum(-1) * rows[part]).sum()
+            g = (log_student.exp() - of_teacher) * rows[part].unsqueeze(-1)
+            gradients.append(paddle.matmul(g + g.transpose([0, 1, 3, 2]), x[part]) * width**-0.5)
+        ctx.save_for_backward(from_rows(paddle.concat(gradients), term))
+        return total
+
+    @staticmethod
+    def backward(ctx, factor):
+        (gradient,) = ctx.saved_tensor()
+        return gradient * factor, None, None
 
 
-def relation_loss(teacher_qkv, student_qkv, mask, heads, alpha=0.0, beta=0.0):
+def relation_loss(teacher_qkv, student_qkv, mask, heads, alpha=0.0, beta=0.0, most_mb=64.0):
     """(1 - alpha - beta) x token-token + alpha x head-head + beta x sample-sample, summed over Q, K and V.
 
     Args: teacher_qkv, student_qkv: three tensors [batch, tokens, hidden] each, the hidden sizes may differ; mask: float
-        [batch, tokens]; heads: number of relation heads.
+        [batch, tokens]; heads: number of relation heads; most_mb: MB of one tensor of relations, at least one position
+        or sample.
     Returns: (sum over rows, number of valid rows), so that micro-batches and processes can be added before dividing.
     """
     weights = {"token": 1.0 - alpha - beta, "head": alpha, "sample": beta}
     total = sum(
-        weight * term_sum(teacher, student, mask, heads, term)
+        weight * TermSum.apply(student, teacher, mask, heads, term, most_mb * 2**20 / 4)  # 4 bytes in FP32
         for term, weight in weights.items()
         if weight
         for teacher, student in zip(teacher_qkv, student_qkv)

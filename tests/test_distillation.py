@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -58,6 +59,79 @@ def test_loss_against_numpy(alpha, beta, heads):
     )
     assert rows == heads * sum(lengths)
     assert float(total) / rows == pytest.approx(numpy_loss(teacher, student, lengths, heads, alpha, beta), abs=1e-5)
+
+
+def usual_loss(teacher_qkv, student_qkv, mask, heads, alpha, beta):
+    """The loss in one piece, with Paddle's own gradient."""
+    total = 0.0
+    for term, weight in (("token", 1 - alpha - beta), ("head", alpha), ("sample", beta)):
+        rows, columns = relations.masks(mask, term)
+        for pair in zip(teacher_qkv, student_qkv):
+            teacher, student = (relations.log_relation(relations.by_rows(x, heads, term), columns) for x in pair)
+            total = total + weight * ((teacher.exp() * (teacher - student)).sum(-1) * rows).sum()
+    return total
+
+
+@pytest.mark.parametrize("alpha, beta", [(0, 0), (1, 0), (0, 1), (0.3, 0.5)])
+@pytest.mark.parametrize("rows_at_once", [1, 3, 100])
+def test_loss_and_gradient_in_parts_are_those_in_one_piece(alpha, beta, rows_at_once):
+    """In parts of one, of three (which divides neither 5 samples nor 7 tokens) and in one: to 1e-6."""
+    rng, heads = np.random.default_rng(0), 4
+    mask = paddle.to_tensor([[float(i < n) for i in range(7)] for n in (5, 2, 7, 1, 6)])
+    teacher = [paddle.to_tensor(rng.normal(size=(5, 7, 48)).astype("float32")) for _ in range(3)]
+    student = [paddle.to_tensor(rng.normal(size=(5, 7, 24)).astype("float32"), stop_gradient=False) for _ in range(3)]
+    expected = usual_loss(teacher, student, mask, heads, alpha, beta)
+    (expected * 0.5).backward()
+    gradients = [x.grad.numpy() for x in student]
+    for x in student:
+        x.clear_grad()
+    most_mb = rows_at_once * heads * 7 * 7 * 4 / 2**20
+    found, _ = relations.relation_loss(teacher, student, mask, heads, alpha, beta, most_mb)
+    (found * 0.5).backward()
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+    for x, gradient in zip(student, gradients):
+        assert np.abs(x.grad.numpy() - gradient).max() <= 1e-6 * np.abs(gradient).max()
+
+
+def test_run_sh_without_arguments(tmp_path):
+    """Takes dataset/, and says what belongs there; a number of processes that no published step divides into is named."""
+    run = ["sh", os.path.join(ROOT, "general_distill/run.sh")]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("run.sh: error: dataset: no such directory; put text files")
+    (tmp_path / "dataset").mkdir()
+    env = {**os.environ, "NPROC": "3"}
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and "NPROC=3: must be 1, 2, 4 or 8" in done.stderr
+    # The published run, but for the interpreter: what general_distill.py would get.
+    shown = tmp_path / "python"
+    shown.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 1\necho "$@"\n')
+    shown.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(shown)}
+    done = subprocess.run([*run, "--seed", "1"], cwd=tmp_path, capture_output=True, text=True, env=env)
+    words = done.stdout.split()
+    given = dict(zip(words, words[1:]))
+    assert given["--batch_size"] == "128" and given["--gradient_accumulation_steps"] == "8" and given["--seed"] == "1"
+    assert given["--input_dir"] == "dataset" and given["--init_config"].endswith("configs/ppminilm-6l-768h.json")
+    assert "--student_model_name_or_path" not in given and "--use_amp" not in words, words
+
+
+def test_num_layers_builds_a_student(monkeypatch):
+    general_distill = load_script("general_distill", "general_distill")
+    args = general_distill.parse_args(
+        ["--teacher_model_name_or_path", "t", "--input_dir", "x", "--output_dir", "y", "--num_layers", "3"]
+    )
+    asked = []
+
+    def load(*_, **options):
+        asked.append(options)
+        return SimpleNamespace(tokenizer=SimpleNamespace(vocab={}), model=SimpleNamespace(config=None))
+
+    monkeypatch.setattr(general_distill.checkpoints, "load_pretrained", load)
+    monkeypatch.setattr(general_distill.relations, "check_layers", lambda *_: None)
+    general_distill.load_pair(args)
+    assert asked[1]["init_config"] == {"num_hidden_layers": 3}
+    config = modeling.random_config("ppminilm", asked[1]["init_config"], 100, 2)
+    assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (3, 768, 100)
 
 
 def test_equal_relations_cost_nothing_and_padding_does_not_matter():

@@ -110,7 +110,6 @@ def test_commands_are_accepted(directory, words):
         ("run_all.sh", 7),
         ("finetuning/run_one_search.sh", 2),
         ("finetuning/run_all_search.sh", 1),
-        ("general_distill/run.sh", 2),
     ],
 )
 def test_launchers_show_their_usage(launcher, count, tmp_path):
