@@ -2,8 +2,8 @@
 
     .venv/bin/python requirements/gpu_libraries.py LOCK STORE LIBS
 
-Downloads each package of the lock file LOCK, unpacks its libraries into STORE/<name>-<version>/, and links them into LIBS
-(site-packages/paddle/libs). What is in STORE already is not downloaded again, so a run after a kill goes on.
+Downloads each package of the lock file LOCK, unpacks its libraries into STORE/<name>-<version>/, and links them into
+LIBS (site-packages/paddle/libs). What is in STORE already is not downloaded again, so a run after a kill goes on.
 setup_env.sh --gpu calls it.
 """
 
@@ -19,8 +19,8 @@ import zipfile
 # lib<name>.so, with or without numbers behind it; not the extension modules of Python in the same wheels.
 LIBRARY = re.compile(r"(lib[^/]+?\.so)(\.[0-9.]+)?")
 
-# The libraries inside do not depend on Python, but TensorRT 8.5.3.1 has wheels to CPython 3.10 only: they are downloaded
-# as for that one, whatever runs this script.
+# The libraries inside do not depend on Python, but TensorRT 8.5.3.1 has wheels to CPython 3.10 only: they are
+# downloaded as for that one, whatever runs this script.
 WHEELS = ("--python-version", "3.10", "--implementation", "cp", "--abi", "cp310", "--abi", "none")
 PLATFORMS = ("manylinux_2_17_x86_64", "manylinux2014_x86_64", "manylinux1_x86_64")
 
@@ -80,7 +80,7 @@ def fetch(lock, store):
 
 
 def link(store, libs):
-    """Links every library in ``store`` into ``libs`` under its own and its unversioned name. Returns: how many there are.
+    """Links every library in ``store`` into ``libs`` under its own and its unversioned name. Returns: their number.
 
     Paddle opens the unversioned names, libnvinfer.so; the libraries open each other under the versioned ones,
     libcudnn.so.8. libs is on Paddle's search path, so LD_LIBRARY_PATH need not be set.
