@@ -412,3 +412,35 @@ def test_a_mixture(attacked):
         list(pool.map(attack, range(2)))
     print({function.__name__: count for function, count in counts.items()})
     assert sum(counts.values()) >= 4
+
+
+@pytest.mark.parametrize("kind", ["bodies", "key and value", "messages"])
+def test_many_large_requests_at_one_moment(attacked, kind):
+    """Requests of 256 KB that are complete at the same moment are taken apart one by one, with turns between them.
+
+    Before, 250 bodies stopped the event loop for more than the 3 s after which the worker is ended, and so did 60 RPC
+    messages of 131,000 empty fields.
+    """
+    items = ",".join(["[]"] * 87_000)
+    body = {
+        "bodies": b'{"text":[%s]}' % items.encode(),
+        "key and value": b'{"key":[%s],"value":[]}' % ",".join(['""'] * 87_000).encode(),
+        "messages": bytes([1 << 3 | 2, 0]) * 131_000,
+    }[kind]
+    with unharmed(attacked, allowed=1.5):
+        if kind == "messages":
+            with concurrent.futures.ThreadPoolExecutor(16) as pool:
+                answers = list(pool.map(attacked.call, [body] * 60))
+            assert {answer.err_no for answer in answers} == {protocol.BAD_INPUT}
+            assert "at most 2100 fields" in answers[0].err_msg
+            return
+        head = f"POST /ppminilm/prediction HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        with contextlib.ExitStack() as stack:
+            connections = [
+                stack.enter_context(socket.create_connection(("127.0.0.1", attacked.http))) for _ in range(80)
+            ]
+            for connection in connections:
+                connection.sendall(head + body[:-1])
+            for connection in connections:
+                connection.sendall(body[-1:])
+            assert all(connection.recv(12) == b"HTTP/1.1 400" for connection in connections)

@@ -23,6 +23,7 @@ async def start_rpc(service, config):
 
     async def inference(request, context):
         def read():
+            protocol.check_fields(request)
             message = protocol.messages().Request()
             try:
                 message.ParseFromString(request)
@@ -33,7 +34,7 @@ async def start_rpc(service, config):
             return protocol.fields_of_message(message), message.logid
 
         address = context.peer().rpartition(":")[0]  # ipv4:127.0.0.1:port
-        return protocol.message_of(await service.answer("rpc", read, address))
+        return protocol.message_of(await service.answer("rpc", read, address, len(request)))
 
     # No deserializer here: inference() parses the message, so that it can reply to a malformed one.
     handler = grpc.unary_unary_rpc_method_handler(
@@ -256,7 +257,7 @@ class HttpFront:
 
         connection.whole = True
         connection.deadline.cancel()  # all is there; for the answer there is timeout_ms
-        answer = await self.service.answer("http", read, connection.address)
+        answer = await self.service.answer("http", read, connection.address, len(body))
         return json_reply(answer, in_message_form=in_message_form)
 
     async def health(self):

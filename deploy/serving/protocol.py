@@ -81,6 +81,46 @@ def messages():
     return sys.modules[name]
 
 
+MOST_FIELDS = 2100  # of an RPC message: 1,000 texts under numbers as keys, and what comes with them
+
+
+def _varint(data, i):
+    """(the number that begins at data[i], where it ends). Raises: IndexError if the data end before it does."""
+    number = shift = 0
+    while True:
+        byte = data[i]
+        number, shift, i = number | (byte & 127) << shift, shift + 7, i + 1
+        if byte < 128 or shift > 63:
+            return number, i
+
+
+def check_fields(data):
+    """Refuses a serialized Request that has too many fields, or tensors, before protobuf takes it apart.
+
+    In Python protobuf takes 0.4 to 0.8 s for a message of 131,000 empty fields. What is damaged is left to its message.
+    Raises: ServiceError.
+    """
+    tensors, i, fields = messages().Request.DESCRIPTOR.fields_by_name["tensors"].number, 0, 0
+    with contextlib.suppress(IndexError):
+        while i < len(data):
+            fields += 1
+            if fields > MOST_FIELDS:
+                raise ServiceError(BAD_INPUT, f"a request has at most {MOST_FIELDS} fields")
+            tag, i = _varint(data, i)
+            if tag >> 3 == tensors:
+                raise ServiceError(BAD_INPUT, "tensors are not taken; send texts as key and value")
+            kind = tag & 7
+            if kind == 0:
+                _, i = _varint(data, i)
+            elif kind == 2:
+                size, i = _varint(data, i)
+                i += size
+            elif kind in (1, 5):
+                i += 8 if kind == 1 else 4
+            else:  # a group, which is no part of a Request and may hold any number of fields
+                raise ServiceError(BAD_INPUT, "not a request of Paddle Serving")
+
+
 def parse_json(text, what):
     try:
         return json.loads(text)
@@ -125,7 +165,9 @@ def fields_of_body(body):
     if request.pop("tensors", []) or set(request) != {"key", "value"}:
         raise ServiceError(BAD_INPUT, "beside key and value there may be logid and name, and no tensors")
     keys, values = request["key"], request["value"]
-    if not all(isinstance(side, list) and all(isinstance(item, str) for item in side) for side in (keys, values)):
+    if not all(isinstance(side, list) for side in (keys, values)) or max(map(len, (keys, values))) > MOST_FIELDS // 2:
+        raise ServiceError(BAD_INPUT, f"key and value must be lists of strings, at most {MOST_FIELDS // 2}")
+    if not all(isinstance(item, str) for item in (*keys, *values)):
         raise ServiceError(BAD_INPUT, "key and value must be lists of strings")
     message = messages().Request(logid=logid)
     try:

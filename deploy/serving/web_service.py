@@ -249,6 +249,12 @@ def open_log(path, mode):
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | mode, 0o600), "wb")
 
 
+def say(line, stream=None):
+    """Prints a line, if that is possible: a full disk or a closed pipe does not end the service."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
+        print(line, file=stream or sys.stdout, flush=True)
+
+
 class Supervisor:
     """Keeps one worker process running, in its own session. Paddle Serving kills its whole process group when it
     fails; this process and its parent survive that."""
@@ -314,7 +320,7 @@ class Supervisor:
             if ready:
                 where = f"http://{protocol.authority(config['host'], config['http_port'])}/ppminilm/prediction and "
                 where = where if config["http_port"] else ""
-                print(f"web_service.py: ready, {where}RPC on port {config['rpc_port']}", flush=True)
+                say(f"web_service.py: ready, {where}RPC on port {config['rpc_port']}")
             while ready and self.beats(pipe, SILENCE):
                 pass
             os.close(pipe)
@@ -322,7 +328,7 @@ class Supervisor:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.worker.wait(0.2)  # it closed the pipe by ending
             if ready and self.worker.poll() is None and not self.stopping:
-                print(f"web_service.py: no sign of life from the worker for {SILENCE} s", file=sys.stderr, flush=True)
+                say(f"web_service.py: no sign of life from the worker for {SILENCE} s", sys.stderr)
                 self.end()
             status = self.worker.wait()
             self.end()  # kills the other processes of its group
@@ -335,9 +341,9 @@ class Supervisor:
             quick_ends = quick_ends + 1 if not ready or time.monotonic() - since < 30 else 0
             been_ready = been_ready or ready
             if not been_ready or quick_ends == 3:
-                print(f"{message}; giving up", file=sys.stderr)
+                say(f"{message}; giving up", sys.stderr)
                 return 1
-            print(f"{message}; starting it anew", file=sys.stderr, flush=True)
+            say(f"{message}; starting it anew", sys.stderr)
 
 
 SILENCE = 3  # seconds without a sign of life, which comes twice a second, after which a worker is ended
