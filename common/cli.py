@@ -254,4 +254,5 @@ def quiet():
             for number, copy in enumerate(kept, 1):
                 os.dup2(copy, number)
                 os.close(copy)
-            os.write(2, shown)
+            if shown:  # a write of nothing fails, too, where the disk behind standard error is full
+                os.write(2, shown)
