@@ -5,8 +5,11 @@ import os
 import subprocess
 import zipfile
 
+import paddle
 import pytest
 from conftest import ROOT
+
+from common import UserError, gpu
 
 
 @pytest.fixture
@@ -91,3 +94,40 @@ def test_a_library_of_paddle_itself_stays(gpu_libraries, place):
 def test_the_lock_is_read_whole(gpu_libraries):
     packages = gpu_libraries.read_lock(os.path.join(ROOT, "requirements/gpu-libraries.txt"))
     assert len(packages) == 10 and {"tensorrt-8.5.3.1", "nvidia-cudnn-cu11-8.6.0.163"} <= set(packages)
+
+
+@pytest.mark.parametrize(
+    "capability, runs", [((6, 0), False), ((6, 1), True), ((7, 5), True), ((8, 9), True), ((9, 0), False)]
+)
+def test_which_gpus_this_paddle_has_kernels_for(capability, runs):
+    if runs:
+        gpu.check_capability("GPU 0 (X)", capability)
+        return
+    with pytest.raises(UserError, match="has kernels for 6.1 to 8.9 only; use --device cpu"):
+        gpu.check_capability("GPU 0 (X)", capability)
+
+
+def test_what_is_said_about_a_gpu(monkeypatch, tmp_path):
+    """With stand-ins for Paddle's questions to the driver: no GPU is here."""
+    file = tmp_path / "version"
+    file.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  525.60.13  Wed Nov 30 06:39:21 UTC 2022\n")
+    assert gpu.driver_version(str(file)) == (525, 60, 13) and gpu.driver_version(str(tmp_path / "none")) is None
+    monkeypatch.setattr(paddle.device.cuda, "get_device_name", lambda number: "Tesla T4")
+    monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda number: (7, 5))
+    monkeypatch.setattr(gpu, "driver_version", lambda: (525, 60, 13))
+    monkeypatch.setattr(gpu, "tensorrt_version", lambda: (0, 0, 0))
+    assert gpu.describe(1) == [
+        "GPU 1: Tesla T4, compute capability 7.5",
+        "driver: 525.60.13 (CUDA 11.8 needs 450.80.2)",
+        "TensorRT: not found; `bash setup_env.sh --gpu` installs it",
+    ]
+    with pytest.raises(UserError, match="needs TensorRT, and Paddle finds none.*--device cpu --for gpu"):
+        gpu.check_tensorrt()
+
+
+@pytest.mark.parametrize(
+    "driver, words",
+    [(None, "no NVIDIA driver"), ((440, 33, 1), "440.33.1 is too old"), ((525, 60, 13), "shows no GPU")],
+)
+def test_why_no_gpu_is_seen(driver, words):
+    assert words in gpu.why_none(driver)
