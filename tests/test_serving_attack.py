@@ -10,6 +10,8 @@ import re
 import signal
 import socket
 import statistics
+import subprocess
+import sys
 import threading
 import time
 
@@ -20,6 +22,7 @@ from conftest import FAULTS, Service, settings_of
 pytest.importorskip("paddle_serving_server", reason="needs Paddle Serving: bash setup_env.sh --serving")
 import grpc
 import protocol
+import web_service
 
 GOOD = {"text": "一丁七万丈三"}
 SETTINGS = settings_of(timeout_ms=3000, request_ms=3000, max_connections=100, worker_num=32)
@@ -265,6 +268,85 @@ def test_chunks_of_one_byte(attacked):
     few = b"%x\r\n%b\r\n0\r\n\r\n"
     body = json.dumps(GOOD).encode()
     assert send(attacked.http, head + few % (len(body), body)).split(b" ")[1] == b"200"
+
+
+def whole_at_once(port, bodies):
+    """Connections whose bodies become whole at the same moment, in the time of their last bytes."""
+    held = [connect(port) for _ in bodies]
+    for connection, body in zip(held, bodies):
+        connection.sendall(post_of(body)[:-1])
+    time.sleep(0.5)
+    for connection, body in zip(held, bodies):
+        connection.sendall(body[-1:])
+    return held
+
+
+def test_large_bodies_that_become_whole_at_one_moment(pruned, tmp_path):
+    """Lists in a list, and keys, take long to parse; parsed all together they would silence the worker for seconds."""
+    lists = b'{"text": [' + b"[]," * 87_000 + b"[]]}"
+    keys = b'{"key": [' + b'"",' * 65_000 + b'""], "value": []}'
+    settings = {**SETTINGS, "max_connections": 512, "max_connections_per_address": 512}
+    with Service(tmp_path, pruned / "0.75/sub_static", settings=settings) as service:
+        with unharmed(service):
+            for bodies in ([lists] * 300, [keys] * 200):
+                held = whole_at_once(service.http, bodies)
+                for connection in held:
+                    connection.settimeout(20)
+                statuses = {connection.recv(4096).split(b" ")[1] for connection in held}
+                assert statuses <= {b"400", b"504"}, statuses
+                for connection in held:
+                    connection.close()
+        assert service.stderr.read_text() == ""
+
+
+def test_keys_beyond_all_use(attacked):
+    for count, words in ((137, "at most 136 items"), (129, "129 texts in texts; at most 128")):
+        keys = [str(number) for number in range(count)]
+        status, answer = attacked.post({"key": keys, "value": ["一"] * count})
+        assert (status, answer["err_no"]) == (400, 5000) and words in answer["err_msg"], answer
+
+
+def test_a_worker_that_ends_soon_is_started_again_and_again(monkeypatch, tmp_path, capsys):
+    """No client can make the supervisor give up by ending a worker that was ready; the pauses grow."""
+    started = []
+
+    class Ending(web_service.Supervisor):
+        def start(self):
+            started.append(time.monotonic())
+            self.stopping = len(started) == 7
+            mine, its = os.pipe()
+            command = [sys.executable, "-S", "-c", f"import os; os.write({its}, b'!')"]
+            self.worker = subprocess.Popen(command, pass_fds=[its], start_new_session=True)
+            os.close(its)
+            return mine
+
+    monkeypatch.setattr(web_service, "LONGEST_PAUSE", 1)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert Ending({"host": "127.0.0.1", "http_port": 1, "rpc_port": 2, "log_dir": str(tmp_path)}).run() == 0
+    pauses = [after - before for before, after in zip(started, started[1:])]
+    assert len(started) == 7 and min(pauses[1:]) > 0.9 > pauses[0], pauses
+    assert "giving up" not in capsys.readouterr().err
+
+
+def test_a_worker_that_computes_is_not_frozen(monkeypatch):
+    """Silent for longer than SILENCE, its main thread busy: it gets more time; one that sleeps does not."""
+    monkeypatch.setattr(web_service, "SILENCE", 1)
+    monkeypatch.setattr(web_service, "BUSY_SILENCE", 3)
+    supervisor = web_service.Supervisor({})
+    for doing, longest, lives in (
+        ("sum(range(10**12))", 4.5, False),
+        ("time.sleep(9)", 2, False),
+        ("sum(range(7 * 10**7))", 4.5, True),
+    ):
+        mine, its = os.pipe()
+        code = f"import os, time; {doing}; os.write({its}, b'!')"
+        supervisor.worker = subprocess.Popen([sys.executable, "-S", "-c", code], pass_fds=[its])
+        os.close(its)
+        started = time.monotonic()
+        assert supervisor.lives(mine) == lives and time.monotonic() - started < longest
+        supervisor.worker.kill()
+        supervisor.worker.wait()
+        os.close(mine)
 
 
 def test_a_chunk_that_is_none(attacked):

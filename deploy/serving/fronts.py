@@ -62,6 +62,11 @@ async def start_rpc(service, config):
     return server
 
 
+def limit_of_keys(config):
+    """Keys of one request in Paddle Serving's form, which may number its texts: one for each, and some to spare."""
+    return config["max_texts"] + 8
+
+
 class Connection(web_protocol.RequestHandler):
     """One HTTP connection: a request has to be whole in time and its head small; every reply is JSON of the service."""
 
@@ -251,12 +256,12 @@ class HttpFront:
 
         def read():
             nonlocal in_message_form
-            fields, logid, in_message_form = protocol.fields_of_body(bytes(body))
+            fields, logid, in_message_form = protocol.fields_of_body(bytes(body), limit_of_keys(self.config))
             return fields, logid
 
         connection.whole = True
         connection.deadline.cancel()  # all is there; for the answer there is timeout_ms
-        answer = await self.service.answer("http", read, connection.address)
+        answer = await self.service.answer("http", read, connection.address, len(body))
         return json_reply(answer, in_message_form=in_message_form)
 
     async def health(self):

@@ -108,7 +108,7 @@ def fields_of_message(message):
     return fields
 
 
-def fields_of_body(body):
+def fields_of_body(body, most_keys):
     """({key: value}, logid, whether it has the form of the RPC message) of an HTTP body. Raises: ServiceError."""
     try:
         request = parse_json(body.decode("utf-8"), "the body")
@@ -127,6 +127,8 @@ def fields_of_body(body):
     keys, values = request["key"], request["value"]
     if not all(isinstance(side, list) and all(isinstance(item, str) for item in side) for side in (keys, values)):
         raise ServiceError(BAD_INPUT, "key and value must be lists of strings")
+    if max(len(keys), len(values)) > most_keys:  # protobuf takes microseconds for each
+        raise ServiceError(BAD_INPUT, f"key and value may have at most {most_keys} items")
     message = messages().Request(logid=logid)
     try:
         message.key.extend(keys)
