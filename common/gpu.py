@@ -48,8 +48,8 @@ def check_capability(name, capability):
     if not OLDEST <= capability <= NEWEST:
         raise UserError(
             f"{name} has compute capability {dotted(capability)}, and paddlepaddle-gpu 2.6.2 has kernels for "
-            f"{dotted(OLDEST)} to {dotted(NEWEST)} only; use --device cpu, or a Paddle from its own package index that is "
-            "built for this GPU"
+            f"{dotted(OLDEST)} to {dotted(NEWEST)} only; use --device cpu, or a Paddle from its own package index that "
+            "is built for this GPU"
         )
 
 

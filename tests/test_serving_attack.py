@@ -10,6 +10,8 @@ import re
 import signal
 import socket
 import statistics
+import subprocess
+import sys
 import threading
 import time
 
@@ -20,6 +22,7 @@ from conftest import FAULTS, Service, settings_of
 pytest.importorskip("paddle_serving_server", reason="needs Paddle Serving: bash setup_env.sh --serving")
 import grpc
 import protocol
+import web_service
 
 GOOD = {"text": "一丁七万丈三"}
 SETTINGS = settings_of(timeout_ms=3000, request_ms=3000, max_connections=100, worker_num=32)
@@ -267,6 +270,85 @@ def test_chunks_of_one_byte(attacked):
     assert send(attacked.http, head + few % (len(body), body)).split(b" ")[1] == b"200"
 
 
+def whole_at_once(port, bodies):
+    """Connections whose bodies become whole at the same moment, in the time of their last bytes."""
+    held = [connect(port) for _ in bodies]
+    for connection, body in zip(held, bodies):
+        connection.sendall(post_of(body)[:-1])
+    time.sleep(0.5)
+    for connection, body in zip(held, bodies):
+        connection.sendall(body[-1:])
+    return held
+
+
+def test_large_bodies_that_become_whole_at_one_moment(pruned, tmp_path):
+    """Lists in a list, and keys, take long to parse; parsed all together they would silence the worker for seconds."""
+    lists = b'{"text": [' + b"[]," * 87_000 + b"[]]}"
+    keys = b'{"key": [' + b'"",' * 65_000 + b'""], "value": []}'
+    settings = {**SETTINGS, "max_connections": 512, "max_connections_per_address": 512}
+    with Service(tmp_path, pruned / "0.75/sub_static", settings=settings) as service:
+        with unharmed(service):
+            for bodies in ([lists] * 300, [keys] * 200):
+                held = whole_at_once(service.http, bodies)
+                for connection in held:
+                    connection.settimeout(20)
+                statuses = {connection.recv(4096).split(b" ")[1] for connection in held}
+                assert statuses <= {b"400", b"504"}, statuses
+                for connection in held:
+                    connection.close()
+        assert service.stderr.read_text() == ""
+
+
+def test_keys_beyond_all_use(attacked):
+    for count, words in ((137, "at most 136 items"), (129, "129 texts in texts; at most 128")):
+        keys = [str(number) for number in range(count)]
+        status, answer = attacked.post({"key": keys, "value": ["一"] * count})
+        assert (status, answer["err_no"]) == (400, 5000) and words in answer["err_msg"], answer
+
+
+def test_a_worker_that_ends_soon_is_started_again_and_again(monkeypatch, tmp_path, capsys):
+    """No client can make the supervisor give up by ending a worker that was ready; the pauses grow."""
+    started = []
+
+    class Ending(web_service.Supervisor):
+        def start(self):
+            started.append(time.monotonic())
+            self.stopping = len(started) == 7
+            mine, its = os.pipe()
+            command = [sys.executable, "-S", "-c", f"import os; os.write({its}, b'!')"]
+            self.worker = subprocess.Popen(command, pass_fds=[its], start_new_session=True)
+            os.close(its)
+            return mine
+
+    monkeypatch.setattr(web_service, "LONGEST_PAUSE", 1)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert Ending({"host": "127.0.0.1", "http_port": 1, "rpc_port": 2, "log_dir": str(tmp_path)}).run() == 0
+    pauses = [after - before for before, after in zip(started, started[1:])]
+    assert len(started) == 7 and min(pauses[1:]) > 0.9 > pauses[0], pauses
+    assert "giving up" not in capsys.readouterr().err
+
+
+def test_a_worker_that_computes_is_not_frozen(monkeypatch):
+    """Silent for longer than SILENCE, its main thread busy: it gets more time; one that sleeps does not."""
+    monkeypatch.setattr(web_service, "SILENCE", 1)
+    monkeypatch.setattr(web_service, "BUSY_SILENCE", 3)
+    supervisor = web_service.Supervisor({})
+    for doing, longest, lives in (
+        ("sum(range(10**12))", 4.5, False),
+        ("time.sleep(9)", 2, False),
+        ("sum(range(7 * 10**7))", 4.5, True),
+    ):
+        mine, its = os.pipe()
+        code = f"import os, time; {doing}; os.write({its}, b'!')"
+        supervisor.worker = subprocess.Popen([sys.executable, "-S", "-c", code], pass_fds=[its])
+        os.close(its)
+        started = time.monotonic()
+        assert supervisor.lives(mine) == lives and time.monotonic() - started < longest
+        supervisor.worker.kill()
+        supervisor.worker.wait()
+        os.close(mine)
+
+
 def test_a_chunk_that_is_none(attacked):
     """It comes after a good one, in a body that is being read already."""
     head = b"POST /ppminilm/prediction HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -414,33 +496,13 @@ def test_a_mixture(attacked):
     assert sum(counts.values()) >= 4
 
 
-@pytest.mark.parametrize("kind", ["bodies", "key and value", "messages"])
-def test_many_large_requests_at_one_moment(attacked, kind):
-    """Requests of 256 KB that are complete at the same moment are taken apart one by one, with turns between them.
-
-    Before, 250 bodies stopped the event loop for more than the 3 s after which the worker is ended, and so did 60 RPC
-    messages of 131,000 empty fields.
-    """
-    items = ",".join(["[]"] * 87_000)
-    body = {
-        "bodies": b'{"text":[%s]}' % items.encode(),
-        "key and value": b'{"key":[%s],"value":[]}' % ",".join(['""'] * 87_000).encode(),
-        "messages": bytes([1 << 3 | 2, 0]) * 131_000,
-    }[kind]
-    with unharmed(attacked, allowed=1.5):
-        if kind == "messages":
-            with concurrent.futures.ThreadPoolExecutor(16) as pool:
-                answers = list(pool.map(attacked.call, [body] * 60))
-            assert {answer.err_no for answer in answers} == {protocol.BAD_INPUT}
-            assert "at most 2100 fields" in answers[0].err_msg
-            return
-        head = f"POST /ppminilm/prediction HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-        with contextlib.ExitStack() as stack:
-            connections = [
-                stack.enter_context(socket.create_connection(("127.0.0.1", attacked.http))) for _ in range(80)
-            ]
-            for connection in connections:
-                connection.sendall(head + body[:-1])
-            for connection in connections:
-                connection.sendall(body[-1:])
-            assert all(connection.recv(12) == b"HTTP/1.1 400" for connection in connections)
+def test_rpc_messages_of_many_fields(attacked):
+    """60 RPC messages of 131,000 empty fields, which protobuf would take half a second each to take apart; and one whose
+    fields are nested in a tensor."""
+    many = bytes([1 << 3 | 2, 0]) * 131_000
+    with unharmed(attacked):
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(attacked.call, [many] * 60))
+        nested = attacked.call(bytes([7 << 3 | 2, 0xFE, 0xFF, 0x0F]) + bytes([2 << 3 | 2, 0]) * 131_071)
+    assert {answer.err_no for answer in answers} == {protocol.BAD_INPUT}
+    assert "at most 280 fields" in answers[0].err_msg and "tensors are not taken" in nested.err_msg

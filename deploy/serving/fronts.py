@@ -23,7 +23,7 @@ async def start_rpc(service, config):
 
     async def inference(request, context):
         def read():
-            protocol.check_fields(request)
+            protocol.check_fields(request, 2 * limit_of_keys(config) + 8)
             message = protocol.messages().Request()
             try:
                 message.ParseFromString(request)
@@ -61,6 +61,11 @@ async def start_rpc(service, config):
     server.add_insecure_port(protocol.authority(config["host"], config["rpc_port"]))
     await server.start()
     return server
+
+
+def limit_of_keys(config):
+    """Keys of one request in Paddle Serving's form, which may number its texts: one for each, and some to spare."""
+    return config["max_texts"] + 8
 
 
 class Connection(web_protocol.RequestHandler):
@@ -252,7 +257,7 @@ class HttpFront:
 
         def read():
             nonlocal in_message_form
-            fields, logid, in_message_form = protocol.fields_of_body(bytes(body))
+            fields, logid, in_message_form = protocol.fields_of_body(bytes(body), limit_of_keys(self.config))
             return fields, logid
 
         connection.whole = True

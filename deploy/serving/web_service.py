@@ -294,6 +294,25 @@ class Supervisor:
         readable, _, _ = select.select([pipe], [], [], None if self.stopping else seconds)
         return bool(readable and os.read(pipe, 4096))
 
+    def lives(self, pipe):
+        """Whether the worker gives a sign of life in time, which is longer while its event loop is computing."""
+        for _ in range(BUSY_SILENCE // SILENCE):
+            before = self.computed()
+            if self.beats(pipe, SILENCE):
+                return True
+            if self.worker.poll() is not None or self.computed() - before < SILENCE / 10:
+                break
+        return False
+
+    def computed(self):
+        """Seconds of a processor that the worker's event loop, its main thread, has had; 0 if that is unknown."""
+        with (
+            contextlib.suppress(OSError, ValueError),
+            open(f"/proc/{self.worker.pid}/task/{self.worker.pid}/stat") as file,
+        ):
+            return sum(map(int, file.read().rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
+        return 0
+
     def stop(self, *_):
         """Asks the worker to finish the running requests and exit; kills it when the grace period is over."""
         self.stopping = True
@@ -312,7 +331,7 @@ class Supervisor:
         """Runs the worker and restarts it when it dies. Returns: the exit status."""
         signal.signal(signal.SIGTERM, self.stop)
         signal.signal(signal.SIGINT, self.stop)
-        config, been_ready, quick_ends = self.config, False, 0
+        config, been_ready, quick_ends, failures = self.config, False, 0, 0
         while True:
             pipe = self.start()
             ready = self.beats(pipe)  # loading takes as long as it takes
@@ -321,14 +340,14 @@ class Supervisor:
                 where = f"http://{protocol.authority(config['host'], config['http_port'])}/ppminilm/prediction and "
                 where = where if config["http_port"] else ""
                 say(f"web_service.py: ready, {where}RPC on port {config['rpc_port']}")
-            while ready and self.beats(pipe, SILENCE):
+            while ready and self.lives(pipe):
                 pass
             os.close(pipe)
             if ready and self.worker.poll() is None and not self.stopping:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.worker.wait(0.2)  # it closed the pipe by ending
             if ready and self.worker.poll() is None and not self.stopping:
-                say(f"web_service.py: no sign of life from the worker for {SILENCE} s", sys.stderr)
+                say(f"web_service.py: no sign of life from the worker for {SILENCE} s or more", sys.stderr)
                 self.end()
             status = self.worker.wait()
             self.end()  # kills the other processes of its group
@@ -340,13 +359,22 @@ class Supervisor:
             message += f"; see {os.path.join(config['log_dir'], 'PipelineServingLogs')}"
             quick_ends = quick_ends + 1 if not ready or time.monotonic() - since < 30 else 0
             been_ready = been_ready or ready
-            if not been_ready or quick_ends == 3:
+            failures = 0 if ready else failures + 1  # while it loads, no client can reach it
+            if not been_ready or failures == 3:
                 say(f"{message}; giving up", sys.stderr)
                 return 1
             say(f"{message}; starting it anew", sys.stderr)
+            # Not given up, so that no client can end the service; but what cannot live is not started all the time.
+            until = time.monotonic() + min(LONGEST_PAUSE, 2 ** (quick_ends - 1) - 1 if quick_ends else 0)
+            while time.monotonic() < until and not self.stopping:
+                time.sleep(0.05)
+            if self.stopping:
+                return 0
 
 
 SILENCE = 3  # seconds without a sign of life, which comes twice a second, after which a worker is ended
+BUSY_SILENCE = 15  # the same for one whose event loop is busy, and not frozen
+LONGEST_PAUSE = 10  # seconds before a worker that ends soon again and again is started anew
 WORKER = "PPMINILM_WORKER"  # environment variable, set for the worker only: the file descriptor for its ready signal
 
 
