@@ -7,7 +7,9 @@ from common import UserError, batching, cli, compat, engine, exporting, files, g
 from common.compat import paddle
 
 
-def add_quantization_arguments(group, algorithms, samples):
+def add_quantization_arguments(parser, algorithms, samples):
+    """Adds the groups "other" and "file names"."""
+    group = parser.add_argument_group("other")
     help = "how to choose the activation scales; weights always have one scale per channel"
     group.add_argument(
         "--algorithms", nargs="+", choices=algorithms, default=list(algorithms), help=help, without_effect=True
@@ -31,6 +33,7 @@ def add_quantization_arguments(group, algorithms, samples):
     group.add_argument("--for", dest="made_for", choices=("gpu",), help=help)
     cli.add_device_argument(group)
     cli.add_overwrite_argument(group)
+    add_file_name_arguments(parser.add_argument_group("file names"))
 
 
 def add_file_name_arguments(group):

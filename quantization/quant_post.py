@@ -33,8 +33,7 @@ def parse_args(argv=None):
     help = "default: from the input's stage.json: <task>_quant_models (pruned to 0.75), <task>_finetuned_quant_models, "
     help += "<task>_<width>_quant_models"
     cli.add_output_argument(main, help)
-    calibration.add_quantization_arguments(parser.add_argument_group("other"), ALGORITHMS, SAMPLES)
-    calibration.add_file_name_arguments(parser.add_argument_group("file names"))
+    calibration.add_quantization_arguments(parser, ALGORITHMS, SAMPLES)
     cli.add_input_arguments(parser)
     args = parser.parse_args(argv)
     if min(args.calib_samples) < 1:
