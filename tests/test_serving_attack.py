@@ -503,6 +503,7 @@ def test_rpc_messages_of_many_fields(attacked):
     with unharmed(attacked):
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             answers = list(pool.map(attacked.call, [many] * 60))
-        nested = attacked.call(bytes([7 << 3 | 2, 0xF8, 0xFF, 0x0F]) + bytes([2 << 3 | 2, 0]) * 131_068)
+        tensors = protocol.messages().Request.DESCRIPTOR.fields_by_name["tensors"].number
+        nested = attacked.call(bytes([tensors << 3 | 2, 0xF8, 0xFF, 0x0F]) + bytes([2 << 3 | 2, 0]) * 131_068)
     assert {answer.err_no for answer in answers} == {protocol.BAD_INPUT}
     assert "at most 280 fields" in answers[0].err_msg and "tensors are not taken" in nested.err_msg
