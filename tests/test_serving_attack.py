@@ -496,6 +496,23 @@ def test_a_mixture(attacked):
     assert sum(counts.values()) >= 4
 
 
+def test_http2_pings(attacked):
+    """As many as fit into one connection: each was answered by a GOAWAY that waited in memory for a reader."""
+
+    def frame(kind, flags, payload):
+        return len(payload).to_bytes(3, "big") + bytes([kind, flags, 0, 0, 0, 0]) + payload
+
+    pings = frame(6, 0, b"12345678") * 4000
+    with connect(attacked.rpc) as connection, unharmed(attacked):
+        connection.settimeout(1)
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, b"") + frame(4, 1, b""))
+        until = time.monotonic() + 5
+        with contextlib.suppress(OSError):
+            while time.monotonic() < until:
+                connection.sendall(pings)
+        time.sleep(1)
+
+
 def test_rpc_messages_of_many_fields(attacked):
     """60 RPC messages of 131,000 empty fields, which protobuf would take half a second each to take apart; and one whose
     fields are nested in a tensor."""
