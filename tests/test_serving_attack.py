@@ -400,6 +400,24 @@ def test_a_frozen_worker_is_replaced(pruned, tmp_path):
             probe.bind(("127.0.0.1", service.http))
 
 
+@pytest.mark.parametrize(
+    "redirection",
+    [">/dev/full 2>/dev/full", "> >(exit) 2> >(exit); sleep 0.2", ">&- 2>&-"],
+    ids=["full", "pipes", "closed"],
+)
+def test_nobody_to_hear_what_it_says(pruned, tmp_path, redirection):
+    """It starts, answers, starts its worker anew, and ends with status 0."""
+    command = f'exec {redirection}; exec "$0" "$@"'
+    with Service(tmp_path, pruned / "0.75/sub_static", settings=SETTINGS, shell=command) as service:
+        worker = service.worker()
+        os.kill(worker, signal.SIGKILL)
+        time.sleep(0.5)
+        service.__enter__()
+        assert service.worker() != worker and service.post(GOOD)[0] == 200
+        service.process.terminate()
+        assert service.process.wait(20) == 0
+
+
 def test_a_log_that_is_a_link_is_not_followed(pruned, tmp_path):
     (tmp_path / "mine").write_text("precious")
     (tmp_path / "PipelineServingLogs").mkdir()
