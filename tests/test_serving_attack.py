@@ -306,6 +306,50 @@ def test_keys_beyond_all_use(attacked):
         assert (status, answer["err_no"]) == (400, 5000) and words in answer["err_msg"], answer
 
 
+def test_messages_of_many_fields(attacked):
+    """131,000 empty ones in 262 KB: the parser would take a second for each message, and nothing else would be done."""
+    messages = (
+        b"\x0a\x00" * 131_000,  # keys
+        b"\x7a\x00" * 131_000,  # unknown
+        b"\x1a\xf0\xfe\x0f" + b"\x22\x00" * 131_000,  # in a tensor
+        b"\x7b" + b"\x0a\x00" * 130_000 + b"\x7c",  # in a group
+        b"\x7b" * 100_000,
+        b"\x80" * 262_000,
+    )
+    answers = []
+    with unharmed(attacked, allowed=1.0), concurrent.futures.ThreadPoolExecutor(6) as pool:
+        for response in pool.map(lambda number: attacked.call(messages[number % 6]), range(60)):
+            answers.append((response.err_no, response.err_msg))
+    assert {err_no for err_no, _ in answers} == {5000}
+    assert "at most 272 fields" in answers[0][1] and "tensors are not taken" in answers[2][1], answers[:6]
+
+
+def test_the_look_at_a_message_changes_no_answer():
+    """What the parser takes passes, up to the limit; what does not pass, the parser refuses, or it has a tensor."""
+    pb, rng = protocol.messages(), random.Random(0)
+    numbered = pb.Request(
+        key=map(str, range(128)), value=["一"] * 128, name="ppminilm", method="m", logid=-1, clientip="1"
+    )
+    wrong = 0
+    for data in (
+        numbered.SerializeToString(),
+        pb.Request(key=["text"], value=["一" * 99], logid=5).SerializeToString(),
+    ):
+        protocol.check_size_of_message(data + b"\x7b\x08\x01\x7c\x79" + b"x" * 8 + b"\x7d" + b"x" * 4, 272)
+        for _ in range(2000):
+            changed = bytearray(data[-60:] if rng.random() < 0.5 else data[:60])
+            for _ in range(rng.randint(1, 3)):
+                changed[rng.randrange(len(changed))] = rng.randrange(256)
+            try:
+                protocol.check_size_of_message(bytes(changed), 272)
+            except protocol.ServiceError as error:
+                wrong += 1
+                if "tensors" not in str(error):
+                    with pytest.raises(Exception):  # noqa: B017
+                        pb.Request().ParseFromString(bytes(changed))
+    assert wrong > 100
+
+
 def test_a_worker_that_ends_soon_is_started_again_and_again(monkeypatch, tmp_path, capsys):
     """No client can make the supervisor give up by ending a worker that was ready; the pauses grow."""
     started = []
