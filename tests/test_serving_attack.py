@@ -350,6 +350,20 @@ def test_the_look_at_a_message_changes_no_answer():
     assert wrong > 100
 
 
+def test_http2_pings(attacked):
+    """As many as fit into one connection: each was answered by a GOAWAY that waited in memory for a reader."""
+    frame = lambda kind, flags, payload: len(payload).to_bytes(3, "big") + bytes([kind, flags, 0, 0, 0, 0]) + payload  # noqa: E731
+    pings = frame(6, 0, b"12345678") * 4000
+    with connect(attacked.rpc) as connection, unharmed(attacked):
+        connection.settimeout(1)
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, b"") + frame(4, 1, b""))
+        until = time.monotonic() + 5
+        with contextlib.suppress(OSError):
+            while time.monotonic() < until:
+                connection.sendall(pings)
+        time.sleep(1)
+
+
 def test_a_worker_that_ends_soon_is_started_again_and_again(monkeypatch, tmp_path, capsys):
     """No client can make the supervisor give up by ending a worker that was ready; the pauses grow."""
     started = []

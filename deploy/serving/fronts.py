@@ -49,6 +49,8 @@ async def start_rpc(service, config):
             # More than there are places, so that one connection gets err_no 3001, and not silence.
             ("grpc.max_concurrent_streams", 2 * config["worker_num"]),
             ("grpc.max_metadata_size", config["max_header_bytes"]),
+            # PINGs are answered, without a limit: gRPC's costs gigabytes in seconds, a GOAWAY for each one too many.
+            ("grpc.http2.max_ping_strikes", 0),
             # Idle connections are closed, and those that hold streams without a message when they are old.
             ("grpc.max_connection_idle_ms", 60_000),
             ("grpc.max_connection_age_ms", 600_000),
