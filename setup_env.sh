@@ -4,7 +4,8 @@
 #   sh setup_env.sh [--python PATH] [--gpu | --cpu] [--serving]
 #
 #   --python PATH  base interpreter, CPython 3.9-3.12 (default: the newest usable one on PATH)
-#   --gpu, --cpu   paddlepaddle-gpu or paddlepaddle (default: what .venv has, else paddlepaddle)
+#   --gpu, --cpu   paddlepaddle-gpu, with CUDA 11.8, cuDNN and TensorRT in .gpu-libraries (4 GB more, of which 3.2 GB are
+#                  downloaded once), or paddlepaddle (default: what .venv has, else paddlepaddle)
 #   --serving      adds the Paddle Serving packages
 set -e
 root=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
@@ -23,7 +24,7 @@ while [ $# -gt 0 ]; do
         --gpu) flavour=gpu ;;
         --cpu) flavour=cpu ;;
         --serving) serving=serving ;;
-        -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) fail "unknown argument '$1'; there are --python PATH, --gpu, --cpu and --serving" ;;
     esac
     shift
@@ -54,7 +55,10 @@ print("usable", sys.version_info[1], base)' 2>&1 | tail -n 1) # the last line: o
 digest() { # FLAVOUR SERVING: hash of the lock files of the environment
     (
         cd "$root/requirements"
-        cat build.txt "$1.txt" ${2:+serving*.txt paddle_serving_client.py} | sha256sum | cut -c 1-16
+        libraries=
+        [ "$1" = cpu ] || libraries=gpu-libraries.txt
+        cat build.txt "$1.txt" ${libraries:+"$libraries"} ${2:+serving*.txt paddle_serving_client.py} |
+            sha256sum | cut -c 1-16
     )
 }
 
@@ -66,6 +70,14 @@ if [ -f "$stamp" ] && "$venv/bin/python" -c '' 2> /dev/null; then
 fi
 flavour=${flavour:-cpu}
 
+# CUDA, cuDNN and TensorRT, which paddlepaddle-gpu opens at run time and does not name. They are kept outside of .venv, so
+# that one that is rebuilt, or that was interrupted, does not download them again.
+install_gpu_libraries() {
+    [ "$flavour" = gpu ] || return 0
+    "$venv/bin/python" "$root/requirements/gpu_libraries.py" "$root/requirements/gpu-libraries.txt" \
+        "$root/.gpu-libraries" "$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/paddle/libs"
+}
+
 if [ -n "$python" ]; then
     command -v "$python" > /dev/null || fail "--python $python: there is no such interpreter"
     found=$(probe "$python") || fail "--python $python: ${found:-does not run}"
@@ -73,6 +85,7 @@ if [ -n "$python" ]; then
 fi
 if [ -n "$had_digest" ] && [ "$had_flavour" = "$flavour" ] && [ "${had_serving#-}" = "$serving" ] &&
     [ "$had_digest" = "$(digest "$flavour" "$serving")" ] && [ "${base:-$had_base}" = "$had_base" ]; then
+    install_gpu_libraries # does nothing, unless somebody has removed them
     echo "setup_env.sh: .venv is up to date ($flavour${serving:+, serving})"
     exit 0
 fi
@@ -129,4 +142,5 @@ rm -rf "$venv"
 "$base" -m venv "$venv"
 install build
 install "$flavour"
+install_gpu_libraries
 install_serving_and_finish

@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 
-from common import UserError, files
+from common import UserError, files, gpu
 
 LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec a child must not load anything
 
@@ -205,13 +205,21 @@ def set_device(device=None):
     """
     from common.compat import paddle
 
-    available = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
+    count = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
+    available = count > 0
     if device is None:
         device = "gpu" if available else "cpu"
     if device.startswith("gpu") and not available:
-        raise UserError(f"--device {device}: this Paddle sees no GPU; use --device cpu")
+        why = "it is one for CPUs; use --device cpu, or install another by `bash setup_env.sh --gpu`"
+        why = gpu.why_none(gpu.driver_version()) if paddle.is_compiled_with_cuda() else why
+        raise UserError(f"--device {device}: this Paddle sees no GPU: {why}")
     if device.split(":")[0] not in ("cpu", "gpu"):
         raise UserError(f"--device {device}: must be gpu or cpu")
+    if device.startswith("gpu"):
+        number = device.partition(":")[2] or "0"
+        if not number.isdigit() or int(number) >= count:
+            raise UserError(f"--device {device}: there are GPUs 0 to {count - 1}")
+        gpu.show(int(number))
     paddle.set_device(device)
     return device
 

@@ -39,10 +39,17 @@ def default_precision(prefix):
     return "int8" if is_quantized(prefix) else "fp32"
 
 
+# Precision of a quantized graph that Paddle computes in floating point, rounding to INT8 where an engine would compute
+# in it: what a GPU with TensorRT is expected to answer, found out without one.
+SIMULATED = "simulated int8"
+
+
 def check_precision(prefix, device, precision):
     """Raises: UserError for a precision that the device or the file cannot give."""
     quantized = is_quantized(prefix)
-    if quantized and precision != "int8":
+    if precision == SIMULATED and (not quantized or device != "cpu"):
+        raise UserError(f"{prefix}: only a quantized model is simulated, on a CPU")
+    if quantized and precision not in ("int8", SIMULATED):
         raise UserError(
             f"{prefix}: a quantized model, which runs in int8 (in {precision} the engine would simulate it in "
             "floating point, several times slower than FP32)"
@@ -195,6 +202,10 @@ class Engine(Streams):
 def configure_cpu(config, precision, threads, int8_operators):
     """oneDNN with so many threads. Args: config: paddle.inference.Config; the others as Engine's."""
     config.disable_gpu()
+    if precision == SIMULATED:
+        config.switch_ir_optim(False)  # the graph as it was written: nothing is fused, nothing computed in INT8
+        config.set_cpu_math_library_num_threads(threads)
+        return
     config.enable_mkldnn()
     # oneDNN prepares its operators, and a copy of their weights, for every shape: keep those that come again.
     config.set_mkldnn_cache_capacity(64)

@@ -128,8 +128,8 @@ class TermSum(paddle.autograd.PyLayer):
     The relations of a term are far larger than Q, K and V: those of samples in the published micro-batch are 128
     positions x 64 heads x 128 x 128 numbers, 0.54 GB each in FP32, and the usual backward pass would keep several. What
     differs in their leading axis (positions for samples, samples otherwise) is independent, so it is computed in parts,
-    each with its gradient, and only the gradient of the student's Q, K or V is kept. With T and P the relations of teacher and student, and
-    S = X X^T / sqrt(d) the student's scores,
+    each with its gradient, and only the gradient of the student's Q, K or V is kept. With T and P the relations of
+    teacher and student, and S = X X^T / sqrt(d) the student's scores,
 
         d KL(T || P) / dS = P - T        dS -> X:  dX = (G + G^T) X / sqrt(d),  G = P - T on valid rows, 0 on others.
     """

@@ -3,11 +3,13 @@
 import os
 
 import embeddings
-from common import UserError, batching, cli, compat, exporting, files, objectives, records
+from common import UserError, batching, cli, compat, engine, exporting, files, gpu, objectives, records
 from common.compat import paddle
 
 
-def add_quantization_arguments(group, algorithms, samples):
+def add_quantization_arguments(parser, algorithms, samples):
+    """Adds the groups "other" and "file names"."""
+    group = parser.add_argument_group("other")
     help = "how to choose the activation scales; weights always have one scale per channel"
     group.add_argument(
         "--algorithms", nargs="+", choices=algorithms, default=list(algorithms), help=help, without_effect=True
@@ -24,8 +26,14 @@ def add_quantization_arguments(group, algorithms, samples):
     help = "also store word embeddings in INT8, one scale per row: half the file (default: on a CPU, not for TensorRT)"
     group.add_flag("--int8_embeddings", help, default=None)
     group.add_argument("--seed", type=int, default=42, help="chooses the calibration samples")
+    help = (
+        "gpu: quantize here, without a GPU, for a machine with TensorRT: FP32 embeddings, a graph with its whole last "
+    )
+    help += "layer; scored by a simulation on this CPU, which stage.json says"
+    group.add_argument("--for", dest="made_for", choices=("gpu",), help=help)
     cli.add_device_argument(group)
     cli.add_overwrite_argument(group)
+    add_file_name_arguments(parser.add_argument_group("file names"))
 
 
 def add_file_name_arguments(group):
@@ -37,8 +45,24 @@ def add_file_name_arguments(group):
     group.add_argument("--model_name_or_path", type=cli.NameOrPathArgument, help=help)
 
 
-def check_file_names(args, graph):
-    """Raises: UserError for file names that are not those of the graph, or that do not belong together."""
+def check_input(args, graph):
+    """Decides --int8_embeddings if it was not given.
+
+    Raises: UserError for file names that are not those of the graph, or that do not belong together; for a graph or an
+    option that does not fit the machine that the result is for.
+    """
+    if args.device != "cpu":
+        gpu.check_tensorrt()
+    for_gpu = args.made_for == "gpu" or args.device != "cpu"
+    if args.int8_embeddings is None:
+        args.int8_embeddings = not for_gpu  # TensorRT takes no INT8 table of embeddings
+    if args.made_for == "gpu" and args.int8_embeddings:
+        raise UserError("--int8_embeddings: TensorRT takes no INT8 embeddings; leave it out with --for gpu")
+    if args.made_for == "gpu" and graph.record["export"].get("cls_only"):
+        raise UserError(
+            f"{args.input_dir}: a graph for CPUs, whose last layer is computed for [CLS] alone; export it again with "
+            "--cls_only False (into another directory, if the CPU's is still wanted)"
+        )
     for given, suffix in ((args.input_model_filename, ".pdmodel"), (args.input_param_filename, ".pdiparams")):
         if given not in (None, graph.name + suffix):
             raise UserError(f"{given}: {args.input_dir} holds {graph.name}{suffix}")
@@ -105,6 +129,11 @@ def quantize(
         finally:
             paddle.disable_static()
     exporting.remove_call_stacks(os.path.join(directory, model_filename))
+
+
+def precision_of(args):
+    """The precision in which a variant is scored: that of the engine which will serve it, or its simulation."""
+    return engine.SIMULATED if args.made_for == "gpu" and args.device == "cpu" else "int8"
 
 
 def compare(objective, logits, fp32_logits, features):

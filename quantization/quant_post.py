@@ -33,8 +33,7 @@ def parse_args(argv=None):
     help = "default: from the input's stage.json: <task>_quant_models (pruned to 0.75), <task>_finetuned_quant_models, "
     help += "<task>_<width>_quant_models"
     cli.add_output_argument(main, help)
-    calibration.add_quantization_arguments(parser.add_argument_group("other"), ALGORITHMS, SAMPLES)
-    calibration.add_file_name_arguments(parser.add_argument_group("file names"))
+    calibration.add_quantization_arguments(parser, ALGORITHMS, SAMPLES)
     cli.add_input_arguments(parser)
     args = parser.parse_args(argv)
     if min(args.calib_samples) < 1:
@@ -57,7 +56,7 @@ def quantize_all(args):
     if record["stage"] == "quantize":
         raise UserError(f"{args.input_dir}: quantized already; name the directory of the exported FP32 graph")
     graph = checkpoints.open_graph(args.input_dir, "--input_dir")
-    calibration.check_file_names(args, graph)
+    calibration.check_input(args, graph)
     tokenizer = graph.tokenizer(args.use_faster_tokenizer)
     records.show_inherited(args.input_dir, record, args)
     args.max_seq_length = records.sequence_length(args, record)
@@ -85,7 +84,11 @@ def quantize_all(args):
         fp32_logits = engine.open_engine(graph.prefix, features, args.device).predict(features, pad_id=tokenizer.pad_id)
         fp32 = graph.objective.metrics(fp32_logits, batching.targets(features))[graph.objective.metric]
         calibration.check_score(fp32, record, described["dev"], args)
-        print(engine.preflight("int8"))
+        if args.made_for:
+            run.notes.append("INT8 for a GPU, scored by a simulation on a CPU")
+            print(f"note: {run.notes[-1]}; not run on a GPU")
+        else:
+            print(engine.preflight("int8"))
         constant, reached = records.constant_answer(described["dev"])
         print(
             f"{record['task']}: FP32 {graph.objective.shown} {fp32:.4f} on {len(features)} dev "
@@ -152,7 +155,8 @@ def make_variant(args, run, graph, tokenizer, algorithm, chosen, target, feature
         "algorithm": algorithm,
         "calib_samples": len(chosen),
         "calib_split": args.calib_split,
-        "device": args.device,
+        "device": args.made_for or args.device,
+        "scored_in": calibration.precision_of(args),
         # Not the products of two activations: see engine.INT8_OPERATORS.
         "int8_operators": sorted(engine.INT8_OPERATORS),
         "int8_embeddings": args.int8_embeddings,
@@ -167,9 +171,10 @@ def make_variant(args, run, graph, tokenizer, algorithm, chosen, target, feature
                 graph.prefix, chosen, tokenizer.pad_id, algorithm, directory, args.int8_embeddings, *weights
             )
             # Scored by the engine that will serve it. A simulation of INT8 in floating point scores higher than what
-            # the user gets: ten points, when oneDNN chose the operators itself.
+            # the user gets: ten points, when oneDNN chose the operators itself. So --for gpu, which has nothing else,
+            # is marked in stage.json.
             prefix = os.path.join(directory, os.path.splitext(args.save_model_filename)[0])
-            int8 = engine.open_engine(prefix, features, args.device, "int8")
+            int8 = engine.open_engine(prefix, features, args.device, calibration.precision_of(args))
             logits = int8.predict(features, pad_id=tokenizer.pad_id)
             metrics.update(calibration.compare(graph.objective, logits, fp32_logits, features))
             metrics["bytes"] = os.path.getsize(f"{prefix}.pdiparams")
@@ -185,9 +190,6 @@ def make_variant(args, run, graph, tokenizer, algorithm, chosen, target, feature
 def main(argv=None):
     args = parse_args(argv)
     args.device = cli.set_device(args.device)
-    # TensorRT takes no INT8 table of embeddings.
-    if args.int8_embeddings is None:
-        args.int8_embeddings = args.device == "cpu"
     quantize_all(args)
 
 

@@ -52,6 +52,7 @@ def checkout(tmp_path):
     root = tmp_path / "checkout"
     (root / "requirements").mkdir(parents=True)
     shutil.copy(os.path.join(ROOT, "setup_env.sh"), root)
+    shutil.copy(os.path.join(ROOT, "requirements/gpu_libraries.py"), root / "requirements")
     for lock in LOCKS:
         (root / "requirements" / os.path.basename(lock)).write_text("")
     shutil.copy(os.path.join(ROOT, "requirements/paddle_serving_client.py"), root / "requirements")

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 
 import numpy as np
 import paddle
@@ -41,6 +42,20 @@ def test_do_eval_alone_scores_a_directory(workspace, tuned, capsys):
         ]
     )
     assert json.loads(capsys.readouterr().out)["accuracy"] == record(tuned)["metrics"]["accuracy"]
+
+
+def test_names_and_last_lines_of_the_original(workspace, tuned, capsys):
+    args = load_script("finetuning", "run_clue").parse_args(["--task_name", "WSC", "--do_eval", "--glue_dir", "d"])
+    assert (args.task_name, args.data_dir) == ("CLUEWSC2020", "d")
+    lines = '. "$1/common/launcher.sh"; task_name wsc; task_name Ifly; task_name mine'
+    asked = subprocess.run(["sh", "-c", lines, f"{ROOT}/run_all.sh", ROOT], capture_output=True, text=True)
+    assert asked.stdout.split() == ["CLUEWSC2020", "IFLYTEK", "mine"], asked.stderr
+    of_data = ["--data_dir", str(workspace / "data")]
+    load_script("finetuning", "export_model").main(["--task_name", "topics", "--model_path", str(tuned), *of_data])
+    capsys.readouterr()
+    load_script("deploy/python", "infer").main(["--model_path", str(tuned), *of_data])
+    *_, scores, last = capsys.readouterr().out.splitlines()
+    assert last == f"acc: {json.loads(scores)['accuracy']:.6g}"
 
 
 def test_export_equals_dynamic_model(workspace, tuned):

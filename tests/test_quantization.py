@@ -245,3 +245,23 @@ def test_embeddings_may_stay_in_fp32(workspace, pruned, tmp_path, capsys):
         quantize(workspace, pruned / "0.75/sub_static", tmp_path / kind, "--int8_embeddings", kind)
     sizes = [record(tmp_path / kind / "abs_max4")["metrics"]["bytes"] for kind in ("True", "False")]
     assert sizes[0] < sizes[1] and record(tmp_path / "True/abs_max4")["variant"]["int8_embeddings"] is True
+
+
+def test_quantizing_for_a_gpu_on_a_machine_without_one(workspace, tuned, tmp_path):
+    """A graph with its whole last layer, FP32 embeddings, scored by the simulation, and all of that in the record."""
+    whole, of_data = tmp_path / "whole", ["--data_dir", str(workspace / "data")]
+    shutil.copytree(tuned, whole)
+    export = load_script("finetuning", "export_model").main
+    common = ["--algorithms", "mse", "--calib_samples", "8"]
+    export(["--task_name", "topics", "--model_path", str(whole), *of_data])  # for CPUs, as there is no GPU
+    with pytest.raises(UserError, match="--cls_only False"):
+        quantize(workspace, whole, tmp_path / "refused", "--for", "gpu", *common)
+    export(["--task_name", "topics", "--model_path", str(whole), "--cls_only", "False", *of_data])
+    with pytest.raises(UserError, match="leave it out with --for gpu"):
+        quantize(workspace, whole, tmp_path / "refused", "--for", "gpu", "--int8_embeddings", *common)
+    quantize(workspace, whole, tmp_path / "int8", "--for", "gpu", *common)
+    written = record(tmp_path / "int8/mse8")
+    assert "INT8 for a GPU, scored by a simulation on a CPU" in written["notes"]
+    variant = written["variant"]
+    assert (variant["device"], variant["scored_in"], variant["int8_embeddings"]) == ("gpu", "simulated int8", False)
+    assert written["metrics"]["agreement"] > 0.95 and not (tmp_path / "refused").exists()

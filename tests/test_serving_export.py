@@ -119,3 +119,10 @@ def test_mistakes(exports, tmp_path, monkeypatch, more, message):
     with pytest.raises(UserError, match=message):
         export(directory, name, tmp_path, *more)
     assert os.listdir(tmp_path) == ["mine"]
+
+
+def test_show_proto_writes_nothing(exports, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    directory, name, _ = exports["fine-tuned"]
+    export(directory, name, tmp_path, "--show_proto")
+    assert capsys.readouterr().out.count("alias_name") == 3 and os.listdir(tmp_path) == []

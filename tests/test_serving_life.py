@@ -17,6 +17,7 @@ from conftest import ROOT, Service, at_once, settings_of
 
 pytest.importorskip("paddle_serving_server", reason="needs Paddle Serving: bash setup_env.sh --serving")
 import protocol
+import rpc_client
 import serving_load
 import web_service
 from common import UserError, objectives
@@ -183,6 +184,13 @@ def test_wrong_settings(tmp_path, settings, words):
     with pytest.raises(UserError, match=re.escape(words)) as error:
         web_service.check_ports(web_service.read_config(web_service.parse_args(["--config", str(config)])))
     assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_behind_its_output_does_not_end_the_service(model, tmp_path):
+    with Service(tmp_path, model, shell='exec "$0" "$@" > /dev/full 2> /dev/full') as service:
+        os.kill(service.worker(), signal.SIGKILL)
+        until(lambda: service.process.poll() is not None or rpc_client.wait_ready("127.0.0.1", service.http, 5))
+        assert service.process.poll() is None
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ DECLARED = {
         "--task_name t",
     ),
     ("general_distill", "general_distill"): (
-        OF_TRAINING | {"input_dir", "output_dir"},
+        OF_TRAINING | {"input_dir", "output_dir", "relation_mb"},
         {"student_model_name_or_path", "teacher_model_name_or_path", "init_config", "vocab_file", "input_dir"}
         | {"output_dir", "visualdl_dir"},
         "",

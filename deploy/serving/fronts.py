@@ -23,12 +23,14 @@ async def start_rpc(service, config):
 
     async def inference(request, context):
         def read():
-            protocol.check_size_of_message(request, 2 * limit_of_keys(config))
+            protocol.check_fields(request, 2 * limit_of_keys(config) + 8)
             message = protocol.messages().Request()
             try:
                 message.ParseFromString(request)
             except Exception as error:  # DecodeError, or UnicodeDecodeError for a string that is not UTF-8
-                raise ServiceError(BAD_INPUT, protocol.NO_REQUEST) from error
+                raise ServiceError(
+                    BAD_INPUT, "not a request of Paddle Serving, or its strings are not UTF-8"
+                ) from error
             return protocol.fields_of_message(message), message.logid
 
         address = context.peer().rpartition(":")[0]  # ipv4:127.0.0.1:port

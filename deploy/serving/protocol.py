@@ -26,9 +26,6 @@ METHOD = "/baidu.paddle_serving.pipeline_serving.PipelineService/inference"
 # Paddle Serving's error numbers (CustomExceptionCode of paddle_serving_server 0.9.0), and their HTTP status codes.
 OK, NOT_IMPLEMENTED, UNAVAILABLE, NO_SERVICE, BAD_INPUT, TIMEOUT, UNKNOWN = 0, 3000, 3001, 3002, 5000, 6000, 10000
 HTTP_STATUS = {OK: 200, NOT_IMPLEMENTED: 405, UNAVAILABLE: 503, NO_SERVICE: 404, BAD_INPUT: 400, TIMEOUT: 504}
-NO_REQUEST = "not a request of Paddle Serving, or its strings are not UTF-8"
-NO_TENSORS = "tensors are not taken; send texts as key and value"
-TENSORS = 3 << 3 | 2  # how a tensor begins in the bytes of a Request
 JSON_TYPES = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list"}
 
 
@@ -84,6 +81,44 @@ def messages():
     return sys.modules[name]
 
 
+def _varint(data, i):
+    """(the number that begins at data[i], where it ends). Raises: IndexError if the data end before it does."""
+    number = shift = 0
+    while True:
+        byte = data[i]
+        number, shift, i = number | (byte & 127) << shift, shift + 7, i + 1
+        if byte < 128 or shift > 63:
+            return number, i
+
+
+def check_fields(data, most):
+    """Refuses a serialized Request that has too many fields, or tensors, before protobuf takes it apart.
+
+    In Python protobuf takes 0.4 to 0.8 s for a message of 131,000 empty fields. What is damaged is left to its message.
+
+    Args: data: bytes. most: fields. Raises: ServiceError.
+    """
+    tensors, i, fields = messages().Request.DESCRIPTOR.fields_by_name["tensors"].number, 0, 0
+    with contextlib.suppress(IndexError):
+        while i < len(data):
+            fields += 1
+            if fields > most:
+                raise ServiceError(BAD_INPUT, f"a request has at most {most} fields")
+            tag, i = _varint(data, i)
+            if tag >> 3 == tensors:
+                raise ServiceError(BAD_INPUT, "tensors are not taken; send texts as key and value")
+            kind = tag & 7
+            if kind == 0:
+                _, i = _varint(data, i)
+            elif kind == 2:
+                size, i = _varint(data, i)
+                i += size
+            elif kind in (1, 5):
+                i += 8 if kind == 1 else 4
+            else:  # a group, which is no part of a Request and may hold any number of fields
+                raise ServiceError(BAD_INPUT, "not a request of Paddle Serving")
+
+
 def parse_json(text, what):
     try:
         return json.loads(text)
@@ -97,46 +132,11 @@ def check_name(name):
         raise ServiceError(NO_SERVICE, f"there is no service of that name; this one is {SERVICE}")
 
 
-def read_varint(data, place):
-    """(number, place after it) in protobuf's encoding. Raises: ServiceError if there is none of at most ten bytes."""
-    number = 0
-    for shift, byte in enumerate(data[place : place + 10]):
-        number |= (byte & 127) << 7 * shift
-        if byte < 128:
-            return number, place + shift + 1
-    raise ServiceError(BAD_INPUT, NO_REQUEST)
-
-
-def check_size_of_message(data, most):
-    """Raises: ServiceError for the bytes of a Request that would take long to parse: protobuf's Python code takes
-    microseconds for each field, and those inside of tensors and groups count as well."""
-    place, count = 0, 0
-    while place < len(data):
-        count += 1
-        if count > most:
-            raise ServiceError(BAD_INPUT, f"a request may have at most {most} fields")
-        tag, place = read_varint(data, place)
-        kind = tag & 7
-        if tag == TENSORS:
-            raise ServiceError(BAD_INPUT, NO_TENSORS)
-        if kind == 0:
-            _, place = read_varint(data, place)
-        elif kind == 1:
-            place += 8
-        elif kind == 2:
-            length, place = read_varint(data, place)
-            place += length
-        elif kind == 5:
-            place += 4
-        elif kind > 5:
-            raise ServiceError(BAD_INPUT, NO_REQUEST)  # kinds 3 and 4 are the ends of a group, whose fields are counted
-
-
 def fields_of_message(message):
     """{key: value} of a Request. Raises: ServiceError for a wrong service name, tensors, or keys without values."""
     check_name(message.name)
     if message.tensors:
-        raise ServiceError(BAD_INPUT, NO_TENSORS)
+        raise ServiceError(BAD_INPUT, "tensors are not taken; send texts as key and value")
     if len(message.key) != len(message.value) or len(set(message.key)) != len(message.key):
         raise ServiceError(BAD_INPUT, "each key needs one value, and each value a key of its own")
     fields = dict(zip(message.key, message.value))
