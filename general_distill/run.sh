@@ -31,6 +31,8 @@ case ${NPROC:-1} in
     *) echo "run.sh: error: NPROC=$NPROC: must be 1, 2, 4 or 8, as a step has 8 micro-batches of 128" >&2; exit 2 ;;
 esac
 [ "${NPROC:-1}" -eq 1 ] || launch="-m paddle.distributed.launch --nproc_per_node $NPROC"
+# Whoever names another size of micro-batches also says how many are accumulated.
+case " $* " in *" --batch_size"*) accumulated=1 ;; esac
 # Published: mixed precision (AMP), which needs a GPU.
 amp=
 if [ "${DEVICE:-gpu}" != cpu ] && "$PYTHON" -c "import sys, paddle; sys.exit(paddle.device.cuda.device_count() == 0)"; then

@@ -111,6 +111,8 @@ def test_run_sh_without_arguments(tmp_path):
     words = done.stdout.split()
     given = dict(zip(words, words[1:]))
     assert given["--batch_size"] == "128" and given["--gradient_accumulation_steps"] == "8" and given["--seed"] == "1"
+    done = subprocess.run([*run, "--batch_size", "32"], cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert "--gradient_accumulation_steps 1 " in done.stdout
     assert given["--input_dir"] == "dataset" and given["--init_config"].endswith("configs/ppminilm-6l-768h.json")
     assert "--student_model_name_or_path" not in given and "--use_amp" not in words, words
 
