@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import ctypes
 import errno
+import io
 import os
 import random
 import signal
@@ -228,6 +229,29 @@ def die_with_parent():
     LIBC.prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
+class Unfailing(io.FileIO):
+    """A file that takes what is written to it also when its disk is full or its reader gone, and loses it then."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def keep_printing():
+    """For a process that is not to end because nobody hears it: from now on printing does not fail."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file, such as a socket, would take its place
+            os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(number, True)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = io.BufferedWriter(Unfailing(number, "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(stream, "utf-8", "backslashreplace", line_buffering=True))
+
+
 def set_seed(seed):
     """Seeds Python, NumPy and Paddle."""
     import numpy as np
@@ -262,5 +286,5 @@ def quiet():
             for number, copy in enumerate(kept, 1):
                 os.dup2(copy, number)
                 os.close(copy)
-            if shown:  # a write of nothing fails, too, where the disk behind standard error is full
+            with contextlib.suppress(OSError):  # it must not hide the error of the block
                 os.write(2, shown)

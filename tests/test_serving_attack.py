@@ -306,6 +306,24 @@ def test_keys_beyond_all_use(attacked):
         assert (status, answer["err_no"]) == (400, 5000) and words in answer["err_msg"], answer
 
 
+def test_messages_of_many_fields(attacked):
+    """131,000 empty ones in 262 KB: the parser would take a second for each message, and nothing else would be done."""
+    messages = (
+        b"\x0a\x00" * 131_000,  # keys
+        b"\x7a\x00" * 131_000,  # unknown
+        b"\x1a\xf0\xfe\x0f" + b"\x22\x00" * 131_000,  # in a tensor
+        b"\x7b" + b"\x0a\x00" * 130_000 + b"\x7c",  # in a group
+        b"\x7b" * 100_000,
+        b"\x80" * 262_000,
+    )
+    answers = []
+    with unharmed(attacked, allowed=1.0), concurrent.futures.ThreadPoolExecutor(6) as pool:
+        for response in pool.map(lambda number: attacked.call(messages[number % 6]), range(60)):
+            answers.append((response.err_no, response.err_msg))
+    assert {err_no for err_no, _ in answers} == {5000}
+    assert "at most 280 fields" in answers[0][1] and "tensors are not taken" in answers[2][1], answers[:6]
+
+
 def test_a_worker_that_ends_soon_is_started_again_and_again(monkeypatch, tmp_path, capsys):
     """No client can make the supervisor give up by ending a worker that was ready; the pauses grow."""
     started = []
@@ -398,6 +416,25 @@ def test_a_frozen_worker_is_replaced(pruned, tmp_path):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", service.http))
+
+
+@pytest.mark.parametrize(
+    "redirection",
+    [">/dev/full 2>/dev/full", "> >(exit) 2> >(exit); sleep 0.2", ">&- 2>&-"],
+    ids=["full", "pipes", "closed"],
+)
+def test_nobody_to_hear_what_it_says(pruned, tmp_path, redirection):
+    """It starts, answers, starts its worker anew, and ends with status 0."""
+    command = f'exec {redirection}; exec "$0" "$@"'
+    settings = {**SETTINGS, "build_dag_each_worker": True}  # of which it says that it has no effect
+    with Service(tmp_path, pruned / "0.75/sub_static", settings=settings, shell=command) as service:
+        worker = service.worker()
+        os.kill(worker, signal.SIGKILL)
+        time.sleep(0.5)
+        service.__enter__()
+        assert service.worker() != worker and service.post(GOOD)[0] == 200
+        service.process.terminate()
+        assert service.process.wait(20) == 0
 
 
 def test_a_log_that_is_a_link_is_not_followed(pruned, tmp_path):

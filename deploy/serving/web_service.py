@@ -395,6 +395,7 @@ def work():
 
 
 def main(argv=None):
+    cli.keep_printing()
     if WORKER in os.environ:
         return work()
     args = parse_args(argv)

@@ -296,10 +296,10 @@ class Service:
 
 
 def set_up_logs():
-    """Limits the size of Paddle Serving's log files, which it opens on import."""
+    """Limits the size of Paddle Serving's log files, which it opens on import; a full disk ends logs, not answers."""
+    logging.raiseExceptions = False
     logging.getLogger("paddle_serving_server").setLevel(logging.WARNING)
     logging.getLogger("aiohttp").setLevel(logging.CRITICAL)  # it logs what clients send wrong
-    logging.raiseExceptions = False  # a full disk costs lines of the log, not more
     for handler in logging.getLogger().handlers:
         handler.maxBytes, handler.backupCount = 10_000_000, 4
 
