@@ -249,12 +249,6 @@ def open_log(path, mode):
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | mode, 0o600), "wb")
 
 
-def say(line, stream=None):
-    """Prints a line, if that is possible: a full disk or a closed pipe does not end the service."""
-    with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
-        print(line, file=stream or sys.stdout, flush=True)
-
-
 class Supervisor:
     """Keeps one worker process running, in its own session. Paddle Serving kills its whole process group when it
     fails; this process and its parent survive that."""
@@ -339,7 +333,7 @@ class Supervisor:
             if ready:
                 where = f"http://{protocol.authority(config['host'], config['http_port'])}/ppminilm/prediction and "
                 where = where if config["http_port"] else ""
-                say(f"web_service.py: ready, {where}RPC on port {config['rpc_port']}")
+                print(f"web_service.py: ready, {where}RPC on port {config['rpc_port']}", flush=True)
             while ready and self.lives(pipe):
                 pass
             os.close(pipe)
@@ -347,7 +341,11 @@ class Supervisor:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.worker.wait(0.2)  # it closed the pipe by ending
             if ready and self.worker.poll() is None and not self.stopping:
-                say(f"web_service.py: no sign of life from the worker for {SILENCE} s or more", sys.stderr)
+                print(
+                    f"web_service.py: no sign of life from the worker for {SILENCE} s or more",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 self.end()
             status = self.worker.wait()
             self.end()  # kills the other processes of its group
@@ -361,9 +359,9 @@ class Supervisor:
             been_ready = been_ready or ready
             failures = 0 if ready else failures + 1  # while it loads, no client can reach it
             if not been_ready or failures == 3:
-                say(f"{message}; giving up", sys.stderr)
+                print(f"{message}; giving up", file=sys.stderr, flush=True)
                 return 1
-            say(f"{message}; starting it anew", sys.stderr)
+            print(f"{message}; starting it anew", file=sys.stderr, flush=True)
             # Not given up, so that no client can end the service; but what cannot live is not started all the time.
             until = time.monotonic() + min(LONGEST_PAUSE, 2 ** (quick_ends - 1) - 1 if quick_ends else 0)
             while time.monotonic() < until and not self.stopping:
