@@ -9,7 +9,7 @@ import concurrent.futures
 import os
 import threading
 
-from common import CORES, UserError, batching, cli, records
+from common import CORES, UserError, batching, cli, records, tensorrt
 
 # The operators that oneDNN computes in INT8. Its default list also takes the attention products, whose output range a
 # padded calibration batch stretches to the mask's -1e4: fast, and ten points wrong (tests/test_quantization.py).
@@ -177,26 +177,34 @@ class Engine(Streams):
 
         check_precision(prefix, device, precision)
         self.prefix = prefix
-        config = paddle.inference.Config(f"{prefix}.pdmodel", f"{prefix}.pdiparams")
-        config.disable_glog_info()
-        config.enable_memory_optim()
+        threads_per_stream = max(1, thread_count(threads) // streams)
+        config = configuration(prefix, device, precision, threads_per_stream, int8_operators)
         if optimized_dir:
             config.enable_save_optim_model(True)
             config.set_optim_cache_dir(optimized_dir)
-        if device == "cpu":
-            threads_per_stream = max(1, thread_count(threads) // streams)
-            configure_cpu(config, precision, threads_per_stream, int8_operators)
-        else:
-            config.enable_use_gpu(256, int(device.partition(":")[2] or 0))
-            if collect:
-                config.collect_shape_range_info(shape_file)
-            elif use_trt:
-                configure_tensorrt(config, precision, shape_file)
+        if collect:
+            config.collect_shape_range_info(shape_file)
+        elif use_trt:
+            tensorrt.configure(config, precision, shape_file)
         with cli.quiet():
             first = paddle.inference.create_predictor(config)
             # A clone shares the parameters.
             predictors = [first, *(first.clone() for _ in range(streams - 1))]
         super().__init__([Handles(predictor) for predictor in predictors])
+
+
+def configuration(prefix, device="cpu", precision="fp32", threads=1, int8_operators=INT8_OPERATORS):
+    """A paddle.inference.Config for the graph, without TensorRT. Args: as Engine's; threads: of one stream."""
+    from common.compat import paddle
+
+    config = paddle.inference.Config(f"{prefix}.pdmodel", f"{prefix}.pdiparams")
+    config.disable_glog_info()
+    config.enable_memory_optim()
+    if device == "cpu":
+        configure_cpu(config, precision, threads, int8_operators)
+    else:
+        config.enable_use_gpu(256, int(device.partition(":")[2] or 0))  # MB that it takes at once; GPU N of gpu:N
+    return config
 
 
 def configure_cpu(config, precision, threads, int8_operators):
@@ -216,27 +224,6 @@ def configure_cpu(config, precision, threads, int8_operators):
         config.enable_mkldnn_int8(int8_operators)
     elif precision == "int8":
         config.enable_mkldnn_int8()
-
-
-def configure_tensorrt(config, precision, shape_file):
-    """TensorRT with dynamic shapes. Args: config: paddle.inference.Config; the others as Engine's."""
-    from common.compat import paddle
-
-    precisions = {
-        "fp32": paddle.inference.PrecisionType.Float32,
-        "fp16": paddle.inference.PrecisionType.Half,
-        "int8": paddle.inference.PrecisionType.Int8,
-    }
-    config.enable_tensorrt_engine(
-        workspace_size=1 << 30,
-        max_batch_size=32,
-        min_subgraph_size=5,
-        precision_mode=precisions[precision],
-        use_static=False,
-        use_calib_mode=False,
-    )
-    # The graph's tensor names change with every export, so shape ranges are collected, never written by hand.
-    config.enable_tuned_tensorrt_dynamic_shape(shape_file, True)
 
 
 class Handles:
@@ -305,16 +292,16 @@ def open_engine(
 
     Args: as Engine's; features, batch_size, pad_id: what the shapes are collected from.
     """
-    shape_file, use_trt = f"{prefix}.shape_ranges.pbtxt", needs_trt(device, precision, use_trt)
+    shape_file, use_trt = tensorrt.shape_file(prefix), needs_trt(device, precision, use_trt)
     if use_trt and not os.path.isfile(shape_file):
-        collect_shapes(prefix, features, shape_file, batch_size, pad_id)
+        order = batching.by_length(features)
+        collect_shapes(prefix, batching.batches(features, batch_size, pad_id, order), device)
     return Engine(prefix, device, precision, threads, use_trt, shape_file, streams=streams)
 
 
-def collect_shapes(prefix, features, shape_file, batch_size=32, pad_id=0):
-    """Records minimum, maximum and most frequent shapes for TensorRT by running ``features`` once on the GPU."""
-    precision = default_precision(prefix)
-    collector = Engine(prefix, "gpu", precision, shape_file=shape_file, collect=True)
-    for batch in batching.batches(features, batch_size, pad_id, batching.by_length(features)):
+def collect_shapes(prefix, batches, device):
+    """Records the smallest, largest and most frequent shape of every tensor for TensorRT, by running the batches once."""
+    collector = Engine(prefix, device, default_precision(prefix), shape_file=tensorrt.shape_file(prefix), collect=True)
+    for batch in batches:
         collector.run(batch)
     del collector  # the file is written when the predictor goes

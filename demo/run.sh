@@ -11,7 +11,7 @@
 set -e
 asked=$PYTHON
 . "$(dirname "$0")/../common/launcher.sh"
-output=$here/output
+output=${DEMO_OUTPUT:-$here/output} # check_gpu.sh names another directory
 
 fail() {
     echo "demo/run.sh: error: $1" >&2
@@ -46,7 +46,7 @@ step() { printf '\n== %d:%02d  %s\n' $(((SECONDS - started) / 60)) $(((SECONDS -
 
 # Functions for for_each_best of common/launcher.sh, which sets task, lr and model; asked_for skips all other tasks.
 asked_for() { case " $tasks " in *" $task "*) "$@" ;; esac; }
-export_one() { "$PYTHON" "$root/finetuning/export_model.py" --task_name "$task" --model_path "$model"; }
+export_one() { "$PYTHON" "$root/finetuning/export_model.py" --task_name "$task" --model_path "$model" --device "$DEVICE"; }
 prune_one() { sh "$root/pruning/prune.sh" "$task" "$lr" 32 2 64 0 "$model" 0.75 --group_by_length; }
 export_pruned_one() { sh "$root/pruning/export.sh" pruned_models "$task"; }
 
@@ -101,8 +101,10 @@ quantized=$(lower "$first")_quant_models/mse4
 ports=$("$PYTHON" -c 'import socket
 probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
 print(*(probe.getsockname()[1] for probe in probes))')
+device_type=2 # the GPU, with TensorRT
+[ "$DEVICE" != cpu ] || device_type=0
 "$PYTHON" "$root/deploy/serving/web_service.py" --model serving_server --log_dir . --http_port "${ports% *}" \
-    --rpc_port "${ports#* }" &
+    --rpc_port "${ports#* }" --device_type $device_type &
 service=$!
 trap 'kill $service 2> /dev/null' EXIT
 "$PYTHON" "$root/deploy/serving/web_service.py" --http_port "${ports% *}" --wait-ready 60
@@ -123,7 +125,7 @@ cat tables.md
 
 step "done"
 cat << END
-Everything is in demo/output/: data/, teacher/, $student/ (the student, with models/ fine-tuned from it), pruned_models/,
+Everything is in ${output#"$root/"}/: data/, teacher/, $student/ (the student, with models/ fine-tuned from it), pruned_models/,
 *_quant_models/, serving_server/, tables.md, clue.png. The models are tiny and the data generated: the figures show that the
 stages work together, but say nothing about CLUE. \`bash demo/clean.sh\` removes it all, so copy what you want to keep.
 

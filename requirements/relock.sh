@@ -18,6 +18,7 @@ lock() { # NAME ARGUMENTS...: the locks are for Linux x86-64 CPython anyway, so 
 lock build --group build
 lock cpu pyproject.toml --extra cpu --constraints build.txt
 lock gpu pyproject.toml --extra gpu --constraints cpu.txt
+lock gpu-libraries --group gpu-libraries --no-deps
 lock serving --group serving --constraints cpu.txt
 lock serving-wheels --group serving-wheels --no-deps
 lock serving-wheels-gpu --group serving-wheels-gpu --no-deps

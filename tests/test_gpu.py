@@ -1,15 +1,24 @@
-"""The libraries of Paddle's GPU wheel, and the check of a GPU before anything is loaded. No test here needs a GPU."""
+"""The libraries of Paddle's GPU wheel, and the check of a GPU before anything is loaded. No test here needs a GPU.
+
+GPU_WHEEL=DIR also installs Paddle's GPU wheel and its libraries into a copy of the checkout in DIR (3.2 GB to download,
+8 GB), and checks what it can without a GPU; what is in DIR already is used again.
+"""
 
 import importlib.util
+import json
 import os
+import re
+import shutil
 import subprocess
+import sys
 import zipfile
 
+import infer
 import paddle
 import pytest
 from conftest import ROOT
 
-from common import UserError, gpu
+from common import UserError, engine, gpu, tensorrt
 
 
 @pytest.fixture
@@ -131,3 +140,109 @@ def test_what_is_said_about_a_gpu(monkeypatch, tmp_path):
 )
 def test_why_no_gpu_is_seen(driver, words):
     assert words in gpu.why_none(driver)
+
+
+def ranges(path):
+    """{tensor: (smallest, most frequent, largest shape)} of a file of shape ranges."""
+    found = {}
+    for part in path.read_text().split("shape_range_info {")[1:]:
+        numbers = [tuple(map(int, re.findall(rf"  {kind}_shape: (\d+)", part))) for kind in ("min", "opt", "max")]
+        found[re.search(r'name: "(.+)"', part).group(1)] = tuple(numbers)
+    return found
+
+
+SHAPES = (1, 6), (16, 24), (32, 48)  # other numbers than the 4 heads and 64 values of the model
+
+
+@pytest.fixture
+def graph(tuned, tmp_path):
+    """The file prefix of an exported model that may have a file of shape ranges beside it."""
+    for path in tuned.glob("inference.*"):
+        shutil.copy(path, tmp_path)
+    return str(tmp_path / "inference")
+
+
+def test_shapes_of_ones_own_are_recorded_for_every_tensor(graph, tmp_path):
+    """Collected on the CPU, where Paddle does it alike: also tensors inside the graph get the three shapes."""
+    engine.collect_shapes(graph, tensorrt.example_batches(SHAPES), "cpu")
+    found = ranges(tmp_path / "inference.shape_ranges.pbtxt")
+    assert found["input_ids"] == found["token_type_ids"] == SHAPES
+    inner = [shapes for shapes in found.values() if len(shapes[0]) == 3 and shapes[0][1] == 6]
+    assert len(inner) > 5 and all([shape[:2] for shape in shapes] == list(SHAPES) for shapes in inner)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--min_shape", "1x4"], "go together, and with --collect_shape"),
+        (["--collect_shape", "--min_shape", "1x4", "--opt_shape", "8x24"], "go together"),
+        (["--min_shape", "1x4", "--opt_shape", "8x24", "--max_shape", "8x64"], "with --collect_shape"),
+        (["--collect_shape", "--min_shape", "1x4", "--opt_shape", "9x24", "--max_shape", "8x64"], "1, 9, 8 sequences"),
+        (["--collect_shape", "--min_shape", "1x4", "--opt_shape", "8x2", "--max_shape", "8x64"], "4, 2, 64 tokens"),
+        (["--collect_shape", "--min_shape", "0x4"], "'0x4' is no shape, such as 32x128"),
+    ],
+)
+def test_shapes_that_make_no_sense(arguments, words, capsys):
+    with pytest.raises((UserError, SystemExit)) as error:
+        infer.parse_args(["--model_path", "m", *arguments])
+    assert words in str(error.value) + capsys.readouterr().err
+
+
+def test_check_gpu_without_a_gpu_is_one_line(tmp_path):
+    done = subprocess.run(
+        ["bash", os.path.join(ROOT, "deploy/python/check_gpu.sh"), "--output_dir", str(tmp_path / "o")],
+        env={**os.environ, "PYTHON": sys.executable, "DEVICE": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout, done.stderr
+    assert "sees no GPU" in done.stderr and not (tmp_path / "o").exists()
+
+
+# Runs with the GPU wheel: what it finds, and the calls to paddle.inference.Config that the engine's options lead to.
+ASK = """
+import json, sys
+sys.path.insert(0, sys.argv[2])
+from common.compat import paddle
+from common import engine, gpu, tensorrt
+found = {"TensorRT": gpu.tensorrt_version(), "cuDNN": paddle.version.cudnn(), "cuDNN loaded": paddle.get_cudnn_version()}
+for precision in ("fp32", "fp16", "int8"):
+    config = engine.configuration(sys.argv[1], "gpu:1")
+    tensorrt.configure(config, precision, tensorrt.shape_file(sys.argv[1]))
+    found[precision] = config.summary()
+config = engine.configuration(sys.argv[1], "gpu")
+config.collect_shape_range_info(tensorrt.shape_file(sys.argv[1]))
+found["collecting"] = config.summary()
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif("GPU_WHEEL" not in os.environ, reason="3.2 GB to download: GPU_WHEEL=DIR asks for it")
+def test_the_gpu_wheel_finds_its_libraries_and_takes_the_configuration(graph, tmp_path):
+    root = os.path.abspath(os.environ["GPU_WHEEL"])
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in names:
+        os.makedirs(os.path.dirname(os.path.join(root, name)), exist_ok=True)
+        shutil.copy(os.path.join(ROOT, name), os.path.join(root, name))
+    subprocess.run(["sh", os.path.join(root, "setup_env.sh"), "--gpu"], check=True)
+    engine.collect_shapes(graph, tensorrt.example_batches(SHAPES), "cpu")
+    python = os.path.join(root, ".venv/bin/python")
+    done = subprocess.run([python, "-c", ASK, graph, root], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["TensorRT"] == [8, 5, 3] and found["cuDNN loaded"] == 8600, found
+    for precision in ("fp32", "fp16", "int8"):
+        settings = dict(re.findall(r"\| (\w+) +\| (.*?) +\|", found[precision]))
+        wanted = {
+            "use_gpu": "true",
+            "gpu_device_id": "1",
+            "use_tensorrt": "true",
+            "trt_runtime_version": "8.5.3",
+            "tensorrt_precision_mode": precision,
+            "tensorrt_use_calib_mode": "false",
+            "tensorrt_tuned_dynamic_shape": tensorrt.shape_file(graph),
+        }
+        assert {name: settings[name] for name in wanted} == wanted, found[precision]
+    settings = dict(re.findall(r"\| (\w+) +\| (.*?) +\|", found["collecting"]))
+    assert settings["collect_shape_range_info"] == tensorrt.shape_file(graph) and settings["gpu_device_id"] == "0"
+    print({name: found[name] for name in ("TensorRT", "cuDNN", "cuDNN loaded")})

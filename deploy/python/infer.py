@@ -15,7 +15,8 @@ import sys
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 sys.path.insert(0, ROOT)
 import data
-from common import UserError, batching, checkpoints, cli, engine, files, records, texts
+import numpy as np
+from common import UserError, batching, checkpoints, cli, engine, files, records, tensorrt, texts
 
 
 def parse_args(argv=None):
@@ -28,6 +29,8 @@ def parse_args(argv=None):
     )
     help = "write the predictions for the task's test.json, as CLUE takes them, to DIR/<task>_predict.json"
     main.add_argument("--predict_test", metavar="DIR", help=help)
+    help = "write the logits of dev, float32 [records, labels] in the order of the file, to compare engines"
+    main.add_argument("--save_logits", metavar="FILE.npy", help=help)
     texts.add_text_arguments(parser.add_argument_group("your own texts, instead of dev"))
     group = parser.add_argument_group("engine")
     cli.add_device_argument(group)
@@ -36,6 +39,7 @@ def parse_args(argv=None):
     group.add_flag("--int8", "--precision int8")
     group.add_flag("--use_trt", "TensorRT on a GPU; on a CPU oneDNN is used anyway")
     group.add_flag("--collect_shape", "collect TensorRT's shape ranges again, and stop")
+    tensorrt.add_shape_arguments(group)
     engine.add_cpu_arguments(group)
     help = "sequences per batch; lower it if memory runs out"
     group.add_argument("--batch_size", type=int, default=32, help=help, positive=True)
@@ -51,7 +55,10 @@ def parse_args(argv=None):
         parser.error(f"--int8 and --precision {args.precision} contradict each other")
     if args.predict_test and len(args.model_path) > 1:
         parser.error("--predict_test takes one --model_path")
+    if args.save_logits and len(args.model_path) > 1:
+        parser.error("--save_logits takes one --model_path")
     args.precision = "int8" if args.int8 else args.precision or "fp32"
+    args.shapes = tensorrt.shapes_of(args)
     engine.check_streams(args.streams, args.threads)
     return args
 
@@ -122,11 +129,16 @@ def collect_shapes(args, models):
     """--collect_shape: TensorRT plans for the smallest, largest and most frequent shapes; dev shows which these are."""
     if args.device == "cpu":
         raise UserError("--collect_shape: shapes are collected for TensorRT, on a GPU")
-    dev = read_dev(args, models)
+    dev = read_dev(args, models) if args.shapes is None else None
     for model in models:
-        prefix, pad_id = model.graph.prefix, model.tokenizer.pad_id
-        features = model.convert(dev.examples)
-        engine.collect_shapes(prefix, features, f"{prefix}.shape_ranges.pbtxt", args.batch_size, pad_id)
+        if dev is None:
+            batches = tensorrt.example_batches(args.shapes)
+        else:
+            features = model.convert(dev.examples)
+            order = batching.by_length(features)
+            batches = batching.batches(features, args.batch_size, model.tokenizer.pad_id, order)
+        engine.collect_shapes(model.graph.prefix, batches, args.device)
+        print(f"shape ranges -> {tensorrt.shape_file(model.graph.prefix)}")
 
 
 def time_models(args, models):
@@ -153,7 +165,10 @@ def score_dev(args, models):
     metric, scores, found = models[0].task.objective.metric, {}, {}
     for model in models:
         features, objective = model.convert(dev.examples), model.task.objective
-        found = objective.compared(model.logits(features), batching.targets(features))
+        logits = model.logits(features)
+        if args.save_logits:
+            np.save(args.save_logits, logits)
+        found = objective.compared(logits, batching.targets(features))
         scores[model.graph.prefix] = found[metric]
     if len(models) == 1:
         result = {"task": models[0].task.name, "model": files.relative(models[0].graph.prefix)}

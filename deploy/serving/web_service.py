@@ -110,8 +110,10 @@ WITHOUT_EFFECT = {
 # {command-line option: dotted name of the setting that it overrides}
 LOCAL_SERVICE = "op.ppminilm.local_service_conf"
 OPTIONS = {name: name for name in ("host", "http_port", "rpc_port", "log_dir")}
-for _option, _name in (("model", "model_config"), ("precision", "precision"), ("threads", "thread_num")):
+for _option, _name in (("model", "model_config"), ("threads", "thread_num")):
     OPTIONS[_option] = f"{LOCAL_SERVICE}.{_name}"
+for _option in ("precision", "device_type"):
+    OPTIONS[_option] = f"{LOCAL_SERVICE}.{_option}"
 
 
 def parse_args(argv=None):
@@ -121,6 +123,7 @@ def parse_args(argv=None):
     help = "model directory: --server_path of export_to_serving.py, or any exported or quantized model"
     over.add_argument("--model", help=help)
     over.add_argument("--precision", help="numeric precision: fp32, bf16, fp16 or int8")
+    over.add_argument("--device_type", type=int, help="0: CPU, 1: GPU, 2: GPU with TensorRT")
     over.add_argument("--threads", type=int, help="CPU threads in total; 0: all cores")
     over.add_argument("--host", help="address to bind; 0.0.0.0 accepts connections from other machines")
     over.add_argument("--http_port", type=int, help="port for HTTP")
