@@ -7,6 +7,7 @@ will run. The GPU branches are written against Paddle's documentation and are no
 import collections
 import concurrent.futures
 import os
+import sys
 import threading
 
 from common import CORES, UserError, batching, cli, records, tensorrt
@@ -294,14 +295,22 @@ def open_engine(
     """
     shape_file, use_trt = tensorrt.shape_file(prefix), needs_trt(device, precision, use_trt)
     if use_trt and not os.path.isfile(shape_file):
-        order = batching.by_length(features)
-        collect_shapes(prefix, batching.batches(features, batch_size, pad_id, order), device)
+        collect_shapes(prefix, device, features, batch_size, pad_id)
     return Engine(prefix, device, precision, threads, use_trt, shape_file, streams=streams)
 
 
-def collect_shapes(prefix, batches, device):
-    """Records the smallest, largest and most frequent shape of every tensor for TensorRT, by running the batches once."""
-    collector = Engine(prefix, device, default_precision(prefix), shape_file=tensorrt.shape_file(prefix), collect=True)
+def collect_shapes(prefix, device, features, batch_size=32, pad_id=0, shapes=None):
+    """Records for TensorRT the smallest, largest and most frequent shape of every tensor, beside the graph.
+
+    Runs the features once. Args: shapes: instead of them, what tensorrt.shapes_of returns.
+    """
+    if shapes:
+        batches = tensorrt.example_batches(shapes)
+    else:
+        batches = batching.batches(features, batch_size, pad_id, batching.by_length(features))
+    path = tensorrt.shape_file(prefix)
+    collector = Engine(prefix, device, default_precision(prefix), shape_file=path, collect=True)
     for batch in batches:
         collector.run(batch)
     del collector  # the file is written when the predictor goes
+    print(f"shape ranges -> {path}", file=sys.stderr)

@@ -51,6 +51,13 @@ def check_layers(args, student, teacher):
             raise UserError(f"--num_relation_heads {heads}: does not divide the {name}'s {config.hidden_size}")
     if args.num_layers not in (None, student.num_hidden_layers):
         raise UserError(f"--num_layers {args.num_layers}: the student has {student.num_hidden_layers}")
+    # The loss trains a student up to its layer; in one from a model directory those above are pre-trained at least.
+    last = student.num_hidden_layers - 1
+    if args.student_layer_index < last and not args.student_model_name_or_path:
+        raise UserError(
+            f"--student_layer_index {args.student_layer_index}: layers above it, up to {last}, would stay "
+            f"random; give --student_layer_index {last}"
+        )
 
 
 class _Captured(Exception):

@@ -372,6 +372,8 @@ def test_published_students_take_the_teachers_vocabulary(distillation, student, 
         *arguments[at + 2 :],
         "--init_config",
         f"{ROOT}/configs/ppminilm-{student}.json",
+        "--student_layer_index",
+        layers - 1,
         "--output_dir",
         "o",
     ]
@@ -380,6 +382,15 @@ def test_published_students_take_the_teachers_vocabulary(distillation, student, 
     assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (layers, hidden, heads)
     assert config.intermediate_size == 4 * hidden and config.hidden_act == "relu"
     assert len(student.tokenizer.vocab) == config.vocab_size == teacher.model.config.vocab_size
+
+
+def test_layers_that_would_stay_random_are_refused(distillation):
+    _root, arguments = distillation
+    script = load_script("general_distill", "general_distill")
+    at = arguments.index("--vocab_file")
+    args = [*arguments[:at], *arguments[at + 2 :], "--init_config", f"{ROOT}/configs/ppminilm-4l-256h.json"]
+    with pytest.raises(UserError, match="--student_layer_index 1: layers above it, up to 3, .* index 3"):
+        script.load_pair(script.parse_args([*map(str, args), "--output_dir", "o"]))
 
 
 def test_another_vocabulary_is_refused(distillation, tmp_path):

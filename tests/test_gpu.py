@@ -13,7 +13,9 @@ import subprocess
 import sys
 import zipfile
 
+import check_gpu
 import infer
+import numpy as np
 import paddle
 import pytest
 from conftest import ROOT
@@ -164,7 +166,7 @@ def graph(tuned, tmp_path):
 
 def test_shapes_of_ones_own_are_recorded_for_every_tensor(graph, tmp_path):
     """Collected on the CPU, where Paddle does it alike: also tensors inside the graph get the three shapes."""
-    engine.collect_shapes(graph, tensorrt.example_batches(SHAPES), "cpu")
+    engine.collect_shapes(graph, "cpu", None, shapes=SHAPES)
     found = ranges(tmp_path / "inference.shape_ranges.pbtxt")
     assert found["input_ids"] == found["token_type_ids"] == SHAPES
     inner = [shapes for shapes in found.values() if len(shapes[0]) == 3 and shapes[0][1] == 6]
@@ -199,6 +201,47 @@ def test_check_gpu_without_a_gpu_is_one_line(tmp_path):
     assert "sees no GPU" in done.stderr and not (tmp_path / "o").exists()
 
 
+class Engines:
+    """Stands for a Checker: logits that are given, of the CPU and of the GPU."""
+
+    device = "gpu"
+
+    def __init__(self, cpu, gpu, accuracy):
+        self.answers = {"cpu": (np.array(cpu), 0.9), "gpu": (np.array(gpu), accuracy)}
+
+    def need_chain(self):
+        pass
+
+    def logits(self, graph, device, precision):
+        return self.answers[device]
+
+
+def test_what_passes_for_the_same_logits():
+    cpu = [[2.0, 1.0]] * 1000
+    figures = check_gpu.check_precision(Engines(cpu, [[2.1, 1.0]] * 1000, 0.895), "graph", "fp16")
+    assert figures["same prediction"] == 1 and figures["largest difference of a logit"] == 0.1
+    other = [[2.0, 1.0]] * 980 + [[1.0, 2.0]] * 20
+    check_gpu.check_precision(Engines(cpu, other, 0.9), "graph", "int8")
+    for gpu_logits, accuracy, precision in ((other, 0.9, "fp16"), (cpu, 0.88, "fp32")):
+        with pytest.raises(check_gpu.Failed, match="same prediction"):
+            check_gpu.check_precision(Engines(cpu, gpu_logits, accuracy), "graph", precision)
+
+
+def test_losses_that_differ_too_much():
+    assert check_gpu.compare_losses(1.0, 0.99, "amp") == {"loss": 0.99, "expected loss": 1.0}
+    for loss in (0.9, float("nan")):
+        with pytest.raises(check_gpu.Failed, match="expected loss"):
+            check_gpu.compare_losses(1.0, loss, "amp")
+
+
+def test_a_step_that_fails_says_where(tmp_path):
+    checker = check_gpu.Checker(check_gpu.parse_args(["--output_dir", str(tmp_path)]), "cpu")
+    with pytest.raises(check_gpu.Failed, match="status 3, name.log: the reason"):
+        checker.run("name", ["sh", "-c", "echo first; echo the reason; exit 3"])
+    with pytest.raises(check_gpu.Skipped, match="has not come that far"):
+        checker.need_chain()
+
+
 # Runs with the GPU wheel: what it finds, and the calls to paddle.inference.Config that the engine's options lead to.
 ASK = """
 import json, sys
@@ -225,7 +268,7 @@ def test_the_gpu_wheel_finds_its_libraries_and_takes_the_configuration(graph, tm
         os.makedirs(os.path.dirname(os.path.join(root, name)), exist_ok=True)
         shutil.copy(os.path.join(ROOT, name), os.path.join(root, name))
     subprocess.run(["sh", os.path.join(root, "setup_env.sh"), "--gpu"], check=True)
-    engine.collect_shapes(graph, tensorrt.example_batches(SHAPES), "cpu")
+    engine.collect_shapes(graph, "cpu", None, shapes=SHAPES)
     python = os.path.join(root, ".venv/bin/python")
     done = subprocess.run([python, "-c", ASK, graph, root], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -28,8 +28,8 @@ INT8 = "tnews_quant_models/mse4/int8"
 # FP16 those whose two best logits lie within its rounding; in INT8 the engines round differently in every layer.
 LEAST_AGREEMENT = {"fp32": 0.998, "fp16": 0.99, "bf16": 0.99, "int8": 0.95}
 LARGEST_LOSS = 0.01  # of the accuracy
-# Loss of distillation after 40 steps: in mixed precision relative to FP32, and of two processes to one that accumulates.
-# There is dropout, which processes draw differently.
+# Of the loss of distillation after 40 steps: mixed precision from FP32, and two processes from one that accumulates, as
+# each process draws a dropout of its own.
 LARGEST_DIFFERENCE = {"amp": 0.02, "processes": 0.05}
 
 
@@ -79,7 +79,7 @@ class Checker:
         self.run(name, [sys.executable, *launch, os.path.join(ROOT, script), *map(str, arguments)], **variables)
 
     def logits(self, graph, device, precision):
-        """float32 [records, labels] and the accuracy of one of the demo's graphs on dev, computed in a process of its own."""
+        """float32 [records, labels] and accuracy of one of the demo's graphs on dev, in a process of its own."""
         name = f"{os.path.basename(graph)}_{device.partition(':')[0]}_{precision}"
         file = os.path.join(self.directory, f"{name}.npy")
         use_trt = [] if device == "cpu" else ["--use_trt"]
@@ -208,6 +208,8 @@ CHECKS = (
 
 
 def shown(figures):
+    if "why" in figures:
+        return figures["why"]
     return "; ".join(f"{name} {figure}" for name, figure in figures.items())
 
 

@@ -129,16 +129,11 @@ def collect_shapes(args, models):
     """--collect_shape: TensorRT plans for the smallest, largest and most frequent shapes; dev shows which these are."""
     if args.device == "cpu":
         raise UserError("--collect_shape: shapes are collected for TensorRT, on a GPU")
-    dev = read_dev(args, models) if args.shapes is None else None
+    dev = None if args.shapes else read_dev(args, models)
     for model in models:
-        if dev is None:
-            batches = tensorrt.example_batches(args.shapes)
-        else:
-            features = model.convert(dev.examples)
-            order = batching.by_length(features)
-            batches = batching.batches(features, args.batch_size, model.tokenizer.pad_id, order)
-        engine.collect_shapes(model.graph.prefix, batches, args.device)
-        print(f"shape ranges -> {tensorrt.shape_file(model.graph.prefix)}")
+        features = dev and model.convert(dev.examples)
+        pad_id = model.tokenizer.pad_id
+        engine.collect_shapes(model.graph.prefix, args.device, features, args.batch_size, pad_id, args.shapes)
 
 
 def time_models(args, models):
