@@ -188,7 +188,7 @@ def read_hugging_face(directory, use_faster_tokenizer, kind, model_type=None, nu
     """
     family, fields, names = foreign.read_config(directory)
     if model_type not in (None, family):
-        raise UserError(f"--model_type {model_type}: {directory} holds a model of type {family}")
+        raise UserError(f"--model_type {model_type}: {directory} holds a model of type {family}; give --model_type {family}")
     weights = foreign.read_weights(directory)
     outputs = num_labels or outputs_of(weights, directory)
     cls = modeling.model_class(family, kind)
@@ -259,7 +259,8 @@ def check_model_type(directory, model_type):
             f"{directory}: a pruned model; dynabert.load_sub_model loads it, these scripts start from whole ones"
         )
     if foreign.family_of(config) not in (None, model_type):
-        raise UserError(f"--model_type {model_type}: {directory} holds a model of type {foreign.family_of(config)}")
+        family = foreign.family_of(config)
+        raise UserError(f"--model_type {model_type}: {directory} holds a model of type {family}; give --model_type {family}")
 
 
 # What fine-tuning and pruning wrote
@@ -336,7 +337,9 @@ def read_model(cls, directory, num_labels, new_head=False):
     Returns: (model, names of the parameters that did). Raises: UserError if any other parameter does not fit.
     """
     try:
-        model = modeling.build(cls, cls.config_class.from_pretrained(directory, num_labels=num_labels))
+        # An absolute path, as PaddleNLP takes "ppminilm-6l-768h" for its own model, also where a directory is called so.
+        config = cls.config_class.from_pretrained(os.path.abspath(directory), num_labels=num_labels)
+        model = modeling.build(cls, config)
     except Exception as error:  # PaddleNLP checks nothing, so a wrong field may raise anything
         raise UserError(f"{directory}: its config.json makes no model ({type(error).__name__}: {error})") from error
     path = os.path.join(directory, WEIGHTS)

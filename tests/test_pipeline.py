@@ -266,3 +266,11 @@ def test_an_export_needs_no_records_of_a_known_form(workspace, tuned, tmp_path, 
     assert "on 32 sequences of random tokens" in said.out
     with pytest.raises(UserError, match="no dev.json for topics"):
         export.main([*arguments, str(tmp_path / "nothing")])
+
+
+def test_a_directory_may_be_called_like_a_built_in_model(tuned, tmp_path, monkeypatch):
+    """The name is in the contract: `finetuning/ppminilm-6l-768h/` may hold any model of the family."""
+    shutil.copytree(tuned, tmp_path / "ppminilm-6l-768h")
+    monkeypatch.chdir(tmp_path)
+    model = checkpoints.load_pretrained("ppminilm-6l-768h", 4).model
+    assert model.ppminilm.config.hidden_size == 64
