@@ -23,4 +23,5 @@ lock serving --group serving --constraints cpu.txt
 lock serving-wheels --group serving-wheels --no-deps
 lock serving-wheels-gpu --group serving-wheels-gpu --no-deps
 lock lint --group lint
+lock draw --group draw --no-deps
 oldest=3.11 lock peers --group peers --constraints cpu.txt

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, load_script
 
 import data
-from common import records
+from common import UserError, records
 
 TASKS = {"tnews": 15, "afqmc": 2, "cluewsc2020": 2}
 
@@ -148,12 +148,21 @@ def test_wrong_arguments(checkout, arguments, words):
 
 
 def test_the_picture_is_drawn_from_the_script(tmp_path):
-    """pp-minilm.png is what the script draws: the same size, hardly a different pixel."""
+    """Both pictures are what the script draws: the same size, hardly a different pixel."""
     import matplotlib.image
     import numpy as np
 
-    load_script("demo", "draw_pipeline").main(["--output", str(tmp_path / "drawn.png")])
-    kept, drawn = (
-        matplotlib.image.imread(str(path)) for path in (os.path.join(ROOT, "pp-minilm.png"), tmp_path / "drawn.png")
-    )
-    assert kept.shape == drawn.shape and kept.shape[1] == 1900 and np.abs(kept - drawn).mean() < 0.01
+    pytest.importorskip("pylopdf_fonts_zh_cn", reason="needs the font of the pictures: requirements/draw.txt")
+    script = load_script("demo", "draw_pipeline")
+    script.main(["--output_dir", str(tmp_path)])
+    assert sorted(os.listdir(tmp_path)) == sorted(script.PICTURES)
+    for name in script.PICTURES:
+        kept, drawn = (matplotlib.image.imread(os.path.join(place, name)) for place in (ROOT, tmp_path))
+        assert kept.shape == drawn.shape and kept.shape[1] == 1900 and np.abs(kept - drawn).mean() < 0.01, name
+
+
+def test_the_picture_needs_its_font(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pylopdf_fonts_zh_cn", None)  # importing it fails
+    with pytest.raises(UserError, match="-r requirements/draw.txt"):
+        load_script("demo", "draw_pipeline").main(["--output_dir", str(tmp_path)])
+    assert not os.listdir(tmp_path)
