@@ -17,7 +17,7 @@ from common import CORES, UserError, batching, cli, records, tensorrt
 INT8_OPERATORS = {"fc", "elementwise_add"}
 
 # Number of batches whose texts are sorted by length together. On TNEWS dev 5 % of the computed tokens are padding then,
-# and 59 % without sorting (deploy/python/README.md).
+# and 59 % without sorting (results/README.md).
 WINDOW = 64
 
 

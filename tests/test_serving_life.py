@@ -322,8 +322,8 @@ def test_the_readmes_commands_run(quantized, tmp_path):
     readmes = [
         open(os.path.join(ROOT, name)).read() for name in ("deploy/serving/README.md", "README.md", "README_en.md")
     ]
-    (block,) = re.findall(r"```sh\n(cd deploy/serving\n.*?)```", readmes[0], re.S)
-    assert all(block in readme for readme in readmes)
+    block, again = re.findall(r"```sh\n(cd deploy/serving\n.*?)```", readmes[0], re.S)  # in Chinese, in English
+    assert block == again and all(block in readme for readme in readmes)
     env = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", "-e", "-c", f"{block}wait $!"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120

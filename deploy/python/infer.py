@@ -90,7 +90,7 @@ class Model:
         """The engine for the user's options. Args: features: from which TensorRT learns its shapes."""
         args = self.args
         # On a CPU, two streams of one thread each are faster than one stream of two threads, as threads that share a
-        # batch wait for each other after every operator: 1.94 against 1.74 times a plain loop (README.md here).
+        # batch wait for each other after every operator: 1.94 against 1.74 times a plain loop (results/README.md).
         streams = streams or args.streams or engine.default_streams(args.device, args.threads)
         options = args.device, args.precision, args.threads, args.use_trt, args.batch_size
         return engine.open_engine(self.graph.prefix, features, *options, self.tokenizer.pad_id, streams)
