@@ -188,7 +188,7 @@ def read_hugging_face(directory, use_faster_tokenizer, kind, model_type=None, nu
     """
     family, fields, names = foreign.read_config(directory)
     if model_type not in (None, family):
-        raise UserError(f"--model_type {model_type}: {directory} holds a model of type {family}; give --model_type {family}")
+        raise other_family(model_type, directory, family)
     weights = foreign.read_weights(directory)
     outputs = num_labels or outputs_of(weights, directory)
     cls = modeling.model_class(family, kind)
@@ -259,8 +259,7 @@ def check_model_type(directory, model_type):
             f"{directory}: a pruned model; dynabert.load_sub_model loads it, these scripts start from whole ones"
         )
     if foreign.family_of(config) not in (None, model_type):
-        family = foreign.family_of(config)
-        raise UserError(f"--model_type {model_type}: {directory} holds a model of type {family}; give --model_type {family}")
+        raise other_family(model_type, directory, foreign.family_of(config))
 
 
 # What fine-tuning and pruning wrote
@@ -327,6 +326,13 @@ def check_hashes(directory, record):
     records.check_files(directory, record)
 
 
+def other_family(model_type, directory, family):
+    """The UserError for a directory with a model of another family than --model_type says."""
+    return UserError(
+        f"--model_type {model_type}: {directory} holds a model of type {family}; give --model_type {family}"
+    )
+
+
 def read_model(cls, directory, num_labels, new_head=False):
     """A model of PaddleNLP's class ``cls`` with the configuration and the weights of a directory.
 
@@ -337,7 +343,7 @@ def read_model(cls, directory, num_labels, new_head=False):
     Returns: (model, names of the parameters that did). Raises: UserError if any other parameter does not fit.
     """
     try:
-        # An absolute path, as PaddleNLP takes "ppminilm-6l-768h" for its own model, also where a directory is called so.
+        # PaddleNLP takes "ppminilm-6l-768h" for its own model, also where a directory is called so: an absolute path.
         config = cls.config_class.from_pretrained(os.path.abspath(directory), num_labels=num_labels)
         model = modeling.build(cls, config)
     except Exception as error:  # PaddleNLP checks nothing, so a wrong field may raise anything

@@ -86,7 +86,9 @@ def test_both_readmes_show_the_same():
 @pytest.mark.parametrize("name", IN_BOTH_LANGUAGES)
 def test_both_languages_say_the_same(name):
     """Commands, figures and the number of headings and of rows; and no Chinese in the English block but in code."""
-    text = open(os.path.join(ROOT, name), encoding="utf-8").read().partition("<!-- table -->")[0]  # written by faults.sh
+    text = (
+        open(os.path.join(ROOT, name), encoding="utf-8").read().partition("<!-- table -->")[0]
+    )  # written by faults.sh
     chinese, english = re.split(r"^# ", text, flags=re.M)[1:]
     for pattern in (r"^```sh\n.*?^```", r"^<!-- not run here: .+? -->$"):
         assert re.findall(pattern, chinese, re.M | re.S) == re.findall(pattern, english, re.M | re.S)
@@ -95,6 +97,25 @@ def test_both_languages_say_the_same(name):
         assert len(re.findall(pattern, chinese, re.M)) == len(re.findall(pattern, english, re.M))
     assert not re.search("[\u3000-\u9fff]", re.sub(r"^```.*?^```|`[^`\n]*`", "", english, flags=re.M | re.S))
     assert all(re.search("[\u4e00-\u9fff]", line) for line in re.findall(r"^(?:#+|-) .+", chinese, re.M)), name
+
+
+def anchors(name):
+    """The anchors that GitHub gives the headings of a document: lower case, blanks to hyphens, other marks dropped."""
+    text = open(os.path.join(ROOT, name), encoding="utf-8").read()
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", [*DOCUMENTS, "CONTRIBUTING.md"])
+def test_links_lead_somewhere_and_a_readme_has_at_most_300_lines(name):
+    text = open(os.path.join(ROOT, name), encoding="utf-8").read()
+    assert text.count("\n") <= 300
+    links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text)
+    assert links
+    for path, anchor in links:
+        target = os.path.normpath(os.path.join(os.path.dirname(name), path)) if path else name
+        assert os.path.exists(os.path.join(ROOT, target)), f"{name}: {path}"
+        assert not anchor or anchor in anchors(target), f"{name}: {path}#{anchor}"
 
 
 @pytest.mark.parametrize(
