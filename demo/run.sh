@@ -172,7 +172,7 @@ All tables: ${output#"$root/"}/tables.md; plot: ${output#"$root/"}/clue.png. \`b
 The models are tiny and the data generated: the stages work together, but no figure is one of CLUE.
 
 With real data, from the root of the repository (without a network: README, Data):
-  sh run_all.sh TNEWS 5e-5 32 3 128 0 ppminilm-6l-768h                   # downloads model and data
-  sh run_all.sh NAME 5e-5 32 3 128 0 ppminilm-6l-768h --data_dir DIR     # your train.json, dev.json
-  python summarize.py --format short                                     # this screen, of your models
+  sh run_all.sh TNEWS 5e-5 32 3 128 0 ppminilm-6l-768h                  # downloads model and data
+  sh run_all.sh NAME 5e-5 32 3 128 0 ppminilm-6l-768h --data_dir DIR    # your train.json, dev.json
+  python summarize.py --format short                                    # these tables, of yours
 END
