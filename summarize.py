@@ -3,9 +3,11 @@
 Reads only the stage.json files under the given directories (default: those of the stages, your own included). A pruned
 or quantized model is assigned to its fine-tuned model by the hash of the weights, so that different runs do not mix.
 Prints per model directory: the CLUE table, measured and published; the best cell of each task; the whole grid; for each
-fine-tuned model that was compressed, all variants made from it; and what stages of your own made.
+fine-tuned model that was compressed, all variants made from it; what stages of your own made; every note once.
+`--format short` prints one screen instead: per task, the best model of every stage.
 
     python summarize.py --task_name TNEWS
+    python summarize.py --format short
     python summarize.py --format csv > tables.csv
     python summarize.py --task_name TNEWS --json results/tnews.json --plot tnews.png
 """
@@ -14,22 +16,25 @@ import csv
 import json
 import os
 import sys
+from typing import NamedTuple
 
-from common import ROOT, UserError, cli, files, tables
+from common import ROOT, UserError, cli, files, overview, plots, tables
 from common.records import STAGES, children_among, descendants, find_records, score
 
 DEFAULT_DIRECTORIES = ("general_distill", "finetuning", "pruning", "quantization")
 NO_STAGES = ("common", "configs", "demo", "deploy", "requirements", "results", "tests")
 BEST = "best.json"
+FORMATS = ("markdown", "short", "csv", "json")
 
 
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     parser.add_argument("directories", nargs="*", help="directories to search for stage.json files")
     parser.add_argument("--task_name", type=cli.task_name, help="show only this task, without the CLUE table")
-    parser.add_argument("--format", choices=("markdown", "csv", "json"), default="markdown", help="output format")
+    parser.add_argument("--format", choices=FORMATS, default="markdown", help="short: one screen")
     parser.add_argument("--json", help="also write the records to this file, sorted as in the tables")
-    parser.add_argument("--perf", help="perf.json of one model; fills in the speed-up column")
+    help = "perf.json of infer_perf.sh, or FILE of infer.py --perf_json; adds speed-ups, sentences/s; may be repeated"
+    parser.add_argument("--perf", metavar="FILE", action="append", default=[], help=help)
     parser.add_argument("--plot", help="plot accuracy against size (and speed, with --perf) to this file")
     parser.add_argument("--cells", help="print a best.json, one tab-separated line per task, for launchers")
     return parser.parse_args(argv)
@@ -71,13 +76,35 @@ def read_best(path):
         raise UserError(f"{path}: names no task")
 
 
-def read_speedups(path):
-    """{row of the CLUE table: speed-up} of a benchmark's JSON: {"rows": [{"row": "quantized", "speedup": 2.7}, ...]}"""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return {row["row"]: float(row["speedup"]) for row in json.load(file)["rows"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--perf {path}: not a benchmark's JSON ({error!r})") from error
+class Perf(NamedTuple):
+    """What the files of --perf tell together."""
+
+    speedups: dict  # {row of the CLUE table: speed-up against BERT-base}
+    speeds: dict  # {row of the CLUE table, or hash of a parameter file: sentences per second}
+    machines: list  # names of those that the files were measured on
+
+
+def read_perf(paths):
+    """What the files tell: a benchmark's JSON, {"rows": [{"row": "quantized", "speedup": 2.7}, ...]}, and that of
+    infer.py --perf_json, {"rows": [{"weights": SHA256, "precision": "int8", "sentences_per_second": 480}, ...]}."""
+    found = Perf({}, {}, [])
+    for path in paths:
+        try:
+            with open(path, encoding="utf-8") as file:
+                content = json.load(file)
+            for row in content["rows"]:
+                name = row["row"] if "row" in row else row["weights"]
+                if "row" in row:
+                    found.speedups[name] = float(row["speedup"])
+                # In other precisions a model has no row in the tables.
+                if row.get("precision") in ("fp32", "int8"):
+                    found.speeds[name] = float(row["sentences_per_second"])
+            if "machine" in content:
+                machine = f"{content['machine']['cpu']}, {content['machine']['cores']} cores"
+                found.machines.extend([machine] if machine not in found.machines else [])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--perf {path}: not a benchmark's JSON ({error!r})") from error
+    return found
 
 
 def default_directories():
@@ -108,35 +135,41 @@ def main(argv=None):
         sys.exit(1)
     if args.plot and not os.path.isdir(os.path.dirname(os.path.abspath(args.plot))):
         raise UserError(f"--plot {args.plot}: no such directory")
-    speedups = read_speedups(args.perf) if args.perf else {}
-    if args.perf and len({tables.model_directory(root) for root in roots}) > 1:
+    perf = read_perf(args.perf)
+    if perf.speedups and len({tables.model_directory(root) for root in roots}) > 1:
         raise UserError("--perf: the benchmark is of one model, but there are several here; name the directory of one")
-    models, blocks, flat_rows, kept = {}, [], [], []
+    models, blocks, flat_rows, kept, footnotes = {}, [], [], [], tables.Footnotes()
     for root in roots:
         models.setdefault(tables.model_directory(root), []).append(root)
     children = children_among(records)
     families = [
-        (files.relative(model), tables.clue_rows(of_model, children, speedups)) for model, of_model in models.items()
+        (files.relative(model), tables.clue_rows(of_model, children, perf.speedups, perf.speeds))
+        for model, of_model in models.items()
     ]
+    unlisted = own_stages
     for (model, rows), of_model in zip(families, models.values()):
         of_clue = rows if not args.task_name and any(root["task"] in tables.TASKS for root in of_model) else []
         if of_clue:
-            blocks.append(tables.clue_table(model, of_clue))
-        blocks.append(tables.grid_tables(of_model))
+            blocks.append(tables.clue_table(model, of_clue, footnotes))
+        blocks.append(tables.grid_tables(of_model, footnotes))
         flat_rows += tables.long_rows(model, of_clue, of_model)
         best = tables.best_cells(of_model).values()
         for root in of_model:
             family = descendants(root, children)
             kept += [{k: v for k, v in record.items() if k != "path"} for record in (root, *family)]
-            own_stages = [record for record in own_stages if record not in family]
+            unlisted = [record for record in unlisted if record not in family]
             if family or root in best:
-                blocks.append(tables.family_table(root, family))
+                blocks.append(tables.family_table(root, family, footnotes))
                 flat_rows += tables.family_rows(model, root, family)
-    if own_stages:  # those that are in no table above
-        blocks.append(tables.table_of_own_stages(own_stages))
-        flat_rows += tables.own_rows(own_stages)
+    if unlisted:  # stages of your own that are in no table above
+        blocks.append(tables.table_of_own_stages(unlisted, footnotes))
+        flat_rows += tables.own_rows(unlisted)
+    if footnotes:
+        blocks.append(["**Notes**", "", *footnotes.lines()])
     if args.format == "markdown":
         print("\n\n".join("\n".join(block) for block in blocks))
+    elif args.format == "short":
+        print("\n".join(overview.short_tables(families, own_stages, perf.machines)))
     elif args.format == "json":
         print(json.dumps(flat_rows, ensure_ascii=False, indent=1))
     else:
@@ -147,7 +180,7 @@ def main(argv=None):
     if args.json:
         files.write_whole(args.json, json.dumps(kept, ensure_ascii=False, indent=1) + "\n")
     if args.plot:
-        tables.draw(args.plot, families)
+        plots.draw(args.plot, families, children)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,10 @@
-"""The tables of summarize.py for one fine-tuned model, a grid, CLUE, and stages of your own: Markdown, rows, plot."""
+"""The tables of summarize.py for one fine-tuned model, a grid, CLUE, and stages of your own: Markdown, rows."""
 
-import itertools
 import os
-import tempfile
 from typing import NamedTuple, Optional
 
-from common import UserError
 from common.objectives import shown
-from common.records import STAGES, constant_answer, descendants, score
+from common.records import STAGES, constant_answer, descendants, graph_files, parameter_hashes, score
 
 
 class Published(NamedTuple):
@@ -91,10 +88,13 @@ def kind_of(record):
     return None
 
 
-def clue_rows(roots, children, speedups):
+def clue_rows(roots, children, speedups, speeds):
     """The CLUE table of one model directory: [{row, cells: {task: record}, present: [record], average, ...}].
 
-    Each cell holds the record that is best on dev. Args: children: result of records.children_among.
+    Each cell holds the record that is best on dev.
+
+    Args: children: result of records.children_among. speedups: {row: speed-up}. speeds: {row, or hash of a parameter
+        file: sentences per second}; those of a row are TNEWS's, as the benchmark is.
     """
     cells = {}
     for root in roots:
@@ -113,7 +113,10 @@ def clue_rows(roots, children, speedups):
         present = [row[task] for task in TASKS if task in row]
         average = sum(map(score, present)) / len(TASKS) if len(present) == len(TASKS) else None
         sizes = {"params": example["params"], "flops": example["flops"], "bytes": size_of(example)}
-        figures = {"average": average, "speedup": speedups.get(kind)}
+        timed = {"TNEWS": speeds[kind]} if kind in speeds else {}
+        for task, record in row.items():
+            timed.update((task, speeds[key]) for key in parameter_hashes(graph_files(record)) if key in speeds)
+        figures = {"average": average, "speedup": speedups.get(kind), "speeds": timed}
         rows.append({"row": kind, "cells": row, "present": present, **sizes, **figures})
     return rows
 
@@ -127,9 +130,8 @@ def percent(value, sign=""):
     return "" if value is None else f"{value * 100:{sign}.2f}"
 
 
-def clue_table(model, rows):
+def clue_table(model, rows, footnotes):
     """The CLUE table as Markdown lines: measured rows, each followed by published figures and difference, if any."""
-    footnotes = Footnotes()
     lines = [f"**CLUE dev accuracy, %: {model}**", ""]
     lines += [f"| model | {' | '.join(TASKS)} | average | params | FLOPs | file, MB | speed-up |", "| --- " * 13 + "|"]
     for row in rows:
@@ -154,19 +156,21 @@ def clue_table(model, rows):
         f"Measured: {shape['num_hidden_layers']} layers x {shape['hidden_size']}, {origin}; "
         f"on {first['machine']['cpu']}, {first['machine']['cores']} cores; best on dev of each row, INT8 in its engine."
     )
-    every = ["(*) an average of figures with the remarks that they carry."] if footnotes else []
-    return lines + footnotes.lines() + every
+    marked = any(row["average"] is not None and any(map(remarks, row["present"])) for row in rows)
+    return lines + (["(*) an average of figures with the remarks that they carry."] if marked else [])
 
 
 class Footnotes(dict):
-    """{remark: its number}, numbered in the order of their appearance in a table."""
+    """{remark: its number}, numbered in the order of their appearance. All tables share them, so each stands once."""
+
+    def marks(self, notes):
+        """The numbers of notes as they stand in a cell: "(1,2)"; "" if there are none."""
+        numbers = sorted(self.setdefault(note, len(self) + 1) for note in notes)
+        return f"({','.join(map(str, numbers))})" if numbers else ""
 
     def marked(self, record):
         """The cell of a record: its accuracy with the numbers of its remarks."""
-        if record is None:
-            return "missing"
-        numbers = sorted(self.setdefault(note, len(self) + 1) for note in remarks(record))
-        return percent(score(record)) + (f" ({','.join(map(str, numbers))})" if numbers else "")
+        return "missing" if record is None else f"{percent(score(record))} {self.marks(remarks(record))}".rstrip()
 
     def lines(self):
         return [f"({number}) {note}." for note, number in self.items()]
@@ -189,7 +193,7 @@ def beside_published(row):
     ]
 
 
-def grid_tables(roots):
+def grid_tables(roots, footnotes):
     """The best cell of each task with its hyper-parameters, and the whole grid, as Markdown. One after the other for
     each metric that selects."""
     by_metric = {}
@@ -197,11 +201,12 @@ def grid_tables(roots):
         by_metric.setdefault(metric_of(record), []).append(record)
     lines = []
     for metric, chosen in by_metric.items():
-        lines += ["", *grid_tables_of(chosen, shown(metric))] if lines else grid_tables_of(chosen, shown(metric))
+        lines += [""] if lines else []
+        lines += grid_tables_of(chosen, shown(metric), footnotes)
     return lines
 
 
-def grid_tables_of(roots, metric):
+def grid_tables_of(roots, metric, footnotes):
     """As grid_tables, for records with one metric. Args: metric: as it is shown."""
     best, lines = best_cells(roots), []
     constant, _ = constant_answer(roots[0]["data"]["dev"])
@@ -213,10 +218,10 @@ def grid_tables_of(roots, metric):
         settings = ["" if value is None else f"{value:g}" for value in settings]
         cells = sum(other["task"] == task for other in roots)
         row = [task, percent(score(record)), *settings, str(record["metrics"].get("step", "")), str(cells)]
-        row += [percent(constant_answer(record["data"]["dev"])[1]), "; ".join(remarks(record))]
+        row += [percent(constant_answer(record["data"]["dev"])[1]), footnotes.marks(remarks(record))]
         lines.append(f"| {' | '.join(row)} |")
     for task in best:
-        cells, footnotes = {}, Footnotes()
+        cells = {}
         trained = (r for r in roots if r["task"] == task and "learning_rate" in r["arguments"])
         for record in sorted(trained, key=rank):  # of equal settings the best stays
             cells[record["arguments"]["learning_rate"], record["arguments"]["batch_size"]] = record
@@ -226,7 +231,6 @@ def grid_tables_of(roots, metric):
             lines += [f"| learning rate | {' | '.join(map(str, sizes))} |", "| --- " * (len(sizes) + 1) + "|"]
             for rate in rates:
                 lines.append(f"| {rate:g} | {' | '.join(footnotes.marked(cells.get((rate, n))) for n in sizes)} |")
-            lines += ["", *footnotes.lines()]
     return lines
 
 
@@ -267,7 +271,6 @@ def family_rows(model, root, family):
     return flat_rows
 
 
-MARKERS = "os^Dvp*XP<>"
 HYPER_PARAMETERS = ("learning_rate", "batch_size", "num_train_epochs", "max_seq_length")
 COLUMNS = (
     "table model row task accuracy published difference majority_class params flops bytes speedup agreement".split()
@@ -290,50 +293,6 @@ def flat(record, published):
     figures = {**value, "published": published, "difference": difference, "majority_class": majority}
     sizes = {"params": record["params"], "flops": record["flops"], "bytes": size_of(record)}
     return {**figures, **sizes, "remarks": "; ".join(remarks(record))}
-
-
-def draw(path, families):
-    """Draws the dev accuracy of every row against the size of its file, and its speed-up where known.
-
-    Raises: UserError if matplotlib cannot write such a file.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    points = []
-    for model, rows in families:
-        for row in rows:
-            name = row["row"] if len(families) == 1 else f"{model}, {row['row']}"
-            for task, record in row["cells"].items():
-                megabytes = (size_of(record) or 0) / 1e6
-                points.append((name, task, score(record) * 100, megabytes, row["speedup"], shown(metric_of(record))))
-    panels = [("file, MB", 3)] + ([("speed-up against BERT-base", 4)] if any(p[4] for p in points) else [])
-    size = (6 * len(panels) + 2.5, 4.5)
-    figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
-    kind = os.path.splitext(path)[1].lstrip(".")
-    if kind not in figure.canvas.get_supported_filetypes():
-        raise UserError(f"--plot {path}: its ending must be that of a picture, .png or .svg")
-    kinds, tasks = (list(dict.fromkeys(p[i] for p in points)) for i in (0, 1))
-    for axis, (label, column) in zip(axes[0], panels):
-        for row, marker in zip(kinds, itertools.cycle(MARKERS)):
-            for number, task in enumerate(tasks):
-                chosen = [p for p in points if p[0] == row and p[1] == task and p[column]]
-                x, y = [p[column] for p in chosen], [p[2] for p in chosen]
-                axis.scatter(x, y, marker=marker, color=f"C{number % 10}")
-        axis.set_xlabel(label)
-        axis.set_ylabel(f"dev {' or '.join(dict.fromkeys(p[5] for p in points))}, %")
-        axis.grid(alpha=0.3)
-    # One colour per task, one marker per row; one legend for both beside the last panel.
-    keys = [pyplot.Line2D([], [], color=f"C{i % 10}", lw=4, label=task) for i, task in enumerate(tasks)]
-    for row, marker in zip(kinds, itertools.cycle(MARKERS)):
-        keys.append(pyplot.Line2D([], [], color="grey", marker=marker, ls="", label=row))
-    figure.legend(handles=keys, fontsize=8, loc="outside right center")
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(path))) as directory:
-        whole = os.path.join(directory, "plot")
-        figure.savefig(whole, dpi=120, format=kind)
-        os.replace(whole, path)
 
 
 # One fine-tuned model and its descendants
@@ -366,36 +325,37 @@ def own_rows(found):
     return [{**place, "row": row_of(record)[0], "task": record["task"], **flat(record, None)} for record in found]
 
 
-def table_of_own_stages(found):
+def table_of_own_stages(found, footnotes):
     """The Markdown lines of a table of the records of stages that this project does not have."""
     lines = ["**Stages of your own**", "", "| stage, directory | task | metric | dev, % | params | notes |"]
     lines.append("| --- " * 6 + "|")
     for record in found:
         params = record["params"]
         cells = [f"{record['stage']}, {record['directory']}", record["task"], shown(metric_of(record))]
-        cells += [percent(figure_of(record)), f"{params / 1e6:.2f} M" if params else "", "; ".join(remarks(record))]
+        cells += [percent(figure_of(record)), f"{params / 1e6:.2f} M" if params else ""]
+        cells.append(footnotes.marks(remarks(record)))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def family_table(root, family):
-    """The Markdown lines of a table of a fine-tuned model and its descendants, with their notes below it."""
+def family_table(root, family, footnotes):
+    """The Markdown lines of a table of a fine-tuned model and its descendants."""
     rows = [(record, row_of(record)) for record in [root, *family]]
     rows = [(record, row) for record, row in rows if row]
     quantized = [record for record, _ in rows if record["stage"] == "quantize"]
     best = max(quantized, key=score, default=None)
     lines = [f"**{root['task']}**, {root['directory']}", ""]
-    names = ["model", f"dev {shown(metric_of(root))}, %", "agreement with FP32, %", "params", "FLOPs", "file, MB"]
-    lines += [f"| {' | '.join(names)} |", "| --- " * 6 + "|"]
+    names = ["model", f"dev {shown(metric_of(root))}, %", "agreement with FP32, %"]
+    names += ["params", "FLOPs", "file, MB", "notes"]
+    lines += [f"| {' | '.join(names)} |", "| --- " * 7 + "|"]
     for record, row in rows:
         row[0] += " (best INT8)" if record is best else ""
-        lines.append(f"| {' | '.join(row)} |")
+        lines.append(f"| {' | '.join(row)} | {footnotes.marks(remarks(record))} |")
     dev, (constant, reached) = root["data"]["dev"], constant_answer(root["data"]["dev"])
     machine = root["machine"]
-    lines += [
+    return [
+        *lines,
         "",
         f"{dev['examples']} dev records, {constant} {reached * 100:.1f} %. "
         f"Measured on {machine['cpu']} ({', '.join(machine['flags'])}), {machine['cores']} cores.",
     ]
-    notes = list(dict.fromkeys(note for record, _ in rows for note in record["notes"]))
-    return lines + [f"Note: {note}." for note in notes]

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs the whole pipeline on generated data, offline, in minutes: a teacher, general distillation, a small grid search
-# on three tasks, export, pruning, quantization in eight ways, INT8 inference, serving, tables and a plot. It calls the
-# same launchers as a user. Everything is written to demo/output/. Rerun the same command to resume.
+# on three tasks, export, pruning, quantization in eight ways, INT8 inference, timing, serving, tables and a plot. It calls
+# the same launchers as a user, and ends with one screen of results. Everything is written to demo/output/. Rerun the same
+# command to resume.
 #
 #   bash demo/run.sh [--task TASK] [--resume]
 #
@@ -30,7 +31,7 @@ while [ $# -gt 0 ]; do
             shift
             ;;
         --resume) resume=yes ;;
-        -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) fail "unknown argument '$1'; there are --task TASK and --resume" ;;
     esac
     shift
@@ -49,6 +50,24 @@ asked_for() { case " $tasks " in *" $task "*) "$@" ;; esac; }
 export_one() { "$PYTHON" "$root/finetuning/export_model.py" --task_name "$task" --model_path "$model" --device "$DEVICE"; }
 prune_one() { sh "$root/pruning/prune.sh" "$task" "$lr" 32 2 64 0 "$model" 0.75 --group_by_length; }
 export_pruned_one() { sh "$root/pruning/export.sh" pruned_models "$task"; }
+# time_first QUANTIZED: times the three models of the first task one after the other, so that the machine is equally busy.
+time_first() {
+    [ "$task" = "$first" ] || return 0
+    pruned=pruned_models/$task/0.75/sub_static
+    ! are_timed "$model" "$pruned" "$1" || return 0
+    perf_of fp32 "$model" "$pruned" && perf_of int8 "$1"
+}
+# are_timed MODEL...: whether speed/ has figures of these very parameters.
+are_timed() {
+    for directory; do
+        hash=$(sha256sum "$directory"/*.pdiparams | cut -d ' ' -f 1)
+        grep -qs "$hash" "speed/$first"-*.json || return 1
+    done
+}
+perf_of() {
+    "$PYTHON" "$root/deploy/python/infer.py" --perf --perf_json "speed/$first-$1.json" --precision "$1" \
+        --device "$DEVICE" --model_path "${@:2}"
+}
 
 if [ -z "$asked" ]; then
     sh "$root/setup_env.sh" --serving
@@ -94,8 +113,16 @@ sh "$root/quantization/quant.sh" "$first" "pruned_models/$first/0.75/sub_static"
 step "scoring in INT8"
 QUANT_DIR=$output sh "$root/deploy/python/infer_all.sh"
 
-step "serving the INT8 model"
-quantized=$(lower "$first")_quant_models/mse4
+# The best on dev of the eight is timed and served; of equal ones the first, as in the tables.
+quantized=$(PYTHONPATH=$root "$PYTHON" -c 'import sys
+from common.records import read_record, score
+print(max(sys.argv[1:], key=lambda directory: score(read_record(directory))))' "$(lower "$first")_quant_models"/*)
+
+step "timing the models of $first -> speed/"
+mkdir -p speed
+for_each_best "$student/best.json" time_first "$quantized"
+
+step "serving the INT8 model, $quantized -> serving_server/"
 "$PYTHON" "$root/deploy/serving/export_to_serving.py" --dirname "$quantized" --server_path serving_server \
     --client_path serving_client
 ports=$("$PYTHON" -c 'import socket
@@ -114,23 +141,38 @@ case $first in
     MULTILABEL) question=(--text "昨晚球队绝杀对手，银行下调利率，与芯片无关") ;;
     CLUEWSC2020) question=(--text "今天，_小明_感谢了小刚，因为[他]心里很感动。") ;;
 esac
-"$PYTHON" "$root/deploy/serving/rpc_client.py" --address "127.0.0.1:${ports#* }" "${question[@]}" | tee answer.json
+"$PYTHON" "$root/deploy/serving/rpc_client.py" --address "127.0.0.1:${ports#* }" "${question[@]}" > answer.json
 kill $service
 wait $service
 trap - EXIT
 
 step "tables and plot -> tables.md, clue.png"
-"$PYTHON" "$root/summarize.py" "$student" pruned_models ./*_quant_models --plot clue.png > tables.md
-cat tables.md
+perf=()
+for timed in speed/*.json; do perf+=(--perf "$timed"); done
+"$PYTHON" "$root/summarize.py" "$student" pruned_models ./*_quant_models "${perf[@]}" --plot clue.png > tables.md
 
-step "done"
+step "done: what each stage cost and gained"
+models=() # of the tasks that were asked for; an earlier run may have left others
+for task in $tasks; do models+=("$student/models/$task" "pruned_models/$task"); done
+"$PYTHON" "$root/summarize.py" "${models[@]}" "${quantized%/*}" "${perf[@]}" --format short
+"$PYTHON" - << 'END'
+import json
+
+with open("answer.json", encoding="utf-8") as file:
+    answer = json.load(file)
+text = " / ".join(answer[key] for key in ("text", "text_pair") if key in answer)
+labels = answer["labels"] if "labels" in answer else [answer["label"]]
+name = f" ({answer['label_name']})" if "label_name" in answer else ""
+given = [f"{label}{name}, probability {answer['probabilities'][label]:.2f}" for label in labels]
+print(f"\nThe service's answer to {text}\n-> {'; '.join(given) or 'no label'}")
+END
 cat << END
-Everything is in ${output#"$root/"}/: data/, teacher/, $student/ (the student, with models/ fine-tuned from it), pruned_models/,
-*_quant_models/, serving_server/, tables.md, clue.png. The models are tiny and the data generated: the figures show that the
-stages work together, but say nothing about CLUE. \`bash demo/clean.sh\` removes it all, so copy what you want to keep.
 
-With real data, from the root of the repository:
-  sh run_all.sh TNEWS 5e-5 32 3 128 0 ppminilm-6l-768h     # downloads model and data
-  sh run_all.sh NAME 5e-5 32 3 128 0 ppminilm-6l-768h --data_dir DIR     # your own train.json and dev.json in DIR
-Without a network: README, Data.
+All tables: ${output#"$root/"}/tables.md; plot: ${output#"$root/"}/clue.png. \`bash demo/clean.sh\` removes them.
+The models are tiny and the data generated: the stages work together, but no figure is one of CLUE.
+
+With real data, from the root of the repository (without a network: README, Data):
+  sh run_all.sh TNEWS 5e-5 32 3 128 0 ppminilm-6l-768h                  # downloads model and data
+  sh run_all.sh NAME 5e-5 32 3 128 0 ppminilm-6l-768h --data_dir DIR    # your train.json, dev.json
+  python summarize.py --format short                                    # these tables, of yours
 END

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -88,6 +89,23 @@ def checkout(tmp_path_factory):
     return root
 
 
+def check_last_screen(printed, output, quantized):
+    """What stands after the last heading: every stage with its speed, every note once, the answer, where to go on."""
+    screen = printed.split("  done: ")[1]
+    lines = screen.splitlines()[1:]
+    assert len(lines) <= 45 and max(map(len, lines)) <= 100, screen
+    assert len(re.findall(r"^\| (?:fine-tuned|pruned to 0.75), (?:FP32|INT8 \w+) .* \| +[\d,]+ \|$", screen, re.M)) == 3
+    whole = " ".join(lines)
+    for note in quantized["notes"]:
+        if not note.startswith(("pruning: ", "quantizing: ")):  # these say the same of later stages
+            assert whole.count(note) == 1, note
+    answer = json.loads((output / "answer.json").read_text())
+    assert answer["text"] in screen and set(answer.get("labels", [answer.get("label")])) <= set(quantized["labels"])
+    assert re.search(r"^-> (no label|.*, probability [01]\.\d\d)$", screen, re.M)
+    for words in ("tables.md", "clue.png", "sh run_all.sh NAME", "--data_dir DIR"):
+        assert words in screen
+
+
 def test_demo_from_end_to_end(checkout, tmp_path):
     """With fewer steps of pre-training: killed in the grid, resumed; everything that it says is there is there."""
     pytest.importorskip("paddle_serving_server", reason="needs Paddle Serving: bash setup_env.sh --serving")
@@ -114,6 +132,8 @@ def test_demo_from_end_to_end(checkout, tmp_path):
     assert answer["label"] in data.TASKS["tnews"].labels
     tables = (output / "tables.md").read_text()
     assert "pruned to 0.75, INT8 mse4" in tables and "random weights" in tables
+    assert tables.count(" student: random weights") == 1
+    check_last_screen(done.stdout, output, int8)
     assert (output / "clue.png").read_bytes()[:4] == b"\x89PNG"
     for name in ("data", "teacher", "pruned_models", "serving_server"):
         assert f"{name}/" in done.stdout and (output / name).is_dir()
@@ -125,6 +145,7 @@ def test_demo_from_end_to_end(checkout, tmp_path):
     assert len({path.read_bytes() for path in output.glob("multilabel_quant_models/*/int8.pdiparams")}) == 8
     answer = json.loads((output / "answer.json").read_text())
     assert set(answer["labels"]) <= set(int8["labels"]) and len(answer["probabilities"]) == 15, answer
+    check_last_screen(done.stdout, output, int8)
     tables = (output / "tables.md").read_text()
     assert "dev macro F1, %" in tables and "dev accuracy, %" in tables  # each metric has tables of its own
     subprocess.run(["bash", str(checkout / "demo/clean.sh")], check=True)

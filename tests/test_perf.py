@@ -183,7 +183,7 @@ def test_perf_measures_every_row(results):
     assert any("random weights: bert, pruned, both" in note for note in found["notes"])
     assert any("generated" in note for note in found["notes"])
     assert found["rows"] == json.loads(json.dumps(rows)) and (output / "perf.png").stat().st_size > 10_000
-    assert summarize.read_speedups(str(output / "perf.json"))["pruned to 0.75 + quantized"] == rows[2]["speedup"]
+    assert summarize.read_perf([output / "perf.json"]).speedups["pruned to 0.75 + quantized"] == rows[2]["speedup"]
 
 
 def test_perf_prints_the_published_form(results):

@@ -12,6 +12,7 @@ from conftest import ROOT, load_script, record, sh
 
 import data
 import dynabert
+import summarize
 from common import UserError, batching, checkpoints, engine, modeling, tokenization
 
 
@@ -245,11 +246,21 @@ def test_a_new_task_starts_with_a_new_head(workspace, tuned, tmp_path):
     assert np.abs(embeddings[0] - embeddings[1]).max() < 1e-6
 
 
-def test_perf_times_five_runs(workspace, quantized, capsys):
-    load_script("deploy/python", "infer").main(
-        ["--model_path", str(quantized / "mse4"), "--int8", "--perf", "--perf_warmup_steps", "1", "--data_dir", str(workspace / "data")]
+def test_perf_times_five_runs(workspace, quantized, tmp_path, capsys):
+    infer, written = load_script("deploy/python", "infer"), tmp_path / "perf.json"
+    infer.main(
+        ["--model_path", str(quantized / "mse4"), "--int8", "--perf", "--perf_warmup_steps", "1", "--data_dir", str(workspace / "data"),
+         "--perf_json", str(written)]
     )  # fmt: skip
     out = capsys.readouterr().out
+    # The JSON has the printed mean, and the hash that the record has of the parameter file.
+    (row,) = json.loads(written.read_text())["rows"]
+    assert f" {row['sentences_per_second']:.1f} sentences/s (median" in out and len(row["seconds"]) == 5
+    weights = record(quantized / "mse4")["weights"]["int8.pdiparams"]
+    assert summarize.read_perf([written]).speeds == {weights: row["sentences_per_second"]}
+    with pytest.raises(SystemExit):
+        infer.parse_args(["--model_path", "x", "--perf_json", "y"])
+    assert "--perf_json goes with --perf" in capsys.readouterr().err
     assert out.count("sentences/s") == 6 and "mean of 5 runs" in out
 
 

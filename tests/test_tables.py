@@ -5,6 +5,7 @@ import io
 import json
 import re
 
+import numpy as np
 import pytest
 from conftest import load_script, write_rows
 
@@ -84,8 +85,12 @@ def test_the_clue_table(clue, capsys):
     assert blocks[place + 1].split(" | ")[:3] == ["| published", "74.00", "57.37"]
     assert blocks[place + 2].split(" | ")[1] == f"{48 - 74.00:+.2f}"
     assert blocks[place + 2].split(" | ")[8] == f"{(sum(tuned) / 7 - 0.02) * 100 - 73.40:+.2f}"
-    assert "| AFQMC | 50.00 | 0.0001 | 32 | 3 | 128 | 5 | 2 | 60.00 | random weights |" in text
+    assert "| AFQMC | 50.00 | 0.0001 | 32 | 3 | 128 | 5 | 2 | 60.00 | (1) |" in text
     assert "| learning rate | 32 |" in text and "| 3e-05 | 45.00 (1) |" in text
+    assert "| pruned to 0.75, INT8 hist4 (best INT8) | 48.00 | 90.00 | 0.75 M | 1.50 G | 1.0 | (1) |" in text
+    # Every note stands once, below all tables.
+    assert text.count("random weights.") == text.count("partial train data") == 1
+    assert text.endswith("**Notes**\n\n(1) random weights.\n(2) partial train data: 9 of 90.\n")
 
 
 def test_a_small_dev_set_does_not_win(tmp_path, capsys):
@@ -138,10 +143,106 @@ def test_speedups_and_the_plot(clue, capsys):
     output(capsys, clue, "--plot", clue / "plot.png")
     width = [int.from_bytes(image[16:20], "big") for image in (with_speed, (clue / "plot.png").read_bytes())]
     assert width[0] - width[1] == 6 * 120  # speed has a panel of its own
+    timed = [{"weights": "CSLhist4", "precision": "int8", "sentences_per_second": 9.0}]
+    (clue / "timed.json").write_text(json.dumps({"rows": timed}))
+    output(capsys, clue, "--perf", clue / "timed.json", "--plot", clue / "plot.png")
+    assert (clue / "plot.png").read_bytes()[16:20] == with_speed[16:20]
     with pytest.raises(summarize.UserError, match="--plot .*its ending must be that of a picture"):
         output(capsys, clue, "--plot", clue / "plot.xyz")
     with pytest.raises(summarize.UserError, match="not a benchmark's JSON"):
         output(capsys, clue, "--perf", clue / "m/models/CSL/1e-4_32/stage.json")
+
+
+def notes_of_a_demo(root, task):
+    """Gives the records the notes that the demo's have: of the student, the teacher, the data, and of each stage."""
+    sizes = {"train": f"{len(task)}00 generated train records", "dev": f"{len(task)}0 generated dev records"}
+    partial = [f"partial {split} data: {size}, nothing of CLUE" for split, size in sizes.items()]
+    notes = ["student: random weights", "teacher: random weights", "teacher: pre-trained for 9 steps only", *partial]
+    for path in root.rglob("stage.json"):
+        record = json.loads(path.read_text())
+        if record["task"] != task:
+            continue
+        later = {"finetune": [], "prune_export": ["pruning"], "quantize": ["pruning", "quantizing"]}[record["stage"]]
+        record["notes"] = notes + [f"{stage}: {note}" for stage in later for note in partial]
+        if task == "AFQMC":
+            record["notes"].append("fine-tuning: dev accuracy not above the majority class")
+        path.write_text(json.dumps(record))
+    return notes
+
+
+def test_the_short_format_is_one_screen(tmp_path, capsys):
+    """What is best on dev of every stage; a note stands once, in the place that says of which rows it is true."""
+    tasks = ("AFQMC", "TNEWS", "CLUEWSC2020")
+    write_clue(tmp_path, tasks)
+    notes = [note for task in tasks for note in notes_of_a_demo(tmp_path, task)]
+    special = tmp_path / "quant/TNEWS/hist4/stage.json"
+    record = json.loads(special.read_text())
+    record["notes"].append("INT8 for a GPU")
+    special.write_text(json.dumps(record))
+    of_machine = {"machine": {"cpu": "a CPU", "cores": 2}}
+    (tmp_path / "fp32.json").write_text(json.dumps({**of_machine, "rows": [
+        {"weights": "TNEWSstatic", "precision": "fp32", "sentences_per_second": 1234.5},
+        {"weights": "TNEWSstatic", "precision": "bf16", "sentences_per_second": 7777.7}]}))  # fmt: skip
+    (tmp_path / "int8.json").write_text(json.dumps({**of_machine, "rows": [
+        {"weights": "TNEWSmse4", "precision": "int8", "sentences_per_second": 8888.8},
+        {"weights": "TNEWShist4", "precision": "int8", "sentences_per_second": 2345.6}]}))  # fmt: skip
+    perf = ["--perf", tmp_path / "fp32.json", "--perf", tmp_path / "int8.json"]
+    text = output(capsys, tmp_path, "--format", "short", *perf)
+    lines = text.splitlines()
+    assert len(lines) <= 30 and max(map(len, lines)) <= 100, text
+    place = next(i for i, line in enumerate(lines) if line.startswith("| TNEWS"))
+    numbers = {note: number for number, note in re.findall(r"^\((\d)\) (.*)\.$", text, re.M)}
+    of_data = [numbers[f"partial {split} data: 5{zeros} generated {split} records, nothing of CLUE"]
+               for split, zeros in (("train", "00"), ("dev", "0"))]  # fmt: skip
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[place : place + 6]]
+    assert table[0] == [f"TNEWS ({','.join(of_data)}): 10 dev, majority class 60.0 %", "accuracy", "params", "file",
+                        "sentences/s"]  # fmt: skip
+    assert table[2:5] == [
+        ["fine-tuned, FP32", "51.00 %", "1.00 M", "-", "-"],
+        ["pruned to 0.75, FP32", "50.00 %", "0.75 M", "3.0 MB", "1,234"],
+        [f"pruned to 0.75, INT8 hist4 ({numbers['INT8 for a GPU']})", "49.00 %", "0.75 M", "1.0 MB", "2,346"],
+    ]
+    assert "tokenizing included, a CPU, 2 cores." in text
+    whole = text.replace("\n", " ")
+    assert all(whole.count(note) == 1 for note in notes), text
+    assert "Notes on all rows: student: random weights; teacher: random weights; teacher: pre-trained for" in whole
+    assert "pruning: " not in text and "fine-tuning: dev accuracy not above the majority class" in numbers
+    # With one task everything is true of all rows, and nothing needs a mark; without --perf no speed is known.
+    text = output(capsys, tmp_path, "--format", "short", "--task_name", "CLUEWSC2020")
+    assert text.startswith("| CLUEWSC2020: 10 dev") and not re.search(r"\(\d", text) and "sentences/s:" not in text
+
+
+def test_the_short_format_shows_stages_of_ones_own(tmp_path, capsys):
+    write(tmp_path / "m/models/TNEWS/1e-4_32", "finetune", "TNEWS", 0.5, "w")
+    write(tmp_path / "mine", "low_rank", "TNEWS", 0.25, "x", parent="w")
+    text = output(capsys, tmp_path, "--format", "short")
+    assert re.search(r"\| TNEWS, stages of your own: .*\n.*\n\| low_rank, .*mine +\|  25.00 % \| 1.00 M \|", text)
+    assert output(capsys, tmp_path / "mine", "--format", "short").count("low_rank") == 1
+
+
+def test_the_plot_links_and_labels(clue, monkeypatch):
+    """An arrow from each model to what was made from it; labels in the picture that cover neither another nor a point."""
+    from matplotlib import figure
+
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **_: drawn.append(self) or open(path, "w").close())
+    exported = clue / "m/models/TNEWS/1e-4_32/stage.json"
+    record = json.loads(exported.read_text())
+    exported.write_text(json.dumps({**record, "export": {"bytes": 4_000_000}}))
+    summarize.main([str(clue), "--plot", str(clue / "plot.png")])
+    (axis,) = drawn[0].axes
+    texts = [text for text in axis.texts if text.get_text()]
+    labels = [text.get_text() for text in texts]
+    # A model that was not exported has no file, so it is not in the picture, and what was made from it has the name.
+    assert {f"{task}, pruned to 0.75" for task in tables.TASKS if task != "TNEWS"} | {"TNEWS, fine-tuned"} <= set(
+        labels
+    )
+    assert labels.count("pruned to 0.75") == 1 and labels.count("INT8 hist4") >= 4
+    found = sorted((*text.xyann, *text.xy) for text in axis.texts if not text.get_text())
+    expected = [(3.0, 49 + i, 1.0, 48 + i) for i in range(7)] + [(4.0, 51, 3.0, 50)]
+    assert np.array(found) == pytest.approx(np.array(expected))
+    boxes = [text.get_window_extent() for text in texts]
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
 
 
 def test_best_json(clue, capsys):
@@ -188,7 +289,8 @@ def test_stages_of_ones_own_are_listed(tmp_path, capsys):
     assert [(row["row"].split(",")[0], row["accuracy"]) for row in rows if row["table"] == "own"] == [
         ("two_towers", "12.5")
     ]
-    assert re.search(r"\| two_towers, .*other \| pairs \| accuracy \| 12.50 \| 1.00 M \| random weights \|", own)
+    assert re.search(r"\| two_towers, .*other \| pairs \| accuracy \| 12.50 \| 1.00 M \| \(1\) \|", own)
+    assert "(1) random weights." in own
     text = output(capsys, tmp_path / "other")
     assert text.startswith("**Stages of your own**") and "two_towers" in text
     # One that says nothing of a metric is shown, too.

@@ -11,7 +11,9 @@ import time
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 import data
 import numpy as np
-from common import batching, cli, engine, tokenization
+from common import batching, cli, engine, files, records, tokenization
+
+LEAST_SECONDS = 0.4  # of a run of infer.py --perf
 
 
 def file_order(examples, tokenizer, max_seq_length, batch_size):
@@ -61,19 +63,32 @@ def latency(runner, tokenizer, examples, max_seq_length):
     return [round(float(p), 3) for p in np.percentile(milliseconds, (50, 99))]
 
 
-def time_runs(args, model, examples, runs=5):
-    """For infer.py --perf: prints the end-to-end time of all examples, per run and on average, and of single texts.
+def time_models(args, models, examples):
+    """For infer.py --perf: times one model after the other; writes their figures to --perf_json, if that is given.
 
-    Args: model: infer.Model.
+    Args: models: infer.Model of one task.
+    """
+    rows = [time_runs(args, model, examples) for model in models]
+    if args.perf_json:
+        files.write_json(args.perf_json, {"machine": records.describe_machine(), "rows": rows})
+
+
+def time_runs(args, model, examples, runs=5):
+    """Prints the end-to-end time of all examples, per run and on average, and of single texts. A run repeats its pass
+    over examples that are few: one of some milliseconds would measure the clock and what else the machine does.
+
+    Returns: the same figures. ``weights``, the hash of the parameter file, tells summarize.py which model they are of.
     """
     features, length = model.convert(examples), model.max_seq_length
     runner = model.open_engine(features)
     warm_up(runner, model.tokenizer, examples, length, args.batch_size, args.perf_warmup_steps)
     seconds = []
     for number in range(1, runs + 1):
-        started = time.perf_counter()
-        runner.classify(examples, model.tokenizer, length, args.batch_size)
-        seconds.append(time.perf_counter() - started)
+        passes, started = 0, time.perf_counter()
+        while passes == 0 or time.perf_counter() - started < LEAST_SECONDS:
+            runner.classify(examples, model.tokenizer, length, args.batch_size)
+            passes += 1
+        seconds.append((time.perf_counter() - started) / passes)
         print(f"run {number}: {seconds[-1]:.3f} s, {len(examples) / seconds[-1]:.1f} sentences/s", flush=True)
     middle, spread = np.median(seconds), max(seconds) - min(seconds)
     print(
@@ -84,6 +99,17 @@ def time_runs(args, model, examples, runs=5):
     # Single texts are fastest in one stream that uses all threads.
     p50, p99 = latency(model.open_engine(features, streams=1), model.tokenizer, examples[:200], length)
     print(f"one at a time: p50 {p50:.2f} ms, p99 {p99:.2f} ms; peak memory before that {memory:.0f} MB")
+    (weights,) = records.parameter_hashes(records.graph_files(model.record))
+    settings = {"precision": args.precision, "batch_size": args.batch_size, "max_seq_length": length}
+    return {
+        "weights": weights,
+        "model": files.relative(model.graph.prefix),
+        **settings,
+        "sentences": len(examples),
+        "seconds": [round(run, 4) for run in seconds],
+        "sentences_per_second": round(len(examples) / float(np.mean(seconds)), 1),
+        "latency_ms": [p50, p99],
+    }
 
 
 def peak_memory():

@@ -45,6 +45,7 @@ def parse_args(argv=None):
     group.add_argument("--batch_size", type=int, default=32, help=help, positive=True)
     timing = parser.add_argument_group("timing")
     timing.add_flag("--perf", "time dev end to end, tokenizing included, in five runs")
+    timing.add_argument("--perf_json", metavar="FILE", help="also write the figures to FILE, for summarize.py --perf")
     help = "batches, at least, before the clock starts"
     timing.add_argument("--perf_warmup_steps", type=int, default=20, help=help)
     inputs = cli.add_input_arguments(parser)
@@ -57,6 +58,8 @@ def parse_args(argv=None):
         parser.error("--predict_test takes one --model_path")
     if args.save_logits and len(args.model_path) > 1:
         parser.error("--save_logits takes one --model_path")
+    if args.perf_json and not args.perf:
+        parser.error("--perf_json goes with --perf")
     args.precision = "int8" if args.int8 else args.precision or "fp32"
     args.shapes = tensorrt.shapes_of(args)
     engine.check_streams(args.streams, args.threads)
@@ -145,9 +148,7 @@ def time_models(args, models):
     sys.path.append(benchmark)
     import measure
 
-    dev = read_dev(args, models)
-    for model in models:
-        measure.time_runs(args, model, dev.examples)
+    measure.time_models(args, models, read_dev(args, models).examples)
 
 
 def score_dev(args, models):
