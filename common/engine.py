@@ -24,7 +24,7 @@ WINDOW = 64
 def add_cpu_arguments(group):
     group.add_argument("--threads", type=int, help="CPU threads in all (default: one per core)", positive=True)
     help = "batches that a CPU computes side by side, each on its share of the threads; each needs memory of its "
-    help += "own, so lower it if memory runs out (default: one per thread, at most 4)"
+    help += "own, so lower it if memory runs out (default: the largest number up to 4 that divides the threads)"
     group.add_argument("--streams", type=int, help=help, positive=True)
 
 

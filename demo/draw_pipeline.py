@@ -23,7 +23,7 @@ TEXTS = {  # in the order of PICTURES: Chinese, English
     "built-in": ("内置的预训练模型", "built-in pre-trained model"),
     "data": ("任务数据", "data of the task"),
     # Of a stage: its title, then its tools.
-    "distillation": ("通用蒸馏\nMiniLMv2 关系蒸馏", "General distillation\nMiniLMv2 relations"),
+    "distillation": ("通用蒸馏\n样本间关系（MiniLMv2）", "General distillation\nMiniLMv2, relations of samples"),
     "fine-tuning": ("微调与网格搜索\nPaddleNLP", "Fine-tuning, grid search\nPaddleNLP"),
     "pruning": ("宽度裁剪\nPaddleSlim OFA、DynaBERT", "Width pruning\nPaddleSlim OFA, DynaBERT"),
     "quantization": (
