@@ -273,7 +273,8 @@ def texts_of(task_name, row):
     elif "sentence1" in row:
         pair = row["sentence1"], row["sentence2"]
     else:
-        raise ValueError("no sentence, and no sentence1 and sentence2; data.texts_of reads records of other forms")
+        keys = ", ".join(map(repr, row))[:60]
+        raise ValueError(f"no sentence, and no sentence1 and sentence2, but {keys or 'nothing'}; see data.texts_of")
     if not isinstance(pair[0], str) or not isinstance(pair[1], (str, type(None))):
         raise TypeError("a text is not a string")
     if not pair[0].strip() or (pair[1] is not None and not pair[1].strip()):
