@@ -106,8 +106,8 @@ def load_pretrained(
     else:
         builtin = [n for n in cls.pretrained_init_configuration if "uncased" not in n][:8]
         raise UserError(
-            f"{option} {name}: no directory with {WEIGHTS} or {foreign.SAFETENSORS} (at {os.path.abspath(name)}), and not "
-            f"a built-in {model_type} model ({', '.join(builtin)}, ...)"
+            f"{option} {name}: no directory with {WEIGHTS} or {foreign.SAFETENSORS} (at {os.path.abspath(name)}), "
+            f"and not a built-in {model_type} model ({', '.join(builtin)}, ...)"
         )
     check_vocabulary(name or source, tokenizer, model)
     if max_seq_length is not None:
