@@ -1,11 +1,14 @@
 """Fixtures: a small vocabulary, small CLUE-like data that a tiny model can learn, and the chain of stages run on them."""
 
+import atexit
 import functools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -55,6 +58,24 @@ def load_script(directory, name):
     return module
 
 
+@functools.lru_cache(None)
+def warm_python():
+    """Path of a Python for launchers that has Paddle imported already (tests/warm.py)."""
+    directory = tempfile.mkdtemp()
+    path, warm = os.path.join(directory, "socket"), os.path.join(ROOT, "tests", "warm.py")
+    server = subprocess.Popen([sys.executable, warm, "--serve", path], preexec_fn=cli.die_with_parent)
+    atexit.register(shutil.rmtree, directory)
+    atexit.register(server.kill)
+    python = os.path.join(directory, "python")
+    with open(python, "w") as file:
+        file.write(f'#!/bin/sh\nexec "{sys.executable}" "{warm}" "{path}" "$@"\n')
+    os.chmod(python, 0o755)
+    while not os.path.exists(path):
+        assert server.poll() is None, "warm.py did not start"
+        time.sleep(0.05)
+    return python
+
+
 def sh(script, *args, cwd, check=True, **env):
     """Runs a launcher with plain ``sh``; returns the finished process, its output as text."""
     done = subprocess.run(
@@ -62,7 +83,7 @@ def sh(script, *args, cwd, check=True, **env):
         cwd=cwd,
         text=True,
         capture_output=True,
-        env={**os.environ, "PYTHON": sys.executable, **env},
+        env={**os.environ, "PYTHON": warm_python(), **env},
     )
     if check:
         assert done.returncode == 0, done.stdout + done.stderr

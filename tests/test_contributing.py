@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import FILLER, ROOT, TOPICS, write_rows
+from conftest import FILLER, ROOT, TOPICS, warm_python, write_rows
 
 with open(os.path.join(ROOT, "CONTRIBUTING.md"), encoding="utf-8") as _file:
     TEXT = _file.read()
@@ -41,7 +41,7 @@ def model(tmp_path, tuned):
 def follow(script, cwd, **environment):
     """Runs a block as the reader does, in the shell."""
     path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
-    environment = {**os.environ, "PATH": path, "PYTHON": sys.executable, **{k: str(v) for k, v in environment.items()}}
+    environment = {**os.environ, "PATH": path, "PYTHON": warm_python(), **{k: str(v) for k, v in environment.items()}}
     environment.pop("OBJECTIVES", None)
     done = subprocess.run(["bash", "-e", "-c", script], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

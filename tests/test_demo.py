@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, load_script
+from conftest import ROOT, load_script, warm_python
 
 import data
 from common import UserError, records
@@ -110,7 +110,7 @@ def test_demo_from_end_to_end(checkout, tmp_path):
     """With fewer steps of pre-training: killed in the grid, resumed; everything that it says is there is there."""
     pytest.importorskip("paddle_serving_server", reason="needs Paddle Serving: bash setup_env.sh --serving")
     log = tmp_path / "log"
-    env = {**os.environ, "PYTHON": sys.executable, "DEMO_STEPS": "60"}
+    env = {**os.environ, "PYTHON": warm_python(), "DEMO_STEPS": "60"}
     command = ["bash", str(checkout / "demo/run.sh"), "--task", "tnews"]
     with open(log, "wb") as file:
         process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)

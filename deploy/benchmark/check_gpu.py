@@ -19,7 +19,7 @@ from typing import Callable, NamedTuple
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, "..", ".."))
 import numpy as np
-from common import ROOT, UserError, cli, files, gpu, records
+from common import ROOT, UserError, cli, files, gpu, objectives, records
 
 OUTPUT = os.path.join(ROOT, "deploy", "python", "gpu_check")  # beside check_gpu.sh
 FLOAT = "pruned_models/TNEWS/0.75/sub_static/float"  # graphs of the demo, pruned to 3/4 of the width
@@ -28,6 +28,7 @@ INT8 = "tnews_quant_models/mse4/int8"
 # FP16 those whose two best logits lie within its rounding; in INT8 the engines round differently in every layer.
 LEAST_AGREEMENT = {"fp32": 0.998, "fp16": 0.99, "bf16": 0.99, "int8": 0.95}
 LARGEST_LOSS = 0.01  # of the accuracy
+OBJECTIVE = objectives.Classification()  # of the demo's first task
 # Of the loss of distillation after 40 steps: mixed precision from FP32, and two processes from one that accumulates, as
 # each process draws a dropout of its own.
 LARGEST_DIFFERENCE = {"amp": 0.02, "processes": 0.05}
@@ -91,7 +92,7 @@ class Checker:
         )
         with open(os.path.join(self.directory, f"{name}.log"), encoding="utf-8") as log:
             result = json.loads(next(line for line in log if line.startswith("{")))
-        return np.load(file), result["accuracy"]
+        return np.load(file), result[OBJECTIVE.metric]
 
     def distill(self, name, *arguments, launch=(), **variables):
         """The last loss of 40 steps of the demo's general distillation."""
@@ -144,7 +145,7 @@ def check_precision(checker, graph, precision):
         precision = "bf16"  # what a CPU computes in half the bits
     expected, accuracy = checker.logits(graph, "cpu", "int8" if precision == "int8" else "fp32")
     found, other = checker.logits(graph, checker.device, precision)
-    agreement = float((found.argmax(-1) == expected.argmax(-1)).mean())
+    agreement = OBJECTIVE.agreement(found, expected)
     figures = {
         "records": len(expected),
         "largest difference of a logit": round(float(np.abs(found - expected).max()), 5),
