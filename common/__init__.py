@@ -9,12 +9,31 @@ A stage is copied as its directory + common/ + data.py. Nothing in here imports 
 """
 
 import contextlib
+import importlib.metadata
 import os
 import warnings
 
-# libpaddle (2.6.2) exports its own zlib symbols. A zlib that is loaded after it binds to them and crashes while
+
+def _paddle_version():
+    """The version of the Paddle that is installed, such as (2, 6, 2); (0,) if there is none. Does not import it."""
+    for name in ("paddlepaddle", "paddlepaddle-gpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return tuple(int(number) for number in importlib.metadata.version(name).split(".")[:3])
+    return (0,)
+
+
+# Cures of defects ask for it: each is for the versions in the lock files that have the defect (requirements/README.md).
+PADDLE = _paddle_version()
+
+# libpaddle 2.6.2 exports its own zlib symbols. A zlib that is loaded after it binds to them and crashes while
 # inflating; a zlib that is loaded first does not. tests/test_compat.py shows the crash.
-import zlib  # noqa: F401
+if PADDLE < (3,):
+    import zlib  # noqa: F401
+
+# Paddle 3's new intermediate representation has no oneDNN INT8, and exports .json graphs that Paddle 2 cannot read.
+# This flag keeps the one of before. Paddle 2.6.2 has it off by itself.
+if PADDLE >= (3,):
+    os.environ.setdefault("FLAGS_enable_pir_api", "0")
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

@@ -11,6 +11,8 @@ import sys
 import tempfile
 from types import SimpleNamespace
 
+from common import PADDLE
+
 # Paddle's advice about OMP_NUM_THREADS on standard error assumes OpenBLAS; these wheels carry MKL.
 try:
     with contextlib.redirect_stderr(io.StringIO()):
@@ -46,7 +48,7 @@ def _import_paddleslim():
 
 
 def paddleslim_ofa():
-    """PaddleSlim's classes for once-for-all training, usable with Paddle 2.6.2.
+    """PaddleSlim's classes for once-for-all training, usable with Paddle 2.6.2 and 3.1.1.
 
     Returns: a namespace with ``OFA``, ``Convert``, ``supernet``, ``reorder_head`` and ``reorder_neuron``.
     """
@@ -55,8 +57,8 @@ def paddleslim_ofa():
     from paddleslim.nas.ofa.convert_super import Convert, supernet
     from paddleslim.nas.ofa.layers import SuperLayerNorm
 
-    # SuperLayerNorm unpacks three values where Paddle 2.6.2 returns one. Width pruning does not change the hidden
-    # size, so the ordinary layer normalization does what is needed.
+    # SuperLayerNorm unpacks three values where Paddle (2.6.2, 3.1.1) returns one. Width pruning does not change the
+    # hidden size, so the ordinary layer normalization does what is needed.
     SuperLayerNorm.forward = paddle.nn.LayerNorm.forward
     return SimpleNamespace(
         OFA=OFA,
@@ -68,10 +70,15 @@ def paddleslim_ofa():
 
 
 def quant_post_static(*args, **kwargs):
-    """``paddleslim.quant.quant_post_static``; its ``algo='avg'`` fails on 0-D activations, whose shape it indexes."""
+    """``paddleslim.quant.quant_post_static``; ``algo='avg'`` of Paddle 2.6.2 fails on 0-D activations, as it indexes
+    their shape."""
     import numpy as np
 
     _import_paddleslim()
+    if PADDLE >= (3,):
+        from paddleslim.quant import quant_post_static as library_call
+
+        return library_call(*args, **kwargs)
     from paddle.static.quantization import PostTrainingQuantization
     from paddle.static.quantization import post_training_quantization as ptq
     from paddleslim.quant import quant_post_static as library_call

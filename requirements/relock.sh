@@ -9,7 +9,7 @@ linux="platform_machine == 'x86_64' and platform_python_implementation == 'CPyth
 lock() { # NAME ARGUMENTS...: the locks are for Linux x86-64 CPython anyway, so the marker that says so goes
     name=$1
     shift
-    "${UV:-uv}" pip compile "$@" --universal --python-version "${oldest:-3.9}" --fork-strategy fewest --generate-hashes \
+    "${UV:-uv}" pip compile "$@" --universal --python-version "${oldest:-3.9}" --fork-strategy "${forks:-fewest}" --generate-hashes \
         --no-emit-package cffi --no-emit-package pycparser --no-header --no-annotate --quiet --output-file "$name.new" > /dev/null
     sed -e "s/ and $linux//" -e "s/ ; $linux//" "$name.new" > "$name.txt"
     rm "$name.new"
@@ -25,3 +25,9 @@ lock serving-wheels-gpu --group serving-wheels-gpu --no-deps
 lock lint --group lint
 lock draw --group draw --no-deps
 oldest=3.11 lock peers --group peers --constraints cpu.txt
+
+# Paddle 3: the newest version of every package for each Python, as NumPy 2 has no version for all of 3.9 to 3.13.
+cd paddle3
+forks=requires-python
+lock ../paddle3 pyproject.toml
+lock ../paddle3-serving --group serving --constraints ../paddle3.txt

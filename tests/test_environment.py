@@ -10,6 +10,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+import common
+
 LOCKS = sorted(glob.glob(os.path.join(ROOT, "requirements", "*.txt")))
 BASE = os.path.join(sys.base_prefix, "bin", f"python{sys.version_info[0]}.{sys.version_info[1]}")
 
@@ -21,16 +23,23 @@ def test_locks_pin_and_hash_and_name_no_machine(lock):
     requirements = re.findall(r"^(\S.*?)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", text, re.M)
     assert requirements and "".join(f"{r}{h}\n" for r, h in requirements) == text
     for requirement, _ in requirements:
-        assert re.fullmatch(r"[a-z0-9._-]+==[^\s;*]+( ; python_full_version [<>=]+ '[0-9.]+')?", requirement), (
-            requirement
-        )
+        assert re.fullmatch(
+            r"[a-z0-9._-]+==[^\s;*]+( ; python_full_version [<>=]+ '[0-9.*]+'( and python_full_version < '[0-9.]+')?)?",
+            requirement,
+        ), requirement
 
 
-def test_all_locks_agree_on_versions():
+@pytest.mark.parametrize("paddle", [2, 3])
+def test_all_locks_agree_on_versions(paddle):
+    """Those of one Paddle; the locks of Paddle 3 have versions by Python."""
     versions = {}
     for lock in LOCKS:
-        for name, version in re.findall(r"^([a-z0-9._-]+)==([^\s;]+)", open(lock, encoding="utf-8").read(), re.M):
-            assert versions.setdefault(name, version) == version, (lock, name)
+        if os.path.basename(lock).startswith("paddle3") != (paddle == 3):
+            continue
+        text = open(lock, encoding="utf-8").read()
+        for name, version, marker in re.findall(r"^([a-z0-9._-]+)==([^\s;]+)(.*)$", text, re.M):
+            which = name if paddle == 2 else name + marker
+            assert versions.setdefault(which, version) == version, (lock, name)
 
 
 def test_installed_packages_are_the_locked_ones():
@@ -38,8 +47,9 @@ def test_installed_packages_are_the_locked_ones():
 
     if not os.path.exists(os.path.join(sys.prefix, "installed")):
         pytest.skip("these tests do not run in an environment that setup_env.sh made")
+    lock = "cpu" if common.PADDLE < (3,) else "paddle3"
     for name, locked in re.findall(
-        r"^([a-z0-9._-]+)==([^\s;]+) \\", open(os.path.join(ROOT, "requirements/cpu.txt")).read(), re.M
+        r"^([a-z0-9._-]+)==([^\s;]+) \\", open(os.path.join(ROOT, f"requirements/{lock}.txt")).read(), re.M
     ):
         if not name.startswith("paddlepaddle"):
             # seqeval's sdist, built with no git at hand, calls itself 0.0.0
@@ -95,6 +105,24 @@ def test_makes_repairs_and_rests(checkout):
     assert "making .venv (gpu, serving)" in setup(checkout, "--gpu", "--python", BASE).stdout
 
 
+PRETEND = f"exec {BASE} -c 'import sys; sys.version_info = (3, 13, 0); exec(sys.argv[2])' \"$@\""
+
+
+def test_python_3_13_has_paddle_3_and_the_others_on_request(checkout, tmp_path):
+    """The interpreter says that it is 3.13 where setup_env.sh asks; the one behind it is that of the tests."""
+    bin = interpreter(tmp_path / "bin", "python3.13", f'case "$2" in *platform*) {PRETEND} ;; esac; exec {BASE} "$@"')
+    path = f"{bin}:{os.path.dirname(BASE)}:/usr/bin:/bin"
+    assert "making .venv (paddle3)" in setup(checkout, "--python", bin / "python3.13").stdout
+    assert "up to date (paddle3)" in setup(checkout).stdout
+    assert "adding Paddle Serving" in setup(checkout, "--serving").stdout
+    refused = setup(checkout, "--paddle", "2", "--python", bin / "python3.13")
+    assert refused.returncode == 2 and "no wheel for Python 3.13; use --paddle 3" in refused.stderr
+    assert "making .venv (cpu, serving)" in setup(checkout, "--paddle", "2", path=path).stdout  # of the other Python
+    assert "up to date (cpu, serving)" in setup(checkout, "--paddle", "2", path=path).stdout
+    assert "making .venv (paddle3, serving)" in setup(checkout, "--paddle", "3", "--python", BASE).stdout
+    assert "up to date (paddle3, serving)" in setup(checkout, "--paddle", "3", "--python", BASE).stdout
+
+
 def test_failing_shim_is_skipped_and_the_newest_wins(checkout, tmp_path):
     bin = tmp_path / "bin"
     shim = "python3.12" if os.path.basename(BASE) != "python3.12" else "python3.11"
@@ -111,11 +139,14 @@ def test_failing_shim_is_skipped_and_the_newest_wins(checkout, tmp_path):
         (["--python", "/nonexistent/python"], None, "there is no such interpreter"),
         (["--nonsense"], None, "unknown argument '--nonsense'"),
         (["--python"], None, "--python needs the path"),
+        (["--paddle"], None, "--paddle (nothing): must be 2 or 3"),
+        (["--paddle", "4"], None, "--paddle 4: must be 2 or 3"),
+        (["--paddle", "3", "--gpu"], None, "PyPI has no Paddle 3 for GPUs"),
         (["--python", "BIN/python3"], "exit 1", "does not run"),
         (
             ["--python", "BIN/python3"],
             f"exec {BASE} -c 'import sys; sys.version_info = (3, 8, 0); exec(sys.argv[2])' \"$@\"",
-            "is Python 3.8; 3.9 to 3.12",
+            "is Python 3.8; 3.9 to 3.13",
         ),
         (
             ["--python", "BIN/python3"],
