@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from common import UserError, batching, engine, cli, files, modeling, records
+from common import PADDLE, UserError, batching, engine, cli, files, modeling, records
 from common.compat import paddle
 
 
@@ -152,6 +152,11 @@ def export_into(directory, classifier, examples, args, name="inference"):
         f"{record['task']}: exported to {os.path.join(directory, name)}.pdmodel, logits within "
         f"{export['parity']['largest_difference']:.1e} of the dynamic model on {inputs}"
     )
+
+
+def tensor_of(variable):
+    """The description of a tensor in a graph's variable. Paddle 3 has given the field of its type another name."""
+    return variable.type.lod_tensor if PADDLE < (3,) else variable.type.dense_tensor
 
 
 def read_program(path):

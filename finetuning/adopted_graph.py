@@ -68,7 +68,7 @@ class FoundGraph:
             )
         shapes = {}
         for variable in block.vars:
-            shapes[variable.name] = list(variable.type.lod_tensor.tensor.dims)
+            shapes[variable.name] = list(exporting.tensor_of(variable).tensor.dims)
         feeds = sorted(arguments_of(op, "outputs", "Out")[0] for op in block.ops if op.type == "feed")
         fetches = [arguments_of(op, "inputs", "X")[0] for op in block.ops if op.type == "fetch"]
         if feeds != list(INPUTS) or len(fetches) != 1 or len(shapes[fetches[0]]) != 2:

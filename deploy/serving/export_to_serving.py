@@ -38,7 +38,7 @@ def read_variables(path):
     from paddle.base.proto import framework_pb2
 
     block = exporting.read_program(path).blocks[0]
-    variables = {variable.name: variable.type.lod_tensor for variable in block.vars}
+    variables = {variable.name: exporting.tensor_of(variable) for variable in block.vars}
 
     def described(kind, side):
         operators = [operator for operator in block.ops if operator.type == kind]
