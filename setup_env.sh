@@ -73,15 +73,19 @@ digest() { # FLAVOUR SERVING: hash of the lock files of the environment
 # What is asked for: a flavour, cpu or gpu (both Paddle 2), or paddle3.
 case $paddle-$flavour in
     3-gpu) fail "--paddle 3 --gpu: PyPI has no Paddle 3 for GPUs; use --paddle 2" ;;
-    3-*) flavour=paddle3 ;;
+    3-*) flavour=paddle3 asked=paddle3 ;;
+    *-gpu) asked=gpu ;;
+    2-*) asked=cpu ;;
+    *) asked= ;; # --cpu alone does not say which Paddle
 esac
-asked=${flavour:-${paddle:+cpu}}
 
 # Contents of .venv, if it is complete: flavour (cpu, gpu or paddle3), "serving" or "-", digest of its lock files, base interpreter.
 if [ -f "$stamp" ] && "$venv/bin/python" -c '' 2> /dev/null; then
     read -r had_flavour had_serving had_digest had_base < "$stamp"
     # What is not asked for stays as it is.
     [ "$paddle$had_flavour" = 2paddle3 ] || flavour=${flavour:-$had_flavour}
+    [ "$asked$had_flavour" != paddle3 ] || flavour=paddle3 # also with --cpu: both Paddles are for CPUs
+    [ "$flavour" != gpu ] || asked=gpu                     # an environment for GPUs is not replaced silently
     [ "$had_serving" = - ] || serving=serving
 fi
 

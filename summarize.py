@@ -101,6 +101,8 @@ def read_perf(paths):
                     found.speeds[name] = float(row["sentences_per_second"])
             if "machine" in content:
                 machine = f"{content['machine']['cpu']}, {content['machine']['cores']} cores"
+                device = content.get("device", "cpu")
+                machine += "" if device == "cpu" else f", {device}"
                 found.machines.extend([machine] if machine not in found.machines else [])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--perf {path}: not a benchmark's JSON ({error!r})") from error

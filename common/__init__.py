@@ -11,6 +11,7 @@ A stage is copied as its directory + common/ + data.py. Nothing in here imports 
 import contextlib
 import importlib.metadata
 import os
+import re
 import warnings
 
 
@@ -18,7 +19,7 @@ def _paddle_version():
     """The version of the Paddle that is installed, such as (2, 6, 2); (0,) if there is none. Does not import it."""
     for name in ("paddlepaddle", "paddlepaddle-gpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return tuple(int(number) for number in importlib.metadata.version(name).split(".")[:3])
+            return tuple(map(int, re.findall(r"\d+", importlib.metadata.version(name))[:3]))
     return (0,)
 
 

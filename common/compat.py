@@ -72,16 +72,14 @@ def paddleslim_ofa():
 def quant_post_static(*args, **kwargs):
     """``paddleslim.quant.quant_post_static``; ``algo='avg'`` of Paddle 2.6.2 fails on 0-D activations, as it indexes
     their shape."""
-    import numpy as np
-
     _import_paddleslim()
-    if PADDLE >= (3,):
-        from paddleslim.quant import quant_post_static as library_call
+    from paddleslim.quant import quant_post_static as library_call
 
+    if PADDLE >= (3,):
         return library_call(*args, **kwargs)
+    import numpy as np
     from paddle.static.quantization import PostTrainingQuantization
     from paddle.static.quantization import post_training_quantization as ptq
-    from paddleslim.quant import quant_post_static as library_call
 
     load, sample_avg = ptq.utils.load_variable_data, PostTrainingQuantization._sample_avg
 

@@ -291,8 +291,9 @@ def open_engine(
 ):
     """An Engine. For TensorRT the shape ranges of ``features`` are collected first, unless they lie beside the graph.
 
-    Args: as Engine's; features, batch_size, pad_id: what the shapes are collected from.
+    Args: as Engine's; features, batch_size, pad_id: what the shapes are collected from. streams: None: default_streams.
     """
+    streams = streams or default_streams(device, threads)
     shape_file, use_trt = tensorrt.shape_file(prefix), needs_trt(device, precision, use_trt)
     if use_trt and not os.path.isfile(shape_file):
         collect_shapes(prefix, device, features, batch_size, pad_id)

@@ -5,6 +5,7 @@ import contextlib
 import csv
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -135,18 +136,27 @@ def clear_leftovers(target):
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def write_whole(path, text):
-    """Writes a text file under a temporary name beside its path, then renames it."""
+def write_whole(path, content):
+    """Writes a file under a temporary name beside its path, then renames it. Args: content: a text, or bytes."""
     temporary = f"{path}.writing-{os.getpid()}"
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+
+
+def write_array(path, array):
+    """Writes a .npy file whole."""
+    import numpy as np
+
+    content = io.BytesIO()
+    np.save(content, array)
+    write_whole(path, content.getvalue())
 
 
 def write_json(path, content):

@@ -61,6 +61,8 @@ def brief_notes(record):
 
 def shared_notes(found):
     """The notes that all the records have."""
+    if not found:
+        return []
     return [note for note in brief_notes(found[0]) if all(note in brief_notes(record) for record in found)]
 
 

@@ -1,11 +1,11 @@
 """The picture of summarize.py --plot: the metric against the file's size and the speed, the stages of a task linked."""
 
+import io
 import itertools
 import os
-import tempfile
 from typing import NamedTuple, Optional
 
-from common import UserError
+from common import UserError, files
 from common.objectives import shown
 from common.records import descendants, score
 from common.tables import metric_of, row_of, size_of
@@ -99,10 +99,9 @@ def draw(path, families, children):
     figure.draw_without_rendering()  # now the axes have their places, which labels need
     for axis, places in drawn:
         label_points(axis, places, link_points(axis, places))
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(path))) as directory:
-        whole = os.path.join(directory, "plot")
-        figure.savefig(whole, dpi=120, format=kind)
-        os.replace(whole, path)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120, format=kind)
+    files.write_whole(path, content.getvalue())
 
 
 def link_points(axis, places):

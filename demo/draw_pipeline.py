@@ -6,11 +6,13 @@ Writes pp-minilm.png (Chinese) and pp-minilm_en.png (English). The font of both,
     python draw_pipeline.py
 """
 
+import io
 import os
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 from common import ROOT, UserError, cli
+from common.files import write_whole
 
 PICTURES = ("pp-minilm.png", "pp-minilm_en.png")
 TEXTS = {  # in the order of PICTURES: Chinese, English
@@ -171,7 +173,9 @@ def draw(path, language):
     for x, key in ((137, "reads"), (middle, "stages"), (793, "published")):
         text(x, 20, words[key], 11.5, color=GRAY)
     text(15, deploy + 127, words["notes"], ha="left")
-    figure.savefig(path, metadata={"Software": None})
+    content = io.BytesIO()
+    figure.savefig(content, format="png", metadata={"Software": None})
+    write_whole(path, content.getvalue())
     pyplot.close(figure)
 
 

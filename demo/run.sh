@@ -61,11 +61,11 @@ time_first() {
 are_timed() {
     for directory; do
         hash=$(sha256sum "$directory"/*.pdiparams | cut -d ' ' -f 1)
-        grep -qs "$hash" "speed/$first"-*.json || return 1
+        grep -qs "$hash" "speed/$first-$DEVICE"-*.json || return 1
     done
 }
 perf_of() {
-    "$PYTHON" "$root/deploy/python/infer.py" --perf --perf_json "speed/$first-$1.json" --precision "$1" \
+    "$PYTHON" "$root/deploy/python/infer.py" --perf --perf_json "speed/$first-$DEVICE-$1.json" --precision "$1" \
         --device "$DEVICE" --model_path "${@:2}"
 }
 
@@ -73,9 +73,10 @@ if [ -z "$asked" ]; then
     sh "$root/setup_env.sh" --serving
     PYTHON=$root/.venv/bin/python
 fi
-export DEVICE=${DEVICE:-cpu} CLUE_DATA_DIR=$output/data
 mkdir -p "$output"
 cd "$output"
+output=$PWD
+export DEVICE=${DEVICE:-cpu} CLUE_DATA_DIR=$output/data
 
 step "generating data -> data/"
 [ -d data/multilabel_public ] || "$PYTHON" "$root/demo/generate_data.py" --output_dir data
@@ -148,7 +149,7 @@ trap - EXIT
 
 step "tables and plot -> tables.md, clue.png"
 perf=()
-for timed in speed/*.json; do perf+=(--perf "$timed"); done
+for timed in speed/*-"$DEVICE"-*.json; do perf+=(--perf "$timed"); done
 "$PYTHON" "$root/summarize.py" "$student" pruned_models ./*_quant_models "${perf[@]}" --plot clue.png > tables.md
 
 step "done: what each stage cost and gained"

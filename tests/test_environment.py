@@ -119,12 +119,14 @@ def test_python_3_13_has_paddle_3_and_the_others_on_request(checkout, tmp_path):
     path = f"{bin}:{os.path.dirname(BASE)}:/usr/bin:/bin"
     assert "making .venv (paddle3)" in setup(checkout, "--python", bin / "python3.13").stdout
     assert "up to date (paddle3)" in setup(checkout).stdout
+    assert "up to date (paddle3)" in setup(checkout, "--cpu", "--python", bin / "python3.13").stdout
     assert "adding Paddle Serving" in setup(checkout, "--serving").stdout
     refused = setup(checkout, "--paddle", "2", "--python", bin / "python3.13")
     assert refused.returncode == 2 and "no wheel for Python 3.13; use --paddle 3" in refused.stderr
     assert "making .venv (cpu, serving)" in setup(checkout, "--paddle", "2", path=path).stdout  # of the other Python
     assert "up to date (cpu, serving)" in setup(checkout, "--paddle", "2", path=path).stdout
     assert "making .venv (paddle3, serving)" in setup(checkout, "--paddle", "3", "--python", BASE).stdout
+    assert "up to date (paddle3, serving)" in setup(checkout, "--cpu").stdout  # which does not say which Paddle
     assert "up to date (paddle3, serving)" in setup(checkout, "--paddle", "3", "--python", BASE).stdout
 
 

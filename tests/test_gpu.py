@@ -193,7 +193,7 @@ def test_shapes_that_make_no_sense(arguments, words, capsys):
 def test_check_gpu_without_a_gpu_is_one_line(tmp_path):
     done = subprocess.run(
         ["bash", os.path.join(ROOT, "deploy/python/check_gpu.sh"), "--output_dir", str(tmp_path / "o")],
-        env={**os.environ, "PYTHON": sys.executable, "DEVICE": ""},
+        env={**os.environ, "PYTHON": sys.executable, "DEVICE": "", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
     )
@@ -209,7 +209,7 @@ class Engines:
     def __init__(self, cpu, gpu, accuracy):
         self.answers = {"cpu": (np.array(cpu), 0.9), "gpu": (np.array(gpu), accuracy)}
 
-    def need_chain(self):
+    def need(self, path):
         pass
 
     def logits(self, graph, device, precision):
@@ -238,8 +238,22 @@ def test_a_step_that_fails_says_where(tmp_path):
     checker = check_gpu.Checker(check_gpu.parse_args(["--output_dir", str(tmp_path)]), "cpu")
     with pytest.raises(check_gpu.Failed, match="status 3, name.log: the reason"):
         checker.run("name", ["sh", "-c", "echo first; echo the reason; exit 3"])
-    with pytest.raises(check_gpu.Skipped, match="has not come that far"):
-        checker.need_chain()
+    with pytest.raises(check_gpu.Skipped, match="the demo has not written a/b"):
+        checker.need("a/b")
+
+
+def test_a_check_that_breaks_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    def breaks(checker):
+        raise ValueError("broken")
+
+    checks = check_gpu.Check("one", breaks), check_gpu.Check("other", lambda checker: {"figure": 1})
+    monkeypatch.setattr(check_gpu, "CHECKS", checks)
+    with pytest.raises(SystemExit) as end:
+        check_gpu.main(["--device", "cpu", "--output_dir", str(tmp_path)])
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert end.value.code == 1 and report["rehearsal"] is True
+    assert [check["result"] for check in report["checks"]] == ["failed", "passed"]
+    assert "| one | failed | ValueError: broken |" in capsys.readouterr().out
 
 
 # Runs with the GPU wheel: what it finds, and the calls to paddle.inference.Config that the engine's options lead to.

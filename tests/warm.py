@@ -4,8 +4,9 @@
     python warm.py SOCKET SCRIPT.py ...      # runs a script there, as if in this process
 
 The forked process has done nothing but the imports. Arguments, working directory, environment and the three standard
-streams are those of the caller, who gets the exit status and passes signals on. What is no script (-c, -m), and a
-script whose environment would change the imports, is run by an ordinary Python.
+streams are those of the caller, who gets the exit status and passes signals on; limits, umask, affinity and process
+group are the server's. What is no script (-c, -m), and a script whose environment would change the imports, is run by
+an ordinary Python.
 """
 
 import array
@@ -94,6 +95,9 @@ def become(request, descriptors):
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
         status = end.code
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     except BaseException:
         traceback.print_exc()
         status = 1

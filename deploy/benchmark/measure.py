@@ -70,7 +70,7 @@ def time_models(args, models, examples):
     """
     rows = [time_runs(args, model, examples) for model in models]
     if args.perf_json:
-        files.write_json(args.perf_json, {"machine": records.describe_machine(), "rows": rows})
+        files.write_json(args.perf_json, {"machine": records.describe_machine(), "device": args.device, "rows": rows})
 
 
 def time_runs(args, model, examples, runs=5):

@@ -15,7 +15,6 @@ import sys
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 sys.path.insert(0, ROOT)
 import data
-import numpy as np
 from common import UserError, batching, checkpoints, cli, engine, files, records, tensorrt, texts
 
 
@@ -58,10 +57,21 @@ def parse_args(argv=None):
         parser.error("--predict_test takes one --model_path")
     if args.save_logits and len(args.model_path) > 1:
         parser.error("--save_logits takes one --model_path")
+    if args.save_logits and not args.save_logits.endswith(".npy"):
+        parser.error(f"--save_logits {args.save_logits}: must end with .npy")
+    others = args.text or args.input_file or args.predict_test or args.perf or args.collect_shape
+    if args.save_logits and others:
+        parser.error("--save_logits: scores dev, so it goes without --text, --input_file, --predict_test, --perf")
+    for name in ("save_logits", "perf_json"):  # before anything is computed
+        path = getattr(args, name)
+        if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+            parser.error(f"--{name} {path}: no such directory")
     if args.perf_json and not args.perf:
         parser.error("--perf_json goes with --perf")
     args.precision = "int8" if args.int8 else args.precision or "fp32"
     args.shapes = tensorrt.shapes_of(args)
+    if args.shapes:
+        args.max_seq_length = args.shapes[-1][1]  # which is compared with the positions that the model has
     engine.check_streams(args.streams, args.threads)
     return args
 
@@ -93,8 +103,9 @@ class Model:
         """The engine for the user's options. Args: features: from which TensorRT learns its shapes."""
         args = self.args
         # On a CPU, two streams of one thread each are faster than one stream of two threads, as threads that share a
-        # batch wait for each other after every operator: 1.94 against 1.74 times a plain loop (results/README.md).
-        streams = streams or args.streams or engine.default_streams(args.device, args.threads)
+        # batch wait for each other after every operator: 1.94 against 1.74 times a plain loop (results/README.md). None
+        # lets the engine choose.
+        streams = streams or args.streams
         options = args.device, args.precision, args.threads, args.use_trt, args.batch_size
         return engine.open_engine(self.graph.prefix, features, *options, self.tokenizer.pad_id, streams)
 
@@ -163,7 +174,7 @@ def score_dev(args, models):
         features, objective = model.convert(dev.examples), model.task.objective
         logits = model.logits(features)
         if args.save_logits:
-            np.save(args.save_logits, logits)
+            files.write_array(args.save_logits, logits)
         found = objective.compared(logits, batching.targets(features))
         scores[model.graph.prefix] = found[metric]
     if len(models) == 1:
