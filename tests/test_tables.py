@@ -225,7 +225,7 @@ def test_the_plot_links_and_labels(clue, monkeypatch):
     from matplotlib import figure
 
     drawn = []
-    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **_: drawn.append(self) or open(path, "w").close())
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, content, **_: drawn.append(self))
     exported = clue / "m/models/TNEWS/1e-4_32/stage.json"
     record = json.loads(exported.read_text())
     exported.write_text(json.dumps({**record, "export": {"bytes": 4_000_000}}))
