@@ -9,6 +9,7 @@ Reads a directory of Hugging Face (config.json, model.safetensors), of PaddleNLP
 """
 
 import dataclasses
+import json
 import os
 import sys
 
@@ -170,7 +171,7 @@ def order_of_labels(args, task, names):
         return task.labels, "not said by the checkpoint, CLUE's order", task.label_names and list(task.label_names)
     raise UserError(
         f"{args.model_path}: does not say the order of its labels; --labels labels.json, a JSON list such as "
-        f"{list(task.labels)}, says it"
+        f"{json.dumps(list(task.labels), ensure_ascii=False)}, says it"
     )
 
 
