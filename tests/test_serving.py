@@ -150,14 +150,14 @@ def test_precision_is_in_force(served):
         pytest.skip("this CPU has no BF16")
     service.post({"text": "一丁"})
     report = (service.logs / "worker.out").read_text(errors="replace")
-    products = re.findall(r"exec,cpu,(?:inner_product|matmul),[^,]*,[^,]*,(src_\w+)", report)
+    products = re.findall(r"exec,cpu,(?:inner_product|matmul),[^,]*,[^,]*,(src[_:]\w+)", report)
     assert len(products) > 20
-    wanted = {"fp32": r"src_f32", "bf16": r"src_bf16", "int8": r"src_[us]8"}[precision]
-    others = {"fp32": r"src_(bf16|[us]8)", "bf16": r"src_[us]8", "int8": r"src_bf16"}[precision]
+    wanted = {"fp32": r"src.f32", "bf16": r"src.bf16", "int8": r"src.[us]8"}[precision]
+    others = {"fp32": r"src.(bf16|[us]8)", "bf16": r"src.[us]8", "int8": r"src.bf16"}[precision]
     assert any(re.match(wanted, kind) for kind in products) and not any(re.match(others, kind) for kind in products)
     if precision == "fp32":
         return
-    linear = re.findall(r"exec,cpu,inner_product,[^,]*,[^,]*,(src_\w+)", report)
+    linear = re.findall(r"exec,cpu,inner_product,[^,]*,[^,]*,(src[_:]\w+)", report)
     assert linear and sum(bool(re.match(wanted, kind)) for kind in linear) >= 0.9 * len(linear)
 
 

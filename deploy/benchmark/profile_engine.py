@@ -5,6 +5,7 @@ python profile_engine.py --model_path ../../quantization/tnews_quant_models/mse4
 
 import collections
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -45,17 +46,19 @@ def operators(path):
 
 
 def primitives(log):
-    """{(primitive, types, shape): [count, milliseconds]} of oneDNN's verbose log, as version 3 writes it."""
+    """{(primitive, types, shape): [count, milliseconds]} of oneDNN's verbose log, as versions 3.0 to 3.6 write it."""
     totals = {}
     for line in log.splitlines():
-        if not line.startswith("onednn_verbose,exec,"):
+        # onednn_verbose,exec,cpu,... of Paddle 2.6.2; onednn_verbose,v1,primitive,exec,cpu,... of 3.1.1
+        start, executed, rest = line.partition(",exec,")
+        if not start.startswith("onednn_verbose") or not executed:
             continue
-        fields = line.split(",")
+        fields = rest.split(",")  # cpu, primitive, implementation, direction, memory, ..., shape, milliseconds
         types = {}
-        for memory in fields[6].split():  # such as src_s8:a:blocked:ab::f0
-            role, data_type = memory.split(":")[0].split("_", 1)
+        for memory in fields[4].split():  # such as src_s8:a:blocked:ab::f0, or src:s8:a:blocked:ab::f0
+            role, data_type = re.match("([a-z]+)[_:]([a-z0-9]+)", memory).groups()
             types.setdefault(role, data_type)
-        row = totals.setdefault((fields[3], f"{types.get('src')} -> {types.get('dst')}", fields[-2]), [0, 0.0])
+        row = totals.setdefault((fields[1], f"{types.get('src')} -> {types.get('dst')}", fields[-2]), [0, 0.0])
         row[0] += 1
         row[1] += float(fields[-1])
     return totals
