@@ -42,15 +42,13 @@ def points_of(families, children):
     for model, rows in families:
         for task in dict.fromkeys(task for row in rows for task in row["cells"]):
             name = task if len(families) == 1 else f"{os.path.basename(model)}, {task}"
-            found, color = [row["cells"][task] for row in rows if task in row["cells"]], next(colors)
-            for row in rows:
-                if task in row["cells"]:
-                    record = row["cells"][task]
-                    parent = nearest_ancestor(record, found, children)
-                    stage = row_of(record)[0].replace(", FP32", "")
-                    size = (size_of(record) or 0) / 1e6
-                    figures = size, row["speeds"].get(task), row["speedup"]
-                    points.append(Point(row["row"], color, name, stage, record, parent, *figures))
+            chosen, color = [row for row in rows if task in row["cells"]], next(colors)
+            found = [row["cells"][task] for row in chosen]
+            for row, record in zip(chosen, found):
+                parent = nearest_ancestor(record, found, children)
+                stage = row_of(record)[0].replace(", FP32", "")
+                figures = (size_of(record) or 0) / 1e6, row["speeds"].get(task), row["speedup"]
+                points.append(Point(row["row"], color, name, stage, record, parent, *figures))
     return points
 
 

@@ -12,8 +12,10 @@ import subprocess
 import sys
 import time
 
+from warm import PRELOADED
+
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["common.compat", "paddlenlp.transformers", "paddlenlp.datasets", "paddle.static"])
+FORKS.set_forkserver_preload(PRELOADED)
 
 
 class Run:

@@ -24,6 +24,8 @@ import traceback
 # Variables that Paddle and the libraries below it read while they are imported.
 READ_AT_IMPORT = ("FLAGS_", "GLOG_", "KMP_", "MKL_", "OMP_", "PADDLE_", "PPNLP_", "PYTHON")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# What nearly every script imports, at some time; kill_at.py has it in the server that it forks, too.
+PRELOADED = ["common.compat", "paddlenlp.transformers", "paddlenlp.datasets", "paddle.static"]
 
 
 def import_settings(environment):
@@ -32,7 +34,7 @@ def import_settings(environment):
 
 def serve(path):
     settings = import_settings(os.environ)
-    for module in ("common.compat", "paddle.static", "paddlenlp.datasets", "paddlenlp.transformers"):
+    for module in PRELOADED:
         importlib.import_module(module)
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that look after a script

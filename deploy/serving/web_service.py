@@ -110,10 +110,8 @@ WITHOUT_EFFECT = {
 # {command-line option: dotted name of the setting that it overrides}
 LOCAL_SERVICE = "op.ppminilm.local_service_conf"
 OPTIONS = {name: name for name in ("host", "http_port", "rpc_port", "log_dir")}
-for _option, _name in (("model", "model_config"), ("threads", "thread_num")):
-    OPTIONS[_option] = f"{LOCAL_SERVICE}.{_name}"
-for _option in ("precision", "device_type"):
-    OPTIONS[_option] = f"{LOCAL_SERVICE}.{_option}"
+NAMES = {"model": "model_config", "threads": "thread_num", "precision": "precision", "device_type": "device_type"}
+OPTIONS.update((option, f"{LOCAL_SERVICE}.{name}") for option, name in NAMES.items())
 
 
 def parse_args(argv=None):
