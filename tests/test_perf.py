@@ -1,6 +1,7 @@
 """The fast path gives the plain one's answers, and the benchmark measures what it says."""
 
 import json
+import re
 import sys
 import threading
 
@@ -16,6 +17,7 @@ measure = load_script("deploy/benchmark", "measure")
 perf = load_script("deploy/benchmark", "perf")
 perf_models = perf.perf_models
 peers = load_script("deploy/benchmark", "peers")
+versions = load_script("deploy/benchmark", "versions")
 
 
 @pytest.fixture(scope="module")
@@ -269,3 +271,30 @@ def test_profile_says_what_runs_in_int8(quantized, tuned, capsys):
     assert "outside oneDNN" in out
     profile.main(["--model_path", str(tuned / "inference"), "--length", "16", "--batches", "1"])
     assert "\nfc |  |  | 12" in capsys.readouterr().out
+
+
+def test_versions_compares_environments_that_differ(tmp_path, monkeypatch):
+    """Each is named by its Paddle and Python; one that is the same, has no Paddle or does not run is refused before anything
+    is measured."""
+    monkeypatch.setattr(versions.perf, "find_sentences", lambda timing: (None, None, []))
+    (tmp_path / "bare").mkdir()
+    bare = tmp_path / "bare/python"
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
+    bare.chmod(0o755)
+    for other, words in (
+        ([], "name an environment with another Paddle or another Python"),
+        ([sys.executable], "name an environment with another Paddle or another Python"),
+        ([tmp_path / "none"], "none: No such file or directory"),
+        ([bare], "has no Paddle; setup_env.sh makes such an environment"),
+    ):
+        options = ["--other_python", *map(str, other)] if other else []
+        with pytest.raises(UserError, match=re.escape(words)):
+            versions.main([*options, "--output_dir", str(tmp_path / "out")])
+    assert versions.name_of(sys.executable).startswith("Paddle ") and not (tmp_path / "out").exists()
+
+
+def test_versions_reports_ratios_beside_the_first(capsys):
+    seconds = {("a", "one"): [1.0, 2.0, 3.0], ("a", "two"): [2.0, 1.0, 6.0]}
+    rows = versions.report(seconds, "one")
+    assert [row["speed"] for row in rows] == [1.0, 0.5] and rows[1]["range"] == [0.5, 2.0]
+    assert rows[0]["sentences_per_second"] == 500.0 and "a | two | 333.3 | 0.50 | 0.50-2.00" in capsys.readouterr().out
