@@ -350,6 +350,20 @@ def settings_of(batch_size=32, **others):
 
 
 @pytest.fixture(scope="session")
+def pair_model(workspace):
+    """A tiny, hardly trained AFQMC model, exported."""
+    sh(
+        "finetuning/run_clue.sh", "afqmc", "1e-3", 32, 1, 64, 0, "pairs", "--init_config", "tiny.json", "--vocab_file",
+        "vocab.txt", "--data_dir", "data", "--max_steps", 2, cwd=workspace,
+    )  # fmt: skip
+    directory = workspace / "pairs/models/AFQMC/1e-3_32"
+    load_script("finetuning", "export_model").main(
+        ["--task_name", "afqmc", "--model_path", str(directory), "--data_dir", str(workspace / "data")]
+    )
+    return directory
+
+
+@pytest.fixture(scope="session")
 def models(pruned, quantized):
     """{precision: (directory, file prefix)} of ``topics``."""
     single = pruned / "0.75/sub_static"

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, Service, at_once, load_script, sh
+from conftest import ROOT, Service, at_once, load_script
 
 import protocol
 import rpc_client
@@ -30,20 +30,6 @@ def served(request, models, tmp_path_factory):
     tmp = tmp_path_factory.mktemp(request.param)
     with Service(tmp, directory, *options, env={"ONEDNN_VERBOSE": "1"}) as service:
         yield service, request.param
-
-
-@pytest.fixture(scope="module")
-def pair_model(workspace):
-    """A tiny, hardly trained AFQMC model, exported."""
-    sh(
-        "finetuning/run_clue.sh", "afqmc", "1e-3", 32, 1, 64, 0, "pairs", "--init_config", "tiny.json", "--vocab_file",
-        "vocab.txt", "--data_dir", "data", "--max_steps", 2, cwd=workspace,
-    )  # fmt: skip
-    directory = workspace / "pairs/models/AFQMC/1e-3_32"
-    load_script("finetuning", "export_model").main(
-        ["--task_name", "afqmc", "--model_path", str(directory), "--data_dir", str(workspace / "data")]
-    )
-    return directory
 
 
 def offline(directory, name, precision, examples, length=64):

@@ -22,7 +22,7 @@ from conftest import FAULTS, Service, settings_of
 pytest.importorskip("paddle_serving_server", reason="needs Paddle Serving: bash setup_env.sh --serving")
 import grpc
 import protocol
-import web_service
+import supervisor
 
 GOOD = {"text": "一丁七万丈三"}
 SETTINGS = settings_of(timeout_ms=3000, request_ms=3000, max_connections=100, worker_num=32)
@@ -328,19 +328,20 @@ def test_a_worker_that_ends_soon_is_started_again_and_again(monkeypatch, tmp_pat
     """No client can make the supervisor give up by ending a worker that was ready; the pauses grow."""
     started = []
 
-    class Ending(web_service.Supervisor):
+    class Ending(supervisor.Supervisor):
         def start(self):
             started.append(time.monotonic())
             self.stopping = len(started) == 7
             mine, its = os.pipe()
             command = [sys.executable, "-S", "-c", f"import os; os.write({its}, b'!')"]
-            self.worker = subprocess.Popen(command, pass_fds=[its], start_new_session=True)
+            self.worker = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[its], start_new_session=True)
             os.close(its)
             return mine
 
-    monkeypatch.setattr(web_service, "LONGEST_PAUSE", 1)
+    monkeypatch.setattr(supervisor, "LONGEST_PAUSE", 1)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    assert Ending({"host": "127.0.0.1", "http_port": 1, "rpc_port": 2, "log_dir": str(tmp_path)}).run() == 0
+    config = {"host": "127.0.0.1", "http_port": 1, "rpc_port": 2, "tls_certificate": "", "log_dir": str(tmp_path)}
+    assert Ending(config).run() == 0
     pauses = [after - before for before, after in zip(started, started[1:])]
     assert len(started) == 7 and min(pauses[1:]) > 0.9 > pauses[0], pauses
     assert "giving up" not in capsys.readouterr().err
@@ -348,9 +349,9 @@ def test_a_worker_that_ends_soon_is_started_again_and_again(monkeypatch, tmp_pat
 
 def test_a_worker_that_computes_is_not_frozen(monkeypatch):
     """Silent for longer than SILENCE, its main thread busy: it gets more time; one that sleeps does not."""
-    monkeypatch.setattr(web_service, "SILENCE", 1)
-    monkeypatch.setattr(web_service, "BUSY_SILENCE", 3)
-    supervisor = web_service.Supervisor({})
+    monkeypatch.setattr(supervisor, "SILENCE", 1)
+    monkeypatch.setattr(supervisor, "BUSY_SILENCE", 3)
+    watching = supervisor.Supervisor({})
     for doing, longest, lives in (
         ("sum(range(10**12))", 4.5, False),
         ("time.sleep(9)", 2, False),
@@ -358,12 +359,12 @@ def test_a_worker_that_computes_is_not_frozen(monkeypatch):
     ):
         mine, its = os.pipe()
         code = f"import os, time; {doing}; os.write({its}, b'!')"
-        supervisor.worker = subprocess.Popen([sys.executable, "-S", "-c", code], pass_fds=[its])
+        watching.worker = subprocess.Popen([sys.executable, "-S", "-c", code], pass_fds=[its])
         os.close(its)
         started = time.monotonic()
-        assert supervisor.lives(mine) == lives and time.monotonic() - started < longest
-        supervisor.worker.kill()
-        supervisor.worker.wait()
+        assert watching.lives(mine) == lives and time.monotonic() - started < longest
+        watching.worker.kill()
+        watching.worker.wait()
         os.close(mine)
 
 

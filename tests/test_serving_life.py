@@ -19,6 +19,7 @@ pytest.importorskip("paddle_serving_server", reason="needs Paddle Serving: bash 
 import protocol
 import rpc_client
 import serving_load
+import settings as service_settings
 import web_service
 from common import UserError, objectives
 from serving_load import free_port
@@ -182,7 +183,7 @@ def test_wrong_settings(tmp_path, settings, words):
     config = tmp_path / "config.yml"
     config.write_text(settings)
     with pytest.raises(UserError, match=re.escape(words)) as error:
-        web_service.check_ports(web_service.read_config(web_service.parse_args(["--config", str(config)])))
+        service_settings.check_ports(service_settings.read_config(web_service.parse_args(["--config", str(config)])))
     assert "\n" not in str(error.value)
 
 
@@ -200,7 +201,7 @@ def test_a_full_disk_behind_its_output_does_not_end_the_service(model, tmp_path)
 def test_ports_as_paddle_serving_documents_them(tmp_path, settings, http_port, rpc_port):
     config = tmp_path / "config.yml"
     config.write_text(settings)
-    read = web_service.read_config(web_service.parse_args(["--config", str(config)]))
+    read = service_settings.read_config(web_service.parse_args(["--config", str(config)]))
     assert (read["http_port"], read["rpc_port"]) == (http_port, rpc_port)
 
 
@@ -226,15 +227,15 @@ def test_a_service_without_http(model, tmp_path):
 
 def test_wrong_overrides_go_by_the_name_of_their_option():
     with pytest.raises(UserError, match=r"^--threads: -1: Input should be greater than or equal to 0"):
-        web_service.read_config(web_service.parse_args(["--threads", "-1"]))
+        service_settings.read_config(web_service.parse_args(["--threads", "-1"]))
 
 
 def test_the_settings_in_the_file_are_the_defaults(tmp_path):
     """Those that a file leaves out are as config_nlp.yml has them, paths relative to the file."""
     empty = tmp_path / "empty.yml"
     empty.write_text("")
-    left_out = web_service.read_config(web_service.parse_args(["--config", str(empty)]))
-    shown = web_service.read_config(web_service.parse_args([]))
+    left_out = service_settings.read_config(web_service.parse_args(["--config", str(empty)]))
+    shown = service_settings.read_config(web_service.parse_args([]))
     base = os.path.join(ROOT, "deploy/serving")
     assert json.loads(json.dumps(left_out).replace(str(tmp_path), base)) == shown
     assert shown["op"]["ppminilm"]["local_service_conf"]["model_config"] == os.path.join(base, "serving_server")

@@ -10,18 +10,35 @@ import grpc
 import grpc.aio
 from aiohttp import web, web_protocol
 
+import access
+import openapi
 import protocol
-from protocol import BAD_INPUT, NO_SERVICE, NOT_IMPLEMENTED, OK, UNKNOWN, Answer, ServiceError
+from openapi import HEALTH, METHODS, METRICS, OPENAPI, PREDICTION
+from protocol import BAD_INPUT, NO_SERVICE, NOT_IMPLEMENTED, OK, UNAUTHORIZED, UNKNOWN, Answer, ServiceError
 
 YOUNG = 0.2  # seconds in which the event loop has read what a new connection sent, also when it is busy
 MOST_PIPELINED = 32  # requests of one connection that wait for the reply to the one before
-PREDICTION, HEALTH = f"/{protocol.SERVICE}/prediction", f"/{protocol.SERVICE}/health"
+REFUSED = Answer(UNAUTHORIZED, "unauthorized", {})  # the same words whatever is wrong: no hint
+
+
+class RpcFront:
+    """A gRPC server for Paddle Serving's pipeline service."""
+
+    def __init__(self, server, change_certificate):
+        self.server, self.take_certificate = server, change_certificate
+
+    async def stop(self, grace):
+        await self.server.stop(grace)
 
 
 async def start_rpc(service, config):
-    """A gRPC server for Paddle Serving's pipeline service, started. Returns: grpc.aio.Server."""
+    """Returns: an RpcFront that answers."""
 
     async def inference(request, context):
+        if not service.tokens.allow(dict(context.invocation_metadata()).get("authorization")):
+            service.metrics.refused("rpc", UNAUTHORIZED)
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, REFUSED.err_msg)
+
         def read():
             protocol.check_fields(request, 2 * limit_of_keys(config) + 8)
             message = protocol.messages().Request()
@@ -60,9 +77,14 @@ async def start_rpc(service, config):
             ("grpc.server_handshake_timeout_ms", config["request_ms"]),
         ],
     )
-    server.add_insecure_port(protocol.authority(config["host"], config["rpc_port"]))
+    address = protocol.authority(config["host"], config["rpc_port"])
+    credentials, change_certificate = access.grpc_credentials(config)
+    if credentials:
+        server.add_secure_port(address, credentials)
+    else:
+        server.add_insecure_port(address)
     await server.start()
-    return server
+    return RpcFront(server, change_certificate)
 
 
 def limit_of_keys(config):
@@ -116,6 +138,7 @@ class Connection(web_protocol.RequestHandler):
                 self.head = None  # all there; the body has a limit of its own
             elif len(self.head) > self.front.max_head:
                 answer = Answer(BAD_INPUT, f"the head is larger than {self.front.max_head} bytes", {})
+                self.front.service.metrics.refused("http", BAD_INPUT)
                 self.raw.write(raw_reply(431, "Request Header Fields Too Large", answer))
                 self.close_after_reply()
                 return
@@ -139,6 +162,7 @@ class Connection(web_protocol.RequestHandler):
     def handle_error(self, request, status=500, exc=None, message=None):
         """The reply to what aiohttp itself refuses."""
         err_no = BAD_INPUT if status < 500 else UNKNOWN
+        self.front.service.metrics.refused("http", err_no)
         reply = json_reply(Answer(err_no, f"HTTP status {status}: no HTTP request that this service takes", {}), status)
         reply.force_close()
         return reply
@@ -156,13 +180,14 @@ def json_reply(answer, status=None, in_message_form=False):
 
 
 class HttpFront:
-    """POST /ppminilm/prediction, GET /ppminilm/health."""
+    """The HTTP routes, which openapi.py describes."""
 
     def __init__(self, service, config):
         self.service, self.config = service, config
         self.seconds, self.max_head = config["request_ms"] / 1000, config["max_header_bytes"]
         self.max_received = config["max_body_bytes"] + 2 * self.max_head
         self.connections, self.trimming, self.listener = set(), False, None
+        self.tls = access.server_context(config)
         self.server = web.Server(self.handle, handler_cancellation=True)
 
     def opened(self, connection):
@@ -203,9 +228,17 @@ class HttpFront:
         options = {"loop": loop, "access_log": None, "keepalive_timeout": 3600.0, "lingering_time": 0}
         options["auto_decompress"] = False  # what a few kilobytes unpack to would be known too late
         limits = {"max_line_size": 1024, "max_field_size": self.max_head}
+        # Who does not finish the handshake in time is as slow as who does not finish a request.
+        tls = {"ssl": self.tls, "ssl_handshake_timeout": self.seconds} if self.tls else {}
+        address = self.config["host"], self.config["http_port"]
         self.listener = await loop.create_server(
-            lambda: Connection(self, **options, **limits), self.config["host"], self.config["http_port"], backlog=1024
+            lambda: Connection(self, **options, **limits), *address, backlog=1024, **tls
         )
+
+    def take_certificate(self, config):
+        """New connections get the certificate of other settings."""
+        if self.tls:
+            access.load_certificate(self.tls, config)
 
     async def stop(self, grace):
         """Takes no more connections; waits for the replies that are being made, at most for ``grace`` seconds."""
@@ -228,16 +261,19 @@ class HttpFront:
 
     async def reply_to(self, request, connection):
         """The reply to a request whose head is there."""
-        methods = {PREDICTION: "POST", HEALTH: "GET"}
         path = request.raw_path.partition("?")[0]  # as it was sent, not decoded
-        if path not in methods:
-            return self.refusal(404, NO_SERVICE, f"no such path; there are {PREDICTION} and {HEALTH}")
-        if request.method != methods[path]:
-            return self.refusal(405, NOT_IMPLEMENTED, "POST to prediction, GET health")
-        if path == HEALTH:
+        if path not in openapi.WITHOUT_TOKEN and not self.service.tokens.allow(request.headers.get("Authorization")):
+            reply = self.refusal(401, REFUSED.err_no, REFUSED.err_msg)
+            reply.headers["WWW-Authenticate"] = "Bearer"
+            return reply
+        if path not in METHODS:
+            return self.refusal(404, NO_SERVICE, f"no such path; there are {', '.join(METHODS)}")
+        if request.method != METHODS[path]:
+            return self.refusal(405, NOT_IMPLEMENTED, "POST to prediction, GET the others")
+        if path != PREDICTION:
             connection.whole = True
             connection.deadline.cancel()
-            return await self.health()
+            return await self.get(path)
         if request.headers.get("Content-Encoding", "identity").lower() != "identity":
             return self.refusal(415, BAD_INPUT, "compressed bodies are not taken")
         limit = self.config["max_body_bytes"]
@@ -267,22 +303,35 @@ class HttpFront:
         answer = await self.service.answer("http", read, connection.address, len(body))
         return json_reply(answer, in_message_form=in_message_form)
 
-    async def health(self):
+    async def get(self, path):
+        """The reply to a request without a body."""
         service = self.service
-        answer = await service.answer("health", lambda: (service.health_fields, 0), "")
+        if path == HEALTH:
+            return await self.health()
+        if path == METRICS:
+            body, content_type = service.metrics.text()
+            return web.Response(body=body, headers={"Content-Type": content_type})
+        if path == OPENAPI:
+            return web.json_response(openapi.document(service.served.model, service.config))
+        return json_reply(Answer(OK, "", {}))  # it lives
+
+    async def health(self):
+        served = self.service.served
+        answer = await self.service.answer("health", lambda: (served.health_fields, 0), "")
         if answer.err_no == OK:
             description = {
-                "task": service.model.record["task"],
-                "classes": service.model.labels,
-                "pairs": service.model.pairs,
-                "precision": service.model.precision,
-                "max_seq_length": service.model.longest,
+                "task": served.model.record["task"],
+                "classes": served.model.labels,
+                "pairs": served.model.pairs,
+                "precision": served.model.precision,
+                "max_seq_length": served.model.longest,
             }
             answer = answer._replace(values=description)
         return json_reply(answer)
 
     def refusal(self, status, err_no, message):
         """A reply to what is not read to its end; the connection is closed after it."""
+        self.service.metrics.refused("http", err_no)
         reply = json_reply(Answer(err_no, message, {}), status)
         reply.force_close()
         return reply

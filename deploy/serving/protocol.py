@@ -26,6 +26,8 @@ METHOD = "/baidu.paddle_serving.pipeline_serving.PipelineService/inference"
 # Paddle Serving's error numbers (CustomExceptionCode of paddle_serving_server 0.9.0), and their HTTP status codes.
 OK, NOT_IMPLEMENTED, UNAVAILABLE, NO_SERVICE, BAD_INPUT, TIMEOUT, UNKNOWN = 0, 3000, 3001, 3002, 5000, 6000, 10000
 HTTP_STATUS = {OK: 200, NOT_IMPLEMENTED: 405, UNAVAILABLE: 503, NO_SERVICE: 404, BAD_INPUT: 400, TIMEOUT: 504}
+UNAUTHORIZED = 4010  # our own: Paddle Serving lets everyone in
+HTTP_STATUS[UNAUTHORIZED] = 401
 JSON_TYPES = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list"}
 
 

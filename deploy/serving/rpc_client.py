@@ -8,20 +8,28 @@
 Exit status: 0 if all texts were answered, 1 if the service failed or was unreachable, 2 for invalid arguments.
 """
 
+import contextlib
+import http.client
 import json
 import os
+import socket
+import ssl
 import sys
 import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+import access
 import data
 import numpy as np
+import openapi
 import protocol
 from common import cli, objectives, texts
 
 # What is sent where no text is given: a headline about education and one about the stock exchange.
 SENTENCES = ["今年的高考作文题你会写吗", "沪深股市收盘双双上涨"]
 PORTS = {"rpc": 8091, "http": 18083}
+UNAUTHORIZED = "the service wants a token that it knows: --token_file FILE"
+UNTRUSTED = "its certificate is not trusted, or has another name than --address: --ca FILE names its CA"
 
 
 class Refused(Exception):
@@ -41,6 +49,10 @@ def parse_args(argv=None):
     group.add_argument("--batch_size", type=int, default=32, help="texts per request", positive=True)
     group.add_argument("--deadline", type=float, default=10.0, help="seconds per request, with retries", positive=True)
     group.add_argument("--retries", type=int, default=3, help="retries if the service is unreachable or overloaded")
+    group.add_argument("--token_file", help="file with the bearer token of the service")
+    group.add_argument("--tls", action="store_true", help="connect by TLS, and trust the CAs of the system")
+    help = "connect by TLS, and trust this CA, or this certificate of the service itself (PEM file)"
+    group.add_argument("--ca", help=help)
     help = "first wait up to SECONDS until the service is ready"
     group.add_argument("--wait-ready", "--wait_ready", type=float, default=0.0, metavar="SECONDS", help=help)
     group.add_argument(
@@ -62,21 +74,35 @@ def parse_args(argv=None):
     return args
 
 
-def rpc(host, port):
-    """Returns: function (fields, seconds) that sends a request over RPC, returns {key: value} and raises Refused."""
+def rpc(address, context, token):
+    """Returns: function (fields, seconds) that sends a request over RPC, returns {key: value} and raises Refused.
+
+    Args: address: (host, port). context: Tls, or None. token: the bearer token, or "".
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it would print lines of its own beside those of this client
     import grpc
 
     pb = protocol.messages()
-    channel = grpc.insecure_channel(f"{host}:{port}", [("grpc.max_reconnect_backoff_ms", 500)])
+    where, options = protocol.authority(*address), [("grpc.max_reconnect_backoff_ms", 500)]
+    if context:
+        channel = grpc.secure_channel(where, grpc.ssl_channel_credentials(context.roots()), options)
+    else:
+        channel = grpc.insecure_channel(where, options)
     call = channel.unary_unary(
         protocol.METHOD, request_serializer=pb.Request.SerializeToString, response_deserializer=pb.Response.FromString
     )
+    metadata = [("authorization", f"Bearer {token}")] if token else None
 
     def ask(fields, seconds):
         values = [value if isinstance(value, str) else json.dumps(value) for value in fields.values()]
+        request = pb.Request(name=protocol.SERVICE, key=list(fields), value=values)
         try:
-            response = call(pb.Request(name=protocol.SERVICE, key=list(fields), value=values), timeout=seconds)
+            response = call(request, timeout=seconds, metadata=metadata)
         except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                raise Refused(UNAUTHORIZED) from error
+            if "CERTIFICATE_VERIFY_FAILED" in error.details():
+                raise Refused(UNTRUSTED) from error
             raise Refused(
                 f"{error.code().name.lower()}: {error.details()}", error.code() == grpc.StatusCode.UNAVAILABLE
             ) from error
@@ -87,33 +113,50 @@ def rpc(host, port):
     return ask
 
 
-def http_session():
-    import requests
+def http_connection(address, seconds, context):
+    """A connection that is opened by its first request; proxy settings of the environment are ignored."""
+    if context:
+        return http.client.HTTPSConnection(*address, timeout=seconds, context=context.context)
+    return http.client.HTTPConnection(*address, timeout=seconds)
 
-    session = requests.Session()
-    session.trust_env = False  # ignore the proxy settings of the environment
-    return session
 
-
-def http(host, port):
+def over_http(address, context, token):
     """Like rpc(), over HTTP."""
-    import requests
+    connection = None
+    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
 
-    session = http_session()
+    def post(fields, seconds):
+        nonlocal connection
+        connection = connection or http_connection(address, seconds, context)
+        connection.timeout = seconds
+        if connection.sock:
+            connection.sock.settimeout(seconds)
+        try:
+            connection.request("POST", openapi.PREDICTION, json.dumps(fields), headers)
+            reply = connection.getresponse()
+            return reply.status, reply.read()
+        except BaseException:
+            connection.close()
+            connection = None
+            raise
 
     def ask(fields, seconds):
         try:
-            reply = session.post(f"http://{host}:{port}/{protocol.SERVICE}/prediction", json=fields, timeout=seconds)
-        except requests.Timeout as error:
+            status, body = post(fields, seconds)
+        except TimeoutError as error:
             raise Refused(f"no answer in {seconds:.1f} s") from error
-        except requests.RequestException as error:
-            raise Refused(f"{host}:{port} cannot be reached", again=True) from error
+        except ssl.SSLCertVerificationError as error:
+            raise Refused(UNTRUSTED) from error
+        except (OSError, http.client.HTTPException) as error:
+            raise Refused(f"{protocol.authority(*address)} cannot be reached", again=True) from error
         try:
-            answer = reply.json()
+            answer = json.loads(body)
         except ValueError:
             answer = None
         if not isinstance(answer, dict) or "err_no" not in answer:
-            raise Refused(f"HTTP {reply.status_code}, and not an answer of this service")
+            raise Refused(f"HTTP {status}, and not an answer of this service")
+        if answer["err_no"] == protocol.UNAUTHORIZED:
+            raise Refused(UNAUTHORIZED)
         if answer["err_no"]:
             raise Refused(f"err_no {answer['err_no']}: {answer['err_msg']}", answer["err_no"] == protocol.UNAVAILABLE)
         return answer
@@ -134,53 +177,79 @@ def ask_again(ask, fields, deadline, retries):
             retries, pause = retries - 1, min(1.0, 2 * pause)
 
 
-def wait_ready(host, port, seconds, rpc_port=None):
+def wait_ready(host, port, seconds, context=None, token="", ended=lambda: False):
     """Whether the service answers a health request, which runs the model like any other, within ``seconds``.
 
-    A service without HTTP (port None) is asked by RPC whether it takes connections: it does when the model is warm.
+    Args: context, token: as rpc's. ended: function that tells whether there is nothing left to wait for.
     """
-    import requests
+    address, headers = (local(host), port), {"Authorization": f"Bearer {token}"} if token else {}
 
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    if port is None:
-        return wait_connected(host, rpc_port, seconds)
-    url = f"http://{protocol.authority(host, port)}/{protocol.SERVICE}/health"
-    until, session = time.monotonic() + seconds, http_session()
+    def is_healthy(left):
+        with contextlib.closing(http_connection(address, left, context)) as connection:
+            connection.request("GET", openapi.HEALTH, headers=headers)
+            return connection.getresponse().status == 200
+
+    url = f"{'https' if context else 'http'}://{protocol.authority(*address)}{openapi.HEALTH}"
+    return wait(is_healthy, url, seconds, ended)
+
+
+def wait_connected(host, port, seconds, context=None, ended=lambda: False):
+    """Whether the RPC port takes connections within ``seconds``: it is opened when the model is warm."""
+    address = local(host), port
+
+    def connects(left):
+        with socket.create_connection(address, left) as connection:
+            if context:
+                context.context.wrap_socket(connection).close()
+            return True
+
+    return wait(connects, protocol.authority(*address), seconds, ended)
+
+
+def local(host):
+    """The address at which a service can be reached on its own machine that binds all addresses."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def wait(is_ready, where, seconds, ended):
+    """Whether is_ready(seconds left) becomes true; it may raise what a connection raises."""
+    until = time.monotonic() + seconds
     while True:
-        left = max(0.1, until - time.monotonic())
-        try:
-            if session.get(url, timeout=left).status_code == 200:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            if is_ready(max(0.1, until - time.monotonic())):
                 return True
-        except requests.RequestException:
-            pass
-        if time.monotonic() > until:
-            print(
-                f"{url}: not ready after {seconds:g} s; is it running? see its output and PipelineServingLogs/",
-                file=sys.stderr,
-            )
+        why = None
+        if ended():
+            why = "the service has ended"
+        elif time.monotonic() > until:
+            why = f"not ready after {seconds:g} s; is it running?"
+        if why:
+            print(f"{where}: {why}; see its output and PipelineServingLogs/", file=sys.stderr)
             return False
         time.sleep(min(0.2, max(0.0, until - time.monotonic())))
 
 
-def wait_connected(host, port, seconds):
-    """Whether an RPC connection comes about within ``seconds``."""
-    import grpc
+class Tls:
+    """How a client knows the server. Args: as access.client_context; ca: also "" for the CAs of the system."""
 
-    address = protocol.authority(host, port)
-    with grpc.insecure_channel(address, [("grpc.max_reconnect_backoff_ms", 500)]) as channel:
-        try:
-            grpc.channel_ready_future(channel).result(seconds)
-        except grpc.FutureTimeoutError:
-            print(f"{address}: no RPC connection after {seconds:g} s; is it running?", file=sys.stderr)
-            return False
-    return True
+    def __init__(self, ca, on_this_machine=False):
+        self.ca, self.context = ca, access.client_context(ca or None, on_this_machine)
+
+    def roots(self):
+        """The certificates for gRPC, in PEM; None for those that it brings itself."""
+        if not self.ca:
+            return None
+        with open(self.ca, "rb") as file:
+            return file.read()
 
 
 def main(argv=None):
     args = parse_args(argv)
     examples = texts.read_texts(args, args.task_name, None, data.texts_of)
     with protocol.needs_paddle_serving():
-        ask = (http if args.http else rpc)(args.host, args.port)
+        context = Tls(args.ca) if args.tls or args.ca else None
+        token = access.read_tokens(args.token_file)[0] if args.token_file else ""
+        ask = (over_http if args.http else rpc)((args.host, args.port), context, token)
     for start in range(0, len(examples), args.batch_size):
         chosen = examples[start : start + args.batch_size]
         fields = {"texts": [example.text for example in chosen]}

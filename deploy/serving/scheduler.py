@@ -24,10 +24,10 @@ WINDOW = 96
 
 
 class Job:
-    """One request on its way through the model."""
+    """One request on its way through the model. Args: now: time.monotonic(). scheduler: the one that has it."""
 
-    def __init__(self, query, address, now):
-        self.query, self.address = query, address
+    def __init__(self, query, address, now, scheduler):
+        self.query, self.address, self.scheduler = query, address, scheduler
         self.characters = sum(map(len, (*query.texts, *(query.pairs or ()))))
         self.seconds = SECONDS_PER_TEXT * len(query.texts) + SECONDS_PER_CHARACTER * self.characters
         # As if a request waited for nothing but itself: small ones overtake large ones, and none waits for ever.
@@ -42,11 +42,11 @@ class Job:
 class Scheduler:
     """Tokenizes requests, and hands their texts to the engine's streams, batch by batch.
 
-    Args: op: worker.PPMiniLMOp. batch_size: the most texts in a batch.
+    Args: op: worker.PPMiniLMOp. batch_size: the most texts in a batch. metrics: metrics.Metrics.
     """
 
-    def __init__(self, op, batch_size):
-        self.op, self.model, self.loop = op, op.model, asyncio.get_running_loop()
+    def __init__(self, op, batch_size, metrics):
+        self.op, self.model, self.metrics, self.loop = op, op.model, metrics, asyncio.get_running_loop()
         self.rows = [rows for rows in self.model.rows if rows <= batch_size]
         self.untokenized, self.waiting, self.running = [], [], 0
         self.begun = {}  # {future of a batch: when it was handed to the streams}
@@ -177,6 +177,7 @@ class Scheduler:
         del self.begun[future]
         try:
             fetched, _, _ = future.result()
+            self.metrics.computed([job.features[i] for job, i in chosen])
             for (job, i), row in zip(chosen, fetched["logits"]):
                 if job.logits is None:
                     job.logits = np.empty((len(job.features), len(row)), "float32")
@@ -187,6 +188,13 @@ class Scheduler:
         except Exception as error:
             self.fail([job for job, _ in chosen], error)
         self.fill()
+
+    async def close(self):
+        """Waits until nothing is left to do; ends the thread that tokenizes."""
+        while self.untokenized or self.waiting or self.begun:
+            await asyncio.sleep(0.05)
+        self.tokenizer_task.cancel()
+        self.tokenizing.shutdown()
 
     def is_stuck(self, seconds):
         """Whether a batch has been with the streams for longer than that: the engine hangs; or nothing is tokenized."""

@@ -6,6 +6,8 @@ fronts.py (RPC, HTTP) -> Service -> scheduler.py -> PPMiniLMOp (tokenizes, runs 
 import asyncio
 import collections
 import contextlib
+import gc
+import json
 import logging
 import os
 import signal
@@ -15,10 +17,14 @@ import traceback
 import unicodedata
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+import access
 import fronts
 import numpy as np
 import protocol
-from common import batching, checkpoints, cli, compat, engine, texts
+import settings
+import supervisor
+from common import UserError, batching, checkpoints, cli, compat, engine, records, texts
+from metrics import Metrics
 from protocol import BAD_INPUT, OK, TIMEOUT, UNAVAILABLE, UNKNOWN, Answer, ServiceError
 from scheduler import Job, Scheduler
 
@@ -74,6 +80,7 @@ class Model:
     def __init__(self, path, device, precision, threads, use_trt=False):
         graph = checkpoints.open_graph(path, "--model")
         self.record, self.tokenizer = graph.record, graph.tokenizer()
+        (self.weights,) = records.parameter_hashes(records.graph_files(self.record))
         self.precision = precision or engine.default_precision(graph.prefix)
         self.objective, self.labels = graph.objective, self.record["labels"]
         self.label_names = self.record["model"].get("label_names")
@@ -198,33 +205,68 @@ class PPMiniLMOp(pipeline.Op):
         return answer, None, ""
 
 
+class Served:
+    """A model in service, with its operator and its queue."""
+
+    def __init__(self, model, batch_size, metrics):
+        self.model, self.op = model, PPMiniLMOp(model)
+        self.scheduler = Scheduler(self.op, batch_size, metrics)
+        ready = "text_pair" if model.pairs else "text"
+        self.health_fields = dict.fromkeys(("text", ready), model.labels[0])
+
+    async def check(self):
+        """Lets the model answer a request. Raises: ServiceError, or what its engine raises."""
+        query = protocol.Query([self.model.labels[0]], [self.model.labels[0]] if self.model.pairs else None, 0)
+        logits = await self.scheduler.run(Job(query, "", time.monotonic(), self.scheduler))
+        if not np.isfinite(logits).all():
+            raise ServiceError(UNKNOWN, "the model answers with numbers that are not finite")
+
+    async def close(self):
+        """Waits for what is being computed, then ends the threads."""
+        await self.scheduler.close()
+        for one in {self.model.engine, self.model.alone}:
+            one.pool.shutdown()
+
+
 class Service:
     """Answers the requests of both fronts: enforces the limits, asks the scheduler and writes the log."""
 
-    def __init__(self, model, config):
-        self.model, self.config, self.closing = model, config, False
+    def __init__(self, model, config, metrics):
+        self.config, self.metrics, self.closing = config, metrics, False
         self.timeout = config["timeout_ms"] / 1000
         self.running = set()  # jobs
         self.checking = 0  # health requests that are being answered
         self.reading, self.read_seconds = asyncio.Lock(), 0.0  # for large requests, and what the last one took
-        self.op = PPMiniLMOp(model)
-        self.scheduler = Scheduler(self.op, config["op"][protocol.SERVICE]["batch_size"])
-        ready = "text_pair" if model.pairs else "text"
-        self.health_fields = dict.fromkeys(("text", ready), model.labels[0])
+        self.tokens = access.Tokens(config["tokens_file"])
+        self.served = self.serve(model)
+        metrics.watch(self)
+
+    def serve(self, model):
+        return Served(model, self.config["op"][protocol.SERVICE]["batch_size"], self.metrics)
+
+    def replace(self, served):
+        """From now on requests go to another model; those that the one before has are answered by it.
+
+        Returns: the one before, for closing.
+        """
+        before, self.served = self.served, served
+        self.metrics.serve_model(served.model)
+        return before
 
     async def answer(self, front, read, address, size=0):
         """Returns: the Answer. Args: front: its name in the log. read: function that returns (fields, logid).
         address: of the client, whose requests take turns with those of others. size: of what read() parses, in bytes.
         """
         start, logid, count, values, err_no, err_msg = time.monotonic(), 0, 0, {}, OK, ""
+        served = self.served  # the same one to the end of this request
         try:
             async with self.turn_to_read(size):
                 if time.monotonic() - start > self.timeout:
                     raise ServiceError(TIMEOUT, TOO_LATE)
                 fields, logid = read()
-                query = protocol.read_query(fields, logid, self.model.pairs, self.config)
+                query = protocol.read_query(fields, logid, served.model.pairs, self.config)
             count = len(query.texts)
-            values = await self.compute(query, address, front == "health")
+            values = await self.compute(served, query, address, front == "health")
             if query.numbered:  # the original example's client takes the first value for the logits
                 values = {"logits": values.pop("logits"), **values}
         except ServiceError as error:
@@ -233,8 +275,9 @@ class Service:
             place = traceback.extract_tb(error.__traceback__)[-1]  # not the message: it may quote the request
             log.error("logid %d: %s, %s:%d", logid, type(error).__name__, place.filename, place.lineno)
             err_no, err_msg = UNKNOWN, "the service failed to answer this request"
-        milliseconds = 1000 * (time.monotonic() - start)
-        log.info("%s logid %d: %d texts, %.1f ms, err_no %d", front, logid, count, milliseconds, err_no)
+        seconds = time.monotonic() - start
+        log.info("%s logid %d: %d texts, %.1f ms, err_no %d", front, logid, count, 1000 * seconds, err_no)
+        self.metrics.replied(front, err_no, seconds)
         return Answer(err_no, err_msg, values)
 
     @contextlib.asynccontextmanager
@@ -252,8 +295,8 @@ class Service:
             finally:
                 self.read_seconds = time.monotonic() - start
 
-    async def compute(self, query, address, is_health):
-        job = Job(query, address, time.monotonic())
+    async def compute(self, served, query, address, is_health):
+        job = Job(query, address, time.monotonic(), served.scheduler)
         if self.closing:
             raise ServiceError(UNAVAILABLE, "the service is stopping; try again")
         if is_health and self.checking >= HEALTH_PLACES:
@@ -263,18 +306,18 @@ class Service:
         self.checking += is_health
         expiry = asyncio.get_running_loop().call_later(self.timeout, self.expire, job)
         try:
-            logits = await self.scheduler.run(job)
+            logits = await job.scheduler.run(job)
         finally:
             expiry.cancel()
             self.checking -= is_health
             self.running.discard(job)
-        answer, _, _ = self.op.postprocess({"request": {"truncated": job.truncated}}, {"logits": logits})
+        answer, _, _ = served.op.postprocess({"request": {"truncated": job.truncated}}, {"logits": logits})
         return answer
 
     def expire(self, job):
         """Ends the waiting of a job. One that has begun is answered: what was computed of it is not thrown away."""
         if not job.begun:
-            self.scheduler.fail([job], ServiceError(TIMEOUT, TOO_LATE))
+            job.scheduler.fail([job], ServiceError(TIMEOUT, TOO_LATE))
 
     def admit(self, job):
         """Takes a job in. If there are too many, one that has not begun makes room: of the address with most of them
@@ -289,10 +332,14 @@ class Service:
             self.running.discard(largest)
             if largest is job:
                 raise busy
-            self.scheduler.fail([largest], busy)
+            largest.scheduler.fail([largest], busy)
 
     def texts(self):
         return sum(len(job.query.texts) for job in self.running)
+
+    def texts_waiting(self):
+        """Texts that no stream has taken yet."""
+        return sum(len(job.left) if job.features else len(job.query.texts) for job in self.running)
 
 
 def set_up_logs():
@@ -313,30 +360,119 @@ def device_of(settings):
     return cli.set_device(f"gpu:{gpu}" if kind else "cpu"), kind == 2
 
 
-async def serve(config, ready, heartbeat):
-    """Loads the model, opens the ports, calls ready(), and answers until SIGTERM or SIGINT.
+def load(config):
+    """The Model of the settings, warm. Raises: UserError, or what Paddle raises."""
+    model = Model(*model_options(config))
+    model.prepare()
+    return model
 
-    Args: heartbeat: function that is called twice a second: web_service.py ends a worker that is silent.
+
+def model_options(config):
+    """The arguments of Model."""
+    op = settings.local_service(config)
+    device, use_trt = device_of(op)
+    return op["model_config"], device, op["precision"], op["thread_num"], use_trt
+
+
+def try_out():
+    """Runs as a process of its own: loads the model of the settings that standard input brings, and lets it compute."""
+    config = json.load(sys.stdin)
+    settings.local_service(config)["thread_num"] = 1
+    model = Model(*model_options(config))
+    for rows in (model.rows[0], model.rows[-1]):
+        logits = model.engine.run(model.shape(rows, model.lengths[rows][0]))
+        if not np.isfinite(logits).all():
+            raise UserError("the model answers with numbers that are not finite")
+
+
+async def check_in_another_process(config):
+    """Raises: UserError if the model of the settings cannot be used. Some bad graphs make Paddle end its process, so it
+    is not this one that tries."""
+    command = [sys.executable, os.path.abspath(__file__)]
+    pipe = asyncio.subprocess.PIPE
+    child = await asyncio.create_subprocess_exec(*command, stdin=pipe, stderr=pipe, preexec_fn=cli.die_with_parent)
+    _, said = await child.communicate(json.dumps(config).encode())
+    if child.returncode < 0:
+        raise UserError(f"loading it ended the process that tried, by signal {-child.returncode}")
+    if child.returncode:
+        line = (said.decode(errors="replace").strip().splitlines() or ["no reason was given"])[-1]
+        raise UserError(line.rpartition("worker.py: error: ")[2])
+
+
+class Reloader:
+    """Takes other settings while the service goes on: model, tokens, certificate."""
+
+    def __init__(self, service, running):
+        self.service, self.running, self.retiring = service, running, set()
+
+    async def take(self, config):
+        """Whether the settings were taken. Everything is loaded and checked before anything is changed."""
+        service, loop = self.service, asyncio.get_running_loop()
+        path = settings.local_service(config)["model_config"]
+        try:
+            tokens = access.Tokens(config["tokens_file"])
+            access.check_tls(config)
+            await check_in_another_process(config)
+            model = await loop.run_in_executor(None, load, config)
+            if model.pairs != service.served.model.pairs:
+                takes = "sentence pairs" if model.pairs else "single texts"
+                raise UserError(f"it takes {takes}, the model in service does not; start a service of its own for it")
+            fresh = service.serve(model)
+            await fresh.check()
+        except Exception as error:
+            why = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            why = why if path in why else f"{path}: {why}"
+            print(f"web_service.py: not reloaded, the service goes on as it was: {why}", file=sys.stderr)
+            service.metrics.reloads.labels("refused").inc()
+            return False
+        service.tokens, service.config = tokens, {**service.config, "tokens_file": config["tokens_file"]}
+        for front in self.running:
+            front.take_certificate(config)
+        retiring = loop.create_task(self.retire(service.replace(fresh)))
+        self.retiring.add(retiring)
+        retiring.add_done_callback(self.retiring.discard)
+        print(f"web_service.py: reloaded, {path} ({model.precision})", file=sys.stderr)
+        service.metrics.reloads.labels("reloaded").inc()
+        return True
+
+    async def retire(self, served):
+        """Lets go of a model's memory when its last request is answered."""
+        await served.close()
+        del served
+        await asyncio.sleep(1)  # in which the last answers are made
+        gc.collect()
+
+    async def follow(self, orders, sign):
+        """Takes every line of settings that comes, one after the other, and gives a sign of what became of it."""
+        reader = asyncio.StreamReader()
+        await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), orders)
+        while line := await reader.readline():
+            taken = await self.take(json.loads(line)["config"])
+            sign(supervisor.TAKEN if taken else supervisor.REFUSED)
+
+
+async def serve(start, sign, orders):
+    """Loads the model, opens the ports, gives a first sign of life, and answers until SIGTERM or SIGINT.
+
+    Args: start: {config, restarts}. sign: function that is called twice a second: the supervisor ends a worker that is
+    silent. orders: binary file; lines of JSON with other settings come from it.
     """
     set_up_logs()
-    op = config["op"][protocol.SERVICE]["local_service_conf"]
-    device, use_trt = device_of(op)
-    model = Model(op["model_config"], device, op["precision"], op["thread_num"], use_trt)
-    model.prepare()
-    service, stopping = Service(model, config), asyncio.Event()
-    first = await service.answer("health", lambda: (service.health_fields, 0), "")
-    if first.err_no:
-        raise RuntimeError(f"the model gave no answer: {first.err_msg}; see {config['log_dir']}")
+    config, metrics = start["config"], Metrics(start["restarts"])
+    service, stopping = Service(load(config), config, metrics), asyncio.Event()
+    await service.served.check()
+    metrics.serve_model(service.served.model)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     running = [await fronts.start_rpc(service, config)]
     if config["http_port"]:
         running.append(await fronts.start_http(service, config))
-    ready()
+    following = loop.create_task(Reloader(service, running).follow(orders, sign))
+    sign()
     while not stopping.is_set():
-        if not service.scheduler.is_stuck(service.timeout + 30):
-            heartbeat()
+        if not service.served.scheduler.is_stuck(service.timeout + 30) and not following.done():
+            sign()
         try:
             await asyncio.wait_for(stopping.wait(), 0.5)
         except asyncio.TimeoutError:
@@ -344,3 +480,7 @@ async def serve(config, ready, heartbeat):
     service.closing = True
     grace = config["grace_ms"] / 1000
     await asyncio.gather(*(front.stop(grace) for front in running))
+
+
+if __name__ == "__main__":
+    cli.run(try_out)
