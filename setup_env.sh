@@ -3,7 +3,8 @@
 #
 #   sh setup_env.sh [--python PATH] [--paddle 2 | --paddle 3] [--gpu | --cpu] [--serving]
 #
-#   --python PATH  base interpreter, CPython 3.9-3.13 (default: the newest one up to 3.12 on PATH, else 3.13)
+#   --python PATH  base interpreter, CPython 3.9-3.13 (default: that of .venv, else the newest one up to 3.12 on PATH,
+#                  else 3.13)
 #   --paddle N     2: Paddle 2.6.2, Python 3.9-3.12; 3: Paddle 3.1.1, CPU only, Python 3.9-3.13 (default: what .venv has,
 #                  else 2, and 3 for Python 3.13)
 #   --gpu, --cpu   paddlepaddle-gpu, with CUDA 11.8, cuDNN and TensorRT in .gpu-libraries (4 GB more, of which 3.2 GB are
@@ -30,7 +31,7 @@ while [ $# -gt 0 ]; do
         --gpu) flavour=gpu ;;
         --cpu) flavour=cpu ;;
         --serving) serving=serving ;;
-        -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) fail "unknown argument '$1'; there are --python PATH, --paddle N, --gpu, --cpu and --serving" ;;
     esac
     shift
@@ -168,7 +169,13 @@ newest() { # LIMIT: sets base and minor to the newest usable Python on PATH up t
 
 if [ -z "$python" ]; then
     minor=0
-    [ "$flavour" = paddle3 ] || newest 12 # Paddle 2, if there is a Python for it
+    # A .venv that is made anew keeps its interpreter, unless that has no Paddle of the kind that is asked for.
+    if [ -n "$had_base" ] && found=$(probe "$had_base"); then
+        if [ "${found%% *}" -lt 13 ] || [ "${asked:-paddle3}" = paddle3 ]; then
+            minor=${found%% *} base=$had_base
+        fi
+    fi
+    [ "$minor" -gt 0 ] || [ "$flavour" = paddle3 ] || newest 12 # Paddle 2, if there is a Python for it
     [ "$minor" -gt 0 ] || newest 13
     [ "$minor" -gt 0 ] || fail "no usable Python 3.9-3.13 was found. On Debian and Ubuntu: apt-get install python3 \
 python3-venv; or name one with --python PATH$reasons"

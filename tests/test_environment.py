@@ -130,6 +130,17 @@ def test_python_3_13_has_paddle_3_and_the_others_on_request(checkout, tmp_path):
     assert "up to date (paddle3, serving)" in setup(checkout, "--paddle", "3", "--python", BASE).stdout
 
 
+def test_an_environment_that_is_made_anew_keeps_its_python(checkout, tmp_path):
+    """Though there is a newer one by now."""
+    bin = interpreter(tmp_path / "bin", "python3.12", "echo usable 12 /nonexistent/newer")
+    path = f"{bin}:/usr/bin:/bin"
+    assert setup(checkout, "--python", BASE, path=path).returncode == 0
+    (checkout / f"requirements/{CPU}.txt").write_text("# another lock\n")
+    again = setup(checkout, path=path)
+    assert "making .venv" in again.stdout and again.returncode == 0, again.stderr
+    assert (checkout / ".venv/installed").read_text().split()[-1] == os.path.realpath(BASE)
+
+
 def test_failing_shim_is_skipped_and_the_newest_wins(checkout, tmp_path):
     bin = tmp_path / "bin"
     shim = "python3.12" if os.path.basename(BASE) != "python3.12" else "python3.11"

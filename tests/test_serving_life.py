@@ -304,7 +304,7 @@ def test_limits(model, tmp_path):
         assert service.post({"text": "一丁七"})[0] == 200
         # A client that sends half a request, or nothing, is put off and keeps nobody from being served.
         idle = [socket.create_connection(("127.0.0.1", service.http)) for _ in range(5)]
-        idle[0].sendall(b"POST /ppminilm/prediction HTTP/1.1\r\nContent-Length: 100\r\n\r\n{")
+        idle[0].sendall(b"POST /ppminilm/prediction HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         assert service.post({"text": "一丁七"})[0] == 200
         for connection in idle:
             connection.settimeout(20)
