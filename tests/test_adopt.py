@@ -4,11 +4,11 @@ import json
 import os
 import random
 import shutil
+import struct
 
 import numpy as np
 import paddle
 import pytest
-import safetensors
 from conftest import ROOT, Service, load_script, record, refused, sh, write_rows
 from safetensors.numpy import load_file, save_file
 
@@ -357,13 +357,20 @@ def test_half_precision_is_read(tmp_path):
     """FP16 and BF16, which NumPy does not have: the numbers that they stand for, exactly."""
     numbers = np.array([[1.5, -2.0, 0.0078125], [3.140625, -0.0, 65280.0]], "float32")
     upper_halves = (numbers.view("uint32") >> 16).astype("uint16")
-    path = str(tmp_path / "model.safetensors")
     entries = {
-        "bf16": {"dtype": "bfloat16", "shape": [2, 3], "data": upper_halves.tobytes()},
-        "fp16": {"dtype": "float16", "shape": [2, 3], "data": numbers.astype("float16").tobytes()},
-        "whole numbers": {"dtype": "int64", "shape": [1], "data": bytes(8)},
+        "bf16": ("BF16", [2, 3], upper_halves.tobytes()),
+        "fp16": ("F16", [2, 3], numbers.astype("float16").tobytes()),
+        "whole numbers": ("I64", [1], bytes(8)),
     }
-    safetensors.serialize_file(entries, path)
+    # The format: the length of a JSON header as 8 bytes, the header, the data.
+    header, data = {}, b""
+    for name, (dtype, shape, content) in entries.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
+        data += content
+    header = json.dumps(header).encode()
+    path = str(tmp_path / "model.safetensors")
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header + data)
     found = tensors.read_safetensors(path)
     assert set(found) == {"bf16", "fp16"}
     assert all(array.dtype == "float32" and (array == numbers).all() for array in found.values())
