@@ -46,7 +46,7 @@ def secured(pruned, tmp_path_factory):
     (directory / "tokens").write_text(f"# of the clients\n\n{OTHER}\n{TOKEN}\n")
     (directory / "mine").write_text(f"{TOKEN}\n")
     tls = certificate(directory, "first")
-    limits = {"max_body_bytes": 20_000, "max_texts": 50, "request_ms": 3000}
+    limits = {"max_body_bytes": 20_000, "max_texts": 50, "request_ms": 3000, "max_connections": 100}
     config = {**limits, "tokens_file": "tokens", "tls_certificate": "first.pem", "tls_key": "first.key"}
     service = Service(directory, pruned / "0.75/sub_static", settings=config)
     try:
@@ -178,13 +178,23 @@ def test_readiness_with_tokens_and_tls(secured, tmp_path):
         assert done.returncode == 0, done.stderr
 
 
+def sockets_of(process):
+    """The number of sockets that a process has open."""
+    count = 0
+    for name in os.listdir(f"/proc/{process}/fd"):
+        with contextlib.suppress(OSError):
+            count += os.readlink(f"/proc/{process}/fd/{name}").startswith("socket:")
+    return count
+
+
 def test_who_does_not_finish_the_handshake_keeps_nobody_out(secured):
-    """Neither in the clear nor half-way; such connections are closed when their time is over."""
+    """Neither in the clear nor half-way; such connections are closed when their time is over, and those of HTTP that are
+    too many sooner: they count."""
     with contextlib.ExitStack() as stack:
         silent = [
             stack.enter_context(socket.create_connection(("localhost", port)))
-            for port in (secured.http, secured.rpc)
-            for _ in range(150)
+            for port, count in ((secured.http, 400), (secured.rpc, 150))
+            for _ in range(count)
         ]
         for connection in silent[::2]:
             connection.sendall(b"\x16\x03\x01\x02\x00\x01")  # the beginning of a ClientHello
@@ -192,7 +202,9 @@ def test_who_does_not_finish_the_handshake_keeps_nobody_out(secured):
         assert ask(secured, body='{"text": "一"}'.encode())[0] == 200
         message = protocol.messages().Request(key=["text"], value=["一"])
         assert call(secured, message, [("authorization", f"Bearer {TOKEN}")]).err_no == 0
-        assert time.monotonic() - started < 2.5  # sooner than they are closed
+        assert time.monotonic() - started < 2.5  # sooner than their time is over
+        # max_connections of HTTP, and what a worker has open anyway.
+        until(lambda: sockets_of(secured.worker()) < 150 + 100 + 40, started + 2.5 - time.monotonic())
         for connection in silent:
             connection.settimeout(30)
             with contextlib.suppress(ConnectionResetError):
@@ -204,29 +216,73 @@ def test_who_does_not_finish_the_handshake_keeps_nobody_out(secured):
             assert b"HTTP" not in plain.recv(65536)
 
 
-def presented(port, sni="localhost"):
+def presented(port):
     """The certificate of a port in PEM."""
     return ssl.get_server_certificate(("localhost", port))
 
 
-def test_another_certificate_and_other_tokens_by_sighup(secured):
-    """Both ports present the new one to new connections; the token that left the file no longer counts."""
-    before = [presented(port) for port in (secured.http, secured.rpc)]
-    new = certificate(secured.directory, "second")
-    for name in ("pem", "key"):
-        os.replace(secured.directory / f"second.{name}", secured.directory / f"first.{name}")
-    del new
-    (secured.directory / "tokens").write_text(f"{TOKEN}\nthe-newest-token-of-all\n")
-    os.kill(secured.process.pid, signal.SIGHUP)
-    until(lambda: "reloaded, " in secured.stderr.read_text(), 60)
-    after = [presented(port) for port in (secured.http, secured.rpc)]
-    assert before[0] == before[1] != after[0] == after[1]
-    assert ask(secured, "GET", "/metrics", authorization="Bearer the-newest-token-of-all")[0] == 200
-    assert ask(secured, "GET", "/metrics", authorization=f"Bearer {OTHER}")[0] == 401
-    (secured.directory / "tokens").write_text("short\n")
-    os.kill(secured.process.pid, signal.SIGHUP)
-    until(lambda: "line 1: a token has at least 16 characters" in secured.stderr.read_text(), 60)
-    assert ask(secured, "GET", "/metrics")[0] == 200
+def test_another_certificate_and_other_tokens_by_sighup(pruned, tmp_path):
+    """Both ports present the new one to new connections; the token that left the file no longer counts, also if the model
+    is refused. Bad files change nothing, also for a worker that is started anew. TLS itself needs a restart."""
+    model, link = pruned / "0.75/sub_static", tmp_path / "model"
+    link.symlink_to(model)
+    (tmp_path / "tokens").write_text(f"{OTHER}\n{TOKEN}\n")
+    tls = certificate(tmp_path, "first")
+    config = {"tokens_file": "tokens", "tls_certificate": "first.pem", "tls_key": "first.key"}
+    service = Service(tmp_path, link, settings=config)
+    service.certificate = tls["tls_certificate"]
+
+    def ready():
+        return rpc_client.wait_ready("localhost", service.http, 60, rpc_client.Tls(service.certificate), TOKEN)
+
+    def hang_up(words):
+        count = service.stderr.read_text().count(words)
+        os.kill(service.process.pid, signal.SIGHUP)
+        until(lambda: service.stderr.read_text().count(words) > count, 60)
+
+    try:
+        assert ready(), service.stderr.read_text()
+        before = [presented(port) for port in (service.http, service.rpc)]
+        certificate(tmp_path, "second")
+        for name in ("pem", "key"):
+            os.replace(tmp_path / f"second.{name}", tmp_path / f"first.{name}")
+        (tmp_path / "tokens").write_text(f"{TOKEN}\nthe-newest-token-of-all\n")
+        hang_up("reloaded, ")
+        after = [presented(port) for port in (service.http, service.rpc)]
+        assert before[0] == before[1] != after[0] == after[1]
+        service.certificate = str(tmp_path / "now.pem")
+        (tmp_path / "now.pem").write_text(after[0])
+        for token, status in (("the-newest-token-of-all", 200), (TOKEN, 200), (OTHER, 401)):
+            assert ask(service, "GET", "/metrics", authorization=f"Bearer {token}")[0] == status
+
+        link.unlink()
+        link.symlink_to(tmp_path / "nowhere")
+        (tmp_path / "tokens").write_text(f"{TOKEN}\n")
+        hang_up("not reloaded")  # the model; the token is gone all the same
+        assert ask(service, "GET", "/metrics", authorization="Bearer the-newest-token-of-all")[0] == 401
+
+        (tmp_path / "tokens").write_text("brief-token\n")
+        hang_up("line 1: a token has at least 16 characters")
+        (tmp_path / "first.pem").write_text("no certificate")
+        (tmp_path / "tokens").write_text(f"{TOKEN}\n")
+        hang_up("not a certificate chain and its unencrypted key")
+        assert ask(service, "GET", "/metrics")[0] == 200
+        os.kill(service.worker(), signal.SIGKILL)
+        until(lambda: "starting it anew" in service.stderr.read_text())
+        assert ready() and [presented(port) for port in (service.http, service.rpc)] == after
+
+        link.unlink()
+        link.symlink_to(model)
+        (tmp_path / "config.yml").write_text(json.dumps({"tokens_file": "tokens"}))
+        hang_up("note: a restart is needed for tls_certificate, tls_key")
+        hang_up("reloaded, ")
+        assert ask(service, "GET", "/metrics")[0] == 200  # by TLS
+        os.remove(tmp_path / "config.yml")
+        hang_up("config.yml: No such file or directory")
+        assert ask(service, "GET", "/metrics")[0] == 200
+    finally:
+        service.__exit__()
+    assert service.process.returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -246,7 +302,7 @@ def test_wrong_token_files(tmp_path, content, words):
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=re.escape(words)) as error:
-        settings.read_config(web_service.parse_args(["--tokens_file", str(path)]))
+        access.read(settings.read_config(web_service.parse_args(["--tokens_file", str(path)])))
     assert "blank in between" not in str(error.value) and "brief-token" not in str(error.value)
 
 
@@ -265,14 +321,15 @@ def test_wrong_certificates(tmp_path):
     ):
         options = [word for name, path in chosen.items() for word in (f"--{name}", path)]
         with pytest.raises(UserError, match=words) as error:
-            settings.read_config(web_service.parse_args(options))
+            access.read(settings.read_config(web_service.parse_args(options)))
         assert "\n" not in str(error.value)
 
 
 def test_every_token_is_compared(tmp_path, monkeypatch):
     """The first one that fits does not end the comparison, whose time would tell which it was."""
     (tmp_path / "tokens").write_text(f"{TOKEN}\n{OTHER}\nthe-third-token-of-all\n")
-    tokens, compared = access.Tokens(str(tmp_path / "tokens")), []
+    settings_of_it = settings.read_config(web_service.parse_args(["--tokens_file", str(tmp_path / "tokens")]))
+    tokens, compared = access.Tokens(access.read(settings_of_it)["tokens"]), []
     compare = access.hmac.compare_digest
     monkeypatch.setattr(access.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or compare(a, b))
     for header, allowed in ((f"Bearer {TOKEN}", True), (f"Bearer {OTHER}", True), ("Bearer x", False), (None, False)):

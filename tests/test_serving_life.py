@@ -222,7 +222,7 @@ def test_a_service_without_http(model, tmp_path):
         running.terminate()
         assert running.wait(30) == 0
     waiting = subprocess.run([*script, "--wait-ready", "0.5"], capture_output=True, text=True)
-    assert waiting.returncode == 1 and "no RPC connection" in waiting.stderr
+    assert waiting.returncode == 1 and f"RPC on 127.0.0.1:{port}: not ready after 0.5 s" in waiting.stderr
 
 
 def test_wrong_overrides_go_by_the_name_of_their_option():
@@ -257,7 +257,10 @@ def test_used_port_and_no_such_address(tmp_path):
         done = run("--http_port", taken.getsockname()[1], "--log_dir", tmp_path)
         assert done.returncode == 2 and "Address already in use" in done.stderr and len(done.stderr.splitlines()) == 1
     done = run("--host", "192.0.2.1", "--log_dir", tmp_path)
-    assert done.returncode == 2 and "192.0.2.1" in done.stderr and not list(tmp_path.iterdir())
+    assert done.returncode == 2 and "192.0.2.1" in done.stderr
+    # Nothing is left but what tells a client that waits that this service has ended: a file for each of the two ports.
+    (logs,) = tmp_path.iterdir()
+    assert all(path.stat().st_size == 0 and path.name.startswith("service_") for path in logs.iterdir())
     done = run("--config", tmp_path / "none.yml")
     assert done.returncode == 2 and "No such file" in done.stderr
 

@@ -173,7 +173,7 @@ def test_the_systemd_unit_step_by_step(model, tmp_path):
 
 
 def test_the_blocks_of_operation_md(quantized, tmp_path):
-    """Typed as they stand there, but for the ports, in a clean directory with two quantized models."""
+    """Typed as they stand there, one service after the other, but for the ports; in a clean directory with two models."""
     machine, ports = Machine(tmp_path), {"18083": str(free_port()), "8091": str(free_port())}
     for source in ("data.py", "common", "deploy/serving"):
         machine.copy(source, source)
@@ -202,7 +202,7 @@ def test_the_blocks_of_operation_md(quantized, tmp_path):
         return done.stdout, done.stderr
 
     # The first block belongs to a service that runs: the second one starts it.
-    reloaded = "for _ in $(seq 300); do curl -s localhost:18083/metrics | grep -q '\"reloaded\"} 1' && break; sleep 0.2; done\n"
+    reloaded = "for _ in $(seq 300); do curl -s localhost:18083/metrics | grep -q 'total{outcome=\"reloaded\"} 1' && break; sleep 0.2; done\n"
     out, err = bash(typed(f"{reloading}{reloaded}{watching}kill $!; wait $!"))
     assert err.count("reloaded, ") == 1 and "avg4 (int8)" in err and "not reloaded" not in err
     assert 'ppminilm_reloads_total{outcome="reloaded"} 1.0' in out and '"openapi": "3.1.0"' in out

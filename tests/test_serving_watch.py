@@ -1,11 +1,13 @@
 """The service is watched: counters for Prometheus, the description of its routes, liveness beside readiness."""
 
 import json
+import threading
 import types
 
 import numpy as np
 import pytest
 import requests
+from conftest import at_once
 
 pytest.importorskip("paddle_serving_server", reason="needs Paddle Serving: bash setup_env.sh --serving")
 import jsonschema
@@ -73,6 +75,26 @@ def test_requests_texts_and_tokens_are_counted(service, models):
     assert not any(words in said for words in (marker, "127.0.0.1", *texts))
 
 
+def test_what_waits_is_counted(service):
+    """While one request after the other waits for the model."""
+    texts, seen = ["一丁七万丈三上下" * 8] * 50, []
+    stop = threading.Event()
+
+    def watch():
+        while not stop.is_set():
+            found = counters(service)
+            seen.append((found[("ppminilm_requests_running", ())], found[("ppminilm_texts_waiting", ())]))
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    outcomes = at_once(20, lambda: service.post({"texts": texts})[0])
+    stop.set()
+    watching.join()
+    assert {status for status, _ in outcomes} == {200}
+    running, waiting = (max(column) for column in zip(*seen))
+    assert 1 < running <= 20 and 50 < waiting <= 1000
+
+
 def test_it_lives(service):
     """Without the model: no request is counted."""
     before = counters(service)
@@ -125,8 +147,7 @@ def test_the_description_is_that_of_the_service(service):
 def test_the_description_of_other_models(pairs):
     """Of pairs, of several labels per text, and with tokens."""
     model = types.SimpleNamespace(pairs=pairs, record={"task": "other"})
-    config = {"max_texts": 3, "max_text_chars": 9, "tokens_file": "tokens"}
-    document = openapi.document(model, config)
+    document = openapi.document(model, {"max_texts": 3, "max_text_chars": 9}, with_tokens=True)
     validate(document)
     assert all(("security" in routes[method.lower()]) == (path != openapi.LIVE)
                for path, method in openapi.METHODS.items() for routes in [document["paths"][path]])  # fmt: skip

@@ -147,7 +147,7 @@ def main(argv=None):
         print(json.dumps({"seconds_per_step": time_training(args.train_steps, dev.examples, args.vocab_file)}))
         return
     environments = {name_of(python): python for python in (sys.executable, *args.other_python)}
-    if len(environments) < 2:
+    if len(environments) < 1 + max(1, len(args.other_python)):
         raise UserError("--other_python: name an environment with another Paddle or another Python")
     os.makedirs(args.output_dir, exist_ok=True)
     models = {}

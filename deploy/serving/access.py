@@ -2,7 +2,8 @@
 binds 127.0.0.1.
 
 A token file has one token per line; empty lines and lines that begin with # do not count. `openssl rand -hex 32`
-makes a token.
+makes a token. The supervisor reads the files and hands their content to the worker, so that a worker that is started
+anew has what was found good, whatever the files hold by then.
 """
 
 import hashlib
@@ -17,6 +18,34 @@ from common import UserError
 SHORTEST_TOKEN = 16  # characters: what is shorter can be guessed by asking often
 # Of OpenSSL: a certificate that is trusted itself need not lead to a root (ssl.VERIFY_X509_PARTIAL_CHAIN, Python 3.10).
 PARTIAL_CHAIN = 0x80000
+
+
+def read(config):
+    """What the settings allow, as an object for JSON: ``tokens``, hashes, empty if everybody may ask; ``certificate``
+    and ``key``, in PEM, empty without TLS. Raises: UserError for files that are no good.
+    """
+    tokens = read_tokens(config["tokens_file"]) if config["tokens_file"] else []
+    certificate, key = config["tls_certificate"], config["tls_key"]
+    if bool(certificate) != bool(key):
+        raise UserError("tls_certificate and tls_key: give both, or neither")
+    allowed = {"tokens": [_hash(token).hex() for token in tokens], "certificate": "", "key": ""}
+    if certificate:
+        named = {"certificate": certificate, "key": key}
+        for name, path in named.items():
+            try:
+                with open(path, encoding="utf-8") as file:
+                    allowed[name] = file.read()
+            except (OSError, UnicodeDecodeError) as error:
+                why = getattr(error, "strerror", None) or "not PEM"
+                raise UserError(f"tls_{name} {path}: {why}") from error
+        try:
+            server_context(allowed)
+        except ssl.SSLError as error:
+            raise UserError(
+                f"tls_certificate {certificate}, tls_key {key}: not a certificate chain and its unencrypted key, in "
+                f"PEM ({error.reason or 'unreadable'})"
+            ) from error
+    return allowed
 
 
 def read_tokens(path):
@@ -41,95 +70,64 @@ def read_tokens(path):
 
 
 class Tokens:
-    """Whether a request may pass. Args: path: of the token file; empty: every request may."""
+    """Whether a request may pass. Args: hashes: of the tokens, in hexadecimal; without any, every request may."""
 
-    def __init__(self, path):
-        self.digests = [_digest(token) for token in read_tokens(path)] if path else []
+    def __init__(self, hashes):
+        self.hashes = [bytes.fromhex(one) for one in hashes]
 
     def allow(self, header):
         """Whether the value of an Authorization header, or None, is ``Bearer`` and one of the tokens.
 
         The time that it takes does not depend on the tokens: hashes of equal length are compared, all of them.
         """
-        if not self.digests:
+        if not self.hashes:
             return True
         scheme, _, token = (header or "").partition(" ")
-        given, allowed = _digest(token.strip()), False
-        for digest in self.digests:
-            allowed |= hmac.compare_digest(given, digest)
+        given, allowed = _hash(token.strip()), False
+        for one in self.hashes:
+            allowed |= hmac.compare_digest(given, one)
         return allowed and scheme.lower() == "bearer"
 
 
-def _digest(token):
+def _hash(token):
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
 
 
-def check_tls(config):
-    """Raises: UserError unless certificate and key of the settings, if there are any, can be read and fit together."""
-    if bool(config["tls_certificate"]) != bool(config["tls_key"]):
-        raise UserError("tls_certificate and tls_key: give both, or neither")
-    if config["tls_certificate"]:
-        load_certificate(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), config)
-
-
-def load_certificate(context, config):
-    """Loads certificate and key of the settings into a context, which new connections use from then on.
-
-    Raises: UserError.
-    """
-    certificate, key = config["tls_certificate"], config["tls_key"]
-    try:
-        # The empty password: an encrypted key is an error, and not a question at the terminal.
-        context.load_cert_chain(certificate, key, password="")
-    except ssl.SSLError as error:
-        raise UserError(
-            f"tls_certificate {certificate}, tls_key {key}: not a certificate chain and its unencrypted key, in PEM "
-            f"({error.reason or 'unreadable'})"
-        ) from error
-    except OSError as error:
-        raise UserError(f"tls_certificate {certificate}, tls_key {key}: {error.strerror}") from error
-
-
-def server_context(config):
-    """The SSLContext of the HTTP port, or None without TLS."""
-    if not config["tls_certificate"]:
+def server_context(allowed):
+    """The SSLContext of the HTTP port, or None without TLS. Args: allowed: as of read()."""
+    if not allowed["certificate"]:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    load_certificate(context, config)
+    # OpenSSL reads files only: these are in memory. The empty password: an encrypted key is an error, and no question.
+    memory = [os.memfd_create(name) for name in ("certificate", "key")]
+    try:
+        for number, name in zip(memory, ("certificate", "key")):
+            with open(number, "w", closefd=False) as file:
+                file.write(allowed[name])
+        context.load_cert_chain(*(f"/proc/self/fd/{number}" for number in memory), password="")
+    finally:
+        for number in memory:
+            os.close(number)
     return context
 
 
-def read_pair(config):
-    """((key, certificate chain),) in PEM, as gRPC takes them."""
-    pair = []
-    for name in ("tls_key", "tls_certificate"):
-        with open(config[name], "rb") as file:
-            pair.append(file.read())
-    return (tuple(pair),)
-
-
-def grpc_credentials(config):
-    """(credentials of the RPC port or None without TLS, function that takes other settings for new connections)."""
-    if not config["tls_certificate"]:
-        return None, lambda config: None
+def rpc_certificate(allowed):
+    """The same for the RPC port: grpc.ServerCertificateConfiguration, or None."""
     import grpc
 
-    pending = []
-
-    def fetch():  # called at the beginning of every connection
-        return pending.pop() if pending else None
-
-    def change(config):
-        pending[:] = [grpc.ssl_server_certificate_configuration(read_pair(config))]
-
-    first = grpc.ssl_server_certificate_configuration(read_pair(config))
-    return grpc.dynamic_ssl_server_credentials(first, fetch), change
+    if not allowed["certificate"]:
+        return None
+    pair = allowed["key"].encode(), allowed["certificate"].encode()
+    return grpc.ssl_server_certificate_configuration([pair])
 
 
-def client_context(ca, local=False):
-    """The SSLContext of a client. Args: ca: PEM file of the CA, or of the server's own certificate; None: the system's.
-    local: the server is this machine's, whatever name its certificate has. Raises: UserError.
+def client_context(ca, on_this_machine=False):
+    """The SSLContext of a client. Raises: UserError.
+
+    Args:
+        ca: PEM file of the CA, or of the server's own certificate; None: the CAs of the system.
+        on_this_machine: the server has this certificate, whatever name is in it.
     """
     try:
         context = ssl.create_default_context(cafile=ca)
@@ -138,5 +136,5 @@ def client_context(ca, local=False):
     except OSError as error:
         raise UserError(f"--ca {ca}: {error.strerror}") from error
     context.verify_flags |= PARTIAL_CHAIN
-    context.check_hostname = not local
+    context.check_hostname = not on_this_machine
     return context

@@ -18,26 +18,41 @@ from protocol import BAD_INPUT, NO_SERVICE, NOT_IMPLEMENTED, OK, UNAUTHORIZED, U
 
 YOUNG = 0.2  # seconds in which the event loop has read what a new connection sent, also when it is busy
 MOST_PIPELINED = 32  # requests of one connection that wait for the reply to the one before
-REFUSED = Answer(UNAUTHORIZED, "unauthorized", {})  # the same words whatever is wrong: no hint
+UNAUTHORIZED_ANSWER = Answer(UNAUTHORIZED, "unauthorized", {})  # the same words whatever is wrong: no hint
 
 
 class RpcFront:
-    """A gRPC server for Paddle Serving's pipeline service."""
+    """A gRPC server for Paddle Serving's pipeline service. Args: allowed: what access.read returns."""
 
-    def __init__(self, server, change_certificate):
-        self.server, self.take_certificate = server, change_certificate
+    def __init__(self, server, config, allowed):
+        self.server, self.fresh = server, None
+        address = protocol.authority(config["host"], config["rpc_port"])
+        if allowed["certificate"]:
+            first = access.rpc_certificate(allowed)
+            server.add_secure_port(address, grpc.dynamic_ssl_server_credentials(first, self.fetch_certificate))
+        else:
+            server.add_insecure_port(address)
+
+    def fetch_certificate(self):
+        """Called at the beginning of a connection, in a thread of gRPC. Returns: another certificate, or None."""
+        fresh, self.fresh = self.fresh, None
+        return fresh
+
+    def take_certificate(self, allowed):
+        """New connections get the certificate."""
+        self.fresh = access.rpc_certificate(allowed)
 
     async def stop(self, grace):
         await self.server.stop(grace)
 
 
-async def start_rpc(service, config):
+async def start_rpc(service, config, allowed):
     """Returns: an RpcFront that answers."""
 
     async def inference(request, context):
         if not service.tokens.allow(dict(context.invocation_metadata()).get("authorization")):
             service.metrics.refused("rpc", UNAUTHORIZED)
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, REFUSED.err_msg)
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, UNAUTHORIZED_ANSWER.err_msg)
 
         def read():
             protocol.check_fields(request, 2 * limit_of_keys(config) + 8)
@@ -77,19 +92,59 @@ async def start_rpc(service, config):
             ("grpc.server_handshake_timeout_ms", config["request_ms"]),
         ],
     )
-    address = protocol.authority(config["host"], config["rpc_port"])
-    credentials, change_certificate = access.grpc_credentials(config)
-    if credentials:
-        server.add_secure_port(address, credentials)
-    else:
-        server.add_insecure_port(address)
+    front = RpcFront(server, config, allowed)
     await server.start()
-    return RpcFront(server, change_certificate)
+    return front
 
 
 def limit_of_keys(config):
     """Keys of one request in Paddle Serving's form, which may number its texts: one for each, and some to spare."""
     return config["max_texts"] + 8
+
+
+class Handshake(asyncio.Protocol):
+    """A connection before its TLS handshake is over. It counts like any other, and can be closed like any other."""
+
+    busy = whole = False
+
+    def __init__(self, front, make):
+        self.front, self.make, self.early, self.over = front, make, b"", False
+
+    def connection_made(self, transport):
+        if self.over:
+            return
+        self.raw, self.since = transport, asyncio.get_running_loop().time()
+        self.address = (transport.get_extra_info("peername") or ("",))[0]
+        self.front.opened(self)
+        self.task = asyncio.get_running_loop().create_task(self.shake_hands())
+
+    async def shake_hands(self):
+        """Puts a Connection in the place of this one."""
+        try:
+            tls = await asyncio.get_running_loop().start_tls(
+                self.raw, self, self.front.tls, server_side=True, ssl_handshake_timeout=self.front.seconds
+            )
+        except (OSError, asyncio.TimeoutError):  # ssl.SSLError among them: what came is no handshake
+            self.abort()
+            return
+        finally:
+            self.over = True
+            self.front.connections.discard(self)
+        connection = self.make()
+        tls.set_protocol(connection)
+        connection.connection_made(tls)
+        if self.early:
+            connection.data_received(self.early)
+
+    def data_received(self, data):
+        """What came with the end of the handshake."""
+        self.early += data
+
+    def connection_lost(self, error):
+        self.front.connections.discard(self)
+
+    def abort(self):
+        self.raw.abort()
 
 
 class Connection(web_protocol.RequestHandler):
@@ -182,12 +237,12 @@ def json_reply(answer, status=None, in_message_form=False):
 class HttpFront:
     """The HTTP routes, which openapi.py describes."""
 
-    def __init__(self, service, config):
+    def __init__(self, service, config, allowed):
         self.service, self.config = service, config
         self.seconds, self.max_head = config["request_ms"] / 1000, config["max_header_bytes"]
         self.max_received = config["max_body_bytes"] + 2 * self.max_head
         self.connections, self.trimming, self.listener = set(), False, None
-        self.tls = access.server_context(config)
+        self.tls = access.server_context(allowed)
         self.server = web.Server(self.handle, handler_cancellation=True)
 
     def opened(self, connection):
@@ -228,17 +283,20 @@ class HttpFront:
         options = {"loop": loop, "access_log": None, "keepalive_timeout": 3600.0, "lingering_time": 0}
         options["auto_decompress"] = False  # what a few kilobytes unpack to would be known too late
         limits = {"max_line_size": 1024, "max_field_size": self.max_head}
-        # Who does not finish the handshake in time is as slow as who does not finish a request.
-        tls = {"ssl": self.tls, "ssl_handshake_timeout": self.seconds} if self.tls else {}
-        address = self.config["host"], self.config["http_port"]
+
+        def connection():
+            return Connection(self, **options, **limits)
+
         self.listener = await loop.create_server(
-            lambda: Connection(self, **options, **limits), *address, backlog=1024, **tls
+            lambda: Handshake(self, connection) if self.tls else connection(),
+            self.config["host"],
+            self.config["http_port"],
+            backlog=1024,
         )
 
-    def take_certificate(self, config):
-        """New connections get the certificate of other settings."""
-        if self.tls:
-            access.load_certificate(self.tls, config)
+    def take_certificate(self, allowed):
+        """New connections get the certificate."""
+        self.tls = access.server_context(allowed)
 
     async def stop(self, grace):
         """Takes no more connections; waits for the replies that are being made, at most for ``grace`` seconds."""
@@ -263,7 +321,7 @@ class HttpFront:
         """The reply to a request whose head is there."""
         path = request.raw_path.partition("?")[0]  # as it was sent, not decoded
         if path not in openapi.WITHOUT_TOKEN and not self.service.tokens.allow(request.headers.get("Authorization")):
-            reply = self.refusal(401, REFUSED.err_no, REFUSED.err_msg)
+            reply = self.refusal(401, UNAUTHORIZED_ANSWER.err_no, UNAUTHORIZED_ANSWER.err_msg)
             reply.headers["WWW-Authenticate"] = "Bearer"
             return reply
         if path not in METHODS:
@@ -312,7 +370,8 @@ class HttpFront:
             body, content_type = service.metrics.text()
             return web.Response(body=body, headers={"Content-Type": content_type})
         if path == OPENAPI:
-            return web.json_response(openapi.document(service.served.model, service.config))
+            with_tokens = bool(service.tokens.hashes)
+            return web.json_response(openapi.document(service.served.model, service.config, with_tokens))
         return json_reply(Answer(OK, "", {}))  # it lives
 
     async def health(self):
@@ -337,7 +396,7 @@ class HttpFront:
         return reply
 
 
-async def start_http(service, config):
-    front = HttpFront(service, config)
+async def start_http(service, config, allowed):
+    front = HttpFront(service, config, allowed)
     await front.start()
     return front

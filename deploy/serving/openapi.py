@@ -89,13 +89,12 @@ def _schemas(model, config):
     }
 
 
-def document(model, config):
+def document(model, config, with_tokens):
     """The OpenAPI document of the service, as an object for JSON. Args: model: the worker.Model in service."""
     refusals = {
         "400": "the request is not one that the service takes",
         "404": "no such route, or no service of that name",
         "405": "another method",
-        "408": "the request was not whole in time",
         "413": "the body is too large",
         "415": "a compressed body",
         "431": "the head is too large",
@@ -103,7 +102,7 @@ def document(model, config):
         "503": "too many requests; try again",
         "504": "waited too long",
     }
-    token = {"401": _reply("no token, or one that is not known", _ref("State"))} if config["tokens_file"] else {}
+    token = {"401": _reply("no token, or one that is not known", _ref("State"))} if with_tokens else {}
     failed = {status: _reply(words, _ref("State")) for status, words in refusals.items()}
     predicted = {"200": _reply("the answer", {"oneOf": [_ref("Answer"), _ref("Message")]}), **failed, **token}
     healthy = _reply("the model has answered a request", _ref("Health"))
@@ -117,7 +116,7 @@ def document(model, config):
         },
         HEALTH: {
             "summary": "Readiness: makes a real prediction.",
-            "responses": {"200": healthy, "503": failed["503"], "504": failed["504"], **token},
+            "responses": {"200": healthy, **{status: failed[status] for status in ("500", "503", "504")}, **token},
         },
         LIVE: {
             "summary": "Liveness: the process answers; does not use the model.",
@@ -129,12 +128,12 @@ def document(model, config):
             "responses": {"200": _reply("an OpenAPI document", {"type": "object"}), **token},
         },
     }
-    secured = {"security": [{"token": []}]} if config["tokens_file"] else {}
+    secured = {"security": [{"token": []}]} if with_tokens else {}
     for path, operation in operations.items():
         operation.update(operationId=path.strip("/").replace("/", "_").replace(".", "_"))
         operation.update(secured if path not in WITHOUT_TOKEN else {})
     components = {"schemas": _schemas(model, config)}
-    if config["tokens_file"]:
+    if with_tokens:
         components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     return {
         "openapi": "3.1.0",

@@ -74,18 +74,18 @@ def parse_args(argv=None):
     return args
 
 
-def rpc(address, context, token):
+def rpc(address, tls, token):
     """Returns: function (fields, seconds) that sends a request over RPC, returns {key: value} and raises Refused.
 
-    Args: address: (host, port). context: Tls, or None. token: the bearer token, or "".
+    Args: address: (host, port). tls: Tls, or None. token: the bearer token, or "".
     """
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it would print lines of its own beside those of this client
     import grpc
 
     pb = protocol.messages()
     where, options = protocol.authority(*address), [("grpc.max_reconnect_backoff_ms", 500)]
-    if context:
-        channel = grpc.secure_channel(where, grpc.ssl_channel_credentials(context.roots()), options)
+    if tls:
+        channel = grpc.secure_channel(where, grpc.ssl_channel_credentials(tls.roots()), options)
     else:
         channel = grpc.insecure_channel(where, options)
     call = channel.unary_unary(
@@ -113,21 +113,21 @@ def rpc(address, context, token):
     return ask
 
 
-def http_connection(address, seconds, context):
+def http_connection(address, seconds, tls):
     """A connection that is opened by its first request; proxy settings of the environment are ignored."""
-    if context:
-        return http.client.HTTPSConnection(*address, timeout=seconds, context=context.context)
+    if tls:
+        return http.client.HTTPSConnection(*address, timeout=seconds, context=tls.context)
     return http.client.HTTPConnection(*address, timeout=seconds)
 
 
-def over_http(address, context, token):
+def over_http(address, tls, token):
     """Like rpc(), over HTTP."""
     connection = None
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
 
     def post(fields, seconds):
         nonlocal connection
-        connection = connection or http_connection(address, seconds, context)
+        connection = connection or http_connection(address, seconds, tls)
         connection.timeout = seconds
         if connection.sock:
             connection.sock.settimeout(seconds)
@@ -143,7 +143,7 @@ def over_http(address, context, token):
     def ask(fields, seconds):
         try:
             status, body = post(fields, seconds)
-        except TimeoutError as error:
+        except socket.timeout as error:
             raise Refused(f"no answer in {seconds:.1f} s") from error
         except ssl.SSLCertVerificationError as error:
             raise Refused(UNTRUSTED) from error
@@ -177,33 +177,33 @@ def ask_again(ask, fields, deadline, retries):
             retries, pause = retries - 1, min(1.0, 2 * pause)
 
 
-def wait_ready(host, port, seconds, context=None, token="", ended=lambda: False):
+def wait_ready(host, port, seconds, tls=None, token="", ended=lambda: False):
     """Whether the service answers a health request, which runs the model like any other, within ``seconds``.
 
-    Args: context, token: as rpc's. ended: function that tells whether there is nothing left to wait for.
+    Args: tls, token: as rpc's. ended: function that tells whether there is nothing left to wait for.
     """
     address, headers = (local(host), port), {"Authorization": f"Bearer {token}"} if token else {}
 
     def is_healthy(left):
-        with contextlib.closing(http_connection(address, left, context)) as connection:
+        with contextlib.closing(http_connection(address, left, tls)) as connection:
             connection.request("GET", openapi.HEALTH, headers=headers)
             return connection.getresponse().status == 200
 
-    url = f"{'https' if context else 'http'}://{protocol.authority(*address)}{openapi.HEALTH}"
+    url = f"{'https' if tls else 'http'}://{protocol.authority(*address)}{openapi.HEALTH}"
     return wait(is_healthy, url, seconds, ended)
 
 
-def wait_connected(host, port, seconds, context=None, ended=lambda: False):
+def wait_connected(host, port, seconds, tls=None, ended=lambda: False):
     """Whether the RPC port takes connections within ``seconds``: it is opened when the model is warm."""
     address = local(host), port
 
     def connects(left):
         with socket.create_connection(address, left) as connection:
-            if context:
-                context.context.wrap_socket(connection).close()
+            if tls:
+                tls.context.wrap_socket(connection).close()
             return True
 
-    return wait(connects, protocol.authority(*address), seconds, ended)
+    return wait(connects, f"RPC on {protocol.authority(*address)}", seconds, ended)
 
 
 def local(host):
@@ -247,9 +247,9 @@ def main(argv=None):
     args = parse_args(argv)
     examples = texts.read_texts(args, args.task_name, None, data.texts_of)
     with protocol.needs_paddle_serving():
-        context = Tls(args.ca) if args.tls or args.ca else None
+        tls = Tls(args.ca) if args.tls or args.ca else None
         token = access.read_tokens(args.token_file)[0] if args.token_file else ""
-        ask = (over_http if args.http else rpc)((args.host, args.port), context, token)
+        ask = (over_http if args.http else rpc)((args.host, args.port), tls, token)
     for start in range(0, len(examples), args.batch_size):
         chosen = examples[start : start + args.batch_size]
         fields = {"texts": [example.text for example in chosen]}

@@ -197,8 +197,12 @@ class Scheduler:
         self.tokenizing.shutdown()
 
     def is_stuck(self, seconds):
-        """Whether a batch has been with the streams for longer than that: the engine hangs; or nothing is tokenized."""
-        return self.tokenizer_task.done() or any(time.monotonic() - begun > seconds for begun in self.begun.values())
+        """Whether the engine hangs, or nothing is tokenized any more."""
+        return self.tokenizer_task.done() or self.hangs(seconds)
+
+    def hangs(self, seconds):
+        """Whether a batch has been with the streams for longer than that."""
+        return any(time.monotonic() - begun > seconds for begun in self.begun.values())
 
     def fail(self, jobs, error):
         for job in jobs:

@@ -9,7 +9,6 @@ from typing import Literal, Optional
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, "..", ".."))
-import access
 import protocol
 import pydantic
 from common import UserError
@@ -103,7 +102,7 @@ OPTIONS.update({name: name for name in ("tokens_file", "tls_certificate", "tls_k
 NAMES = {"model": "model_config", "threads": "thread_num", "precision": "precision", "device_type": "device_type"}
 OPTIONS.update((option, f"{LOCAL_SERVICE}.{name}") for option, name in NAMES.items())
 PATHS = ("model", "log_dir", "tokens_file", "tls_certificate", "tls_key")
-# What SIGHUP takes anew; every other setting needs a restart.
+# What SIGHUP takes anew; every other setting needs a restart. Of tokens and TLS the files are read anew (access.read).
 RELOADED = [f"{LOCAL_SERVICE}.{name}" for name in ("model_config", "precision", "thread_num")]
 RELOADED += ["tokens_file", "tls_certificate", "tls_key"]
 
@@ -154,10 +153,10 @@ def note_without_effect(given, path):
         print(f"note: {path}: without effect: {', '.join(named)}", file=sys.stderr)
 
 
-def read_config(args):
+def read_config(args, notes=True):
     """The settings of the config file, overridden by the command line, as nested dicts; paths are absolute.
 
-    Raises: UserError that names the invalid setting.
+    Args: notes: whether settings without effect are named. Raises: UserError that names the invalid setting.
     """
     import yaml
 
@@ -165,13 +164,15 @@ def read_config(args):
     try:
         with open(args.config, encoding="utf-8") as file:
             given = yaml.safe_load(file) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are not UTF-8, dates that there are not
         raise UserError(f"{source}: not YAML ({str(error).splitlines()[0]})") from error
+    except OSError as error:
+        raise UserError(f"{source}: {error.strerror}") from error
     if not isinstance(given, dict):
         raise UserError(f"{source}: must be settings, one `name: value` per line")
     fill_in_ports(given)
     config = check_settings(given, source)
-    if args.wait_ready is None:
+    if notes and args.wait_ready is None:
         note_without_effect(given, args.config)
     # Paths in the file are relative to it, those on the command line to the working directory.
     base = os.path.dirname(os.path.abspath(args.config))
@@ -187,8 +188,6 @@ def read_config(args):
             check_settings(config, f"--{option}")
         elif is_path and section[last]:
             section[last] = os.path.normpath(os.path.join(base, section[last]))
-    access.Tokens(config["tokens_file"])
-    access.check_tls(config)
     return config
 
 

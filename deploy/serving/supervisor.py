@@ -12,6 +12,7 @@ import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, "..", ".."))
+import access
 import protocol
 import settings
 from common import UserError, cli
@@ -51,15 +52,15 @@ def lock_file(config):
 
 @contextlib.contextmanager
 def being_alive(config):
-    """Within this context the lock file is locked. Without it, if another service holds it: its port is in use then."""
+    """Within this context the lock file is locked, unless another service of that port and directory holds it."""
     log_directory(config)
     with open_log(lock_file(config), 0) as file:
         for _ in range(20):  # a client that waits for readiness may look at it just now
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.utime(file.fileno())
                 break
             time.sleep(0.05)
-        os.utime(file.fileno())
         yield
 
 
@@ -67,7 +68,7 @@ class Watch:
     """Tells a client that waits on the same machine when there is nothing left to wait for."""
 
     STARTED_TOGETHER = 5  # seconds: `web_service.py & web_service.py --wait-ready`
-    GRACE = 2  # seconds in which a service that is started anew takes its lock
+    GRACE = 5  # seconds in which a service that is started anew takes its lock
 
     def __init__(self, config):
         self.path, self.began, self.seen = lock_file(config), time.time(), False
@@ -91,20 +92,22 @@ class Supervisor:
     """Keeps one worker process running, in its own session. Paddle Serving kills its whole process group when it
     fails; this process and its parent survive that.
 
-    Args: config: the settings. reread: function that reads them anew, for SIGHUP.
+    Args: config: the settings. allowed: what access.read makes of them. reread: function that reads them anew.
     """
 
-    def __init__(self, config, reread=None):
-        self.config, self.reread, self.worker, self.stopping, self.starts = config, reread, None, False, 0
+    def __init__(self, config, allowed=None, reread=None):
+        self.config, self.allowed, self.reread = config, allowed, reread
+        self.worker, self.stopping, self.starts = None, False, 0
         self.asked = False  # whether SIGHUP asked for a reload
         self.pending, self.refused = None, None  # the settings that the worker was told; the directory that it refused
         if reread:
-            self.take_model(settings.local_service(config)["model_config"])
+            self.resolve(config)
 
-    def take_model(self, path):
-        """The worker gets the directory that a link leads to, so that a restart takes the model that was in service."""
-        self.link = path
-        settings.local_service(self.config)["model_config"] = os.path.realpath(path)
+    def resolve(self, config):
+        """Replaces a link to the model by what it leads to: a worker that is started anew takes what was in service."""
+        model = settings.local_service(config)
+        self.link = model["model_config"]
+        model["model_config"] = os.path.realpath(self.link)
 
     def start(self):
         """Starts the worker. Returns: a pipe from which a byte comes when it is ready, then twice a second."""
@@ -126,7 +129,7 @@ class Supervisor:
         os.close(worker_end)
         if self.stopping:  # the signal arrived before the worker was started
             self.stop()
-        self.tell({"config": self.config, "restarts": self.starts})
+        self.tell({"config": self.config, "allowed": self.allowed, "restarts": self.starts})
         self.starts += 1
         return beats
 
@@ -151,17 +154,22 @@ class Supervisor:
         self.asked, self.refused = False, None
         try:
             fresh = self.reread()
-        except UserError as error:
+            allowed = access.read(fresh)
+        except Exception as error:  # whatever it is, the service goes on
             self.refused = target
             say(f"not reloaded, the service goes on as it was: {error}")
+            self.tell({"refused": True})
             return
-        local_service = settings.local_service(fresh)
-        self.link = local_service["model_config"]
-        local_service["model_config"] = os.path.realpath(self.link)
+        self.resolve(fresh)
         self.pending, others = settings.reloaded(self.config, fresh)
+        if bool(allowed["certificate"]) != bool(self.allowed["certificate"]):
+            others += ["tls_certificate", "tls_key"]
+            allowed.update({name: self.allowed[name] for name in ("certificate", "key")})
+            self.pending.update({name: self.config[name] for name in ("tls_certificate", "tls_key")})
         if others:
             say(f"note: a restart is needed for {', '.join(others)}")
-        self.tell({"config": self.pending})
+        self.allowed = allowed  # valid from now on, whatever becomes of the model
+        self.tell({"config": self.pending, "allowed": allowed})
 
     def reloaded(self, taken):
         """The worker has done as it was told, or refused."""

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import json
 import os
+import signal
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -85,7 +86,10 @@ def main(argv=None):
     if supervisor.WORKER in os.environ:
         return work()
     args = parse_args(argv)
+    if args.wait_ready is None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
     config = settings.read_config(args)
+    allowed = access.read(config)
     if args.wait_ready is not None:
         sys.exit(0 if wait_ready(config, args.wait_ready) else 1)
     with supervisor.being_alive(config):
@@ -93,7 +97,8 @@ def main(argv=None):
         settings.allow_connections(config)
         with protocol.needs_paddle_serving():
             protocol.messages()
-        sys.exit(supervisor.Supervisor(config, functools.partial(settings.read_config, args)).run())
+        reread = functools.partial(settings.read_config, args, notes=False)
+        sys.exit(supervisor.Supervisor(config, allowed, reread).run())
 
 
 if __name__ == "__main__":

@@ -219,7 +219,7 @@ class Served:
         query = protocol.Query([self.model.labels[0]], [self.model.labels[0]] if self.model.pairs else None, 0)
         logits = await self.scheduler.run(Job(query, "", time.monotonic(), self.scheduler))
         if not np.isfinite(logits).all():
-            raise ServiceError(UNKNOWN, "the model answers with numbers that are not finite")
+            raise UserError("the model answers with numbers that are not finite")
 
     async def close(self):
         """Waits for what is being computed, then ends the threads."""
@@ -231,17 +231,18 @@ class Served:
 class Service:
     """Answers the requests of both fronts: enforces the limits, asks the scheduler and writes the log."""
 
-    def __init__(self, model, config, metrics):
-        self.config, self.metrics, self.closing = config, metrics, False
+    def __init__(self, model, config, tokens, metrics):
+        self.config, self.tokens, self.metrics, self.closing = config, tokens, metrics, False
         self.timeout = config["timeout_ms"] / 1000
         self.running = set()  # jobs
         self.checking = 0  # health requests that are being answered
         self.reading, self.read_seconds = asyncio.Lock(), 0.0  # for large requests, and what the last one took
-        self.tokens = access.Tokens(config["tokens_file"])
         self.served = self.serve(model)
         metrics.watch(self)
+        metrics.serve_model(model)
 
     def serve(self, model):
+        """A model with a queue of its own, which no request goes to before replace()."""
         return Served(model, self.config["op"][protocol.SERVICE]["batch_size"], self.metrics)
 
     def replace(self, served):
@@ -258,11 +259,11 @@ class Service:
         address: of the client, whose requests take turns with those of others. size: of what read() parses, in bytes.
         """
         start, logid, count, values, err_no, err_msg = time.monotonic(), 0, 0, {}, OK, ""
-        served = self.served  # the same one to the end of this request
         try:
             async with self.turn_to_read(size):
                 if time.monotonic() - start > self.timeout:
                     raise ServiceError(TIMEOUT, TOO_LATE)
+                served = self.served  # the same one to the end of this request
                 fields, logid = read()
                 query = protocol.read_query(fields, logid, served.model.pairs, self.config)
             count = len(query.texts)
@@ -375,7 +376,8 @@ def model_options(config):
 
 
 def try_out():
-    """Runs as a process of its own: loads the model of the settings that standard input brings, and lets it compute."""
+    """Runs as a process of its own: loads the model of the settings that standard input brings, lets it compute, and
+    prints what kind of requests it takes."""
     config = json.load(sys.stdin)
     settings.local_service(config)["thread_num"] = 1
     model = Model(*model_options(config))
@@ -383,95 +385,122 @@ def try_out():
         logits = model.engine.run(model.shape(rows, model.lengths[rows][0]))
         if not np.isfinite(logits).all():
             raise UserError("the model answers with numbers that are not finite")
+    print(KINDS[model.pairs])
 
 
-async def check_in_another_process(config):
-    """Raises: UserError if the model of the settings cannot be used. Some bad graphs make Paddle end its process, so it
-    is not this one that tries."""
-    command = [sys.executable, os.path.abspath(__file__)]
-    pipe = asyncio.subprocess.PIPE
-    child = await asyncio.create_subprocess_exec(*command, stdin=pipe, stderr=pipe, preexec_fn=cli.die_with_parent)
-    _, said = await child.communicate(json.dumps(config).encode())
+KINDS = {False: "single texts", True: "sentence pairs"}
+TRIAL_SECONDS = 300  # for try_out, after which the model is refused
+
+
+async def try_in_another_process(config, kind):
+    """Raises: UserError if the model of the settings cannot be used, or takes requests of another kind. Some bad graphs
+    make Paddle end its process, so it is not this one that tries."""
+    command, pipe = [sys.executable, os.path.abspath(__file__)], asyncio.subprocess.PIPE
+    child = await asyncio.create_subprocess_exec(
+        *command, stdin=pipe, stdout=pipe, stderr=pipe, preexec_fn=cli.die_with_parent
+    )
+    try:
+        out, err = await asyncio.wait_for(child.communicate(json.dumps(config).encode()), TRIAL_SECONDS)
+    except asyncio.TimeoutError as error:
+        child.kill()
+        raise UserError(f"not loaded within {TRIAL_SECONDS} s") from error
     if child.returncode < 0:
         raise UserError(f"loading it ended the process that tried, by signal {-child.returncode}")
     if child.returncode:
-        line = (said.decode(errors="replace").strip().splitlines() or ["no reason was given"])[-1]
+        line = (err.decode(errors="replace").strip().splitlines() or ["no reason was given"])[-1]
         raise UserError(line.rpartition("worker.py: error: ")[2])
+    takes = out.decode().strip().splitlines()[-1]
+    if takes != kind:
+        raise UserError(f"it takes {takes}, the model in service {kind}; start a service of its own for it")
 
 
 class Reloader:
-    """Takes other settings while the service goes on: model, tokens, certificate."""
+    """Does what the supervisor tells while the service goes on: another model, other tokens, another certificate."""
 
     def __init__(self, service, running):
-        self.service, self.running, self.retiring = service, running, set()
+        self.service, self.running = service, running
+        self.retiring = {}  # {Served that answers its last requests: the task that closes it}
 
-    async def take(self, config):
-        """Whether the settings were taken. Everything is loaded and checked before anything is changed."""
-        service, loop = self.service, asyncio.get_running_loop()
-        path = settings.local_service(config)["model_config"]
+    def take_access(self, allowed):
+        """New requests need these tokens, and new connections get this certificate."""
+        self.service.tokens = access.Tokens(allowed["tokens"])
+        for front in self.running:
+            front.take_certificate(allowed)
+
+    async def take_model(self, config):
+        """Whether the model of the settings was taken. It is loaded and tried before the one in service is touched."""
+        service, path = self.service, settings.local_service(config)["model_config"]
         try:
-            tokens = access.Tokens(config["tokens_file"])
-            access.check_tls(config)
-            await check_in_another_process(config)
-            model = await loop.run_in_executor(None, load, config)
-            if model.pairs != service.served.model.pairs:
-                takes = "sentence pairs" if model.pairs else "single texts"
-                raise UserError(f"it takes {takes}, the model in service does not; start a service of its own for it")
+            await try_in_another_process(config, KINDS[service.served.model.pairs])
+            model = await asyncio.get_running_loop().run_in_executor(None, load, config)
             fresh = service.serve(model)
-            await fresh.check()
+            try:
+                await asyncio.wait_for(fresh.check(), service.timeout + 30)
+            except BaseException:
+                self.retire(fresh)
+                raise
         except Exception as error:
             why = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             why = why if path in why else f"{path}: {why}"
             print(f"web_service.py: not reloaded, the service goes on as it was: {why}", file=sys.stderr)
             service.metrics.reloads.labels("refused").inc()
             return False
-        service.tokens, service.config = tokens, {**service.config, "tokens_file": config["tokens_file"]}
-        for front in self.running:
-            front.take_certificate(config)
-        retiring = loop.create_task(self.retire(service.replace(fresh)))
-        self.retiring.add(retiring)
-        retiring.add_done_callback(self.retiring.discard)
+        self.retire(service.replace(fresh))
         print(f"web_service.py: reloaded, {path} ({model.precision})", file=sys.stderr)
         service.metrics.reloads.labels("reloaded").inc()
         return True
 
-    async def retire(self, served):
+    def retire(self, served):
         """Lets go of a model's memory when its last request is answered."""
-        await served.close()
-        del served
-        await asyncio.sleep(1)  # in which the last answers are made
-        gc.collect()
+
+        async def close():
+            await served.close()
+            await asyncio.sleep(1)  # in which the last answers are made
+            del self.retiring[served]
+            asyncio.get_running_loop().call_soon(gc.collect)
+
+        self.retiring[served] = asyncio.get_running_loop().create_task(close())
+
+    def is_stuck(self, seconds):
+        """Whether an engine hangs. One that was closed has no batch any more."""
+        if self.service.served.scheduler.is_stuck(seconds):
+            return True
+        return any(served.scheduler.hangs(seconds) for served in self.retiring)
 
     async def follow(self, orders, sign):
-        """Takes every line of settings that comes, one after the other, and gives a sign of what became of it."""
-        reader = asyncio.StreamReader()
+        """Does what every line of JSON says, one after the other, and gives a sign of what became of the model."""
+        reader = asyncio.StreamReader(limit=1 << 24)
         await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), orders)
         while line := await reader.readline():
-            taken = await self.take(json.loads(line)["config"])
-            sign(supervisor.TAKEN if taken else supervisor.REFUSED)
+            order = json.loads(line)
+            if "refused" in order:  # by the supervisor, which has said why
+                self.service.metrics.reloads.labels("refused").inc()
+                continue
+            self.take_access(order["allowed"])
+            sign(supervisor.TAKEN if await self.take_model(order["config"]) else supervisor.REFUSED)
 
 
 async def serve(start, sign, orders):
     """Loads the model, opens the ports, gives a first sign of life, and answers until SIGTERM or SIGINT.
 
-    Args: start: {config, restarts}. sign: function that is called twice a second: the supervisor ends a worker that is
-    silent. orders: binary file; lines of JSON with other settings come from it.
+    Args: start: {config, allowed, restarts}. sign: function that is called twice a second: the supervisor ends a worker
+    that is silent. orders: binary file; lines of JSON with other settings come from it.
     """
     set_up_logs()
-    config, metrics = start["config"], Metrics(start["restarts"])
-    service, stopping = Service(load(config), config, metrics), asyncio.Event()
+    config, allowed, metrics = start["config"], start["allowed"], Metrics(start["restarts"])
+    service, stopping = Service(load(config), config, access.Tokens(allowed["tokens"]), metrics), asyncio.Event()
     await service.served.check()
-    metrics.serve_model(service.served.model)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    running = [await fronts.start_rpc(service, config)]
+    running = [await fronts.start_rpc(service, config, allowed)]
     if config["http_port"]:
-        running.append(await fronts.start_http(service, config))
-    following = loop.create_task(Reloader(service, running).follow(orders, sign))
+        running.append(await fronts.start_http(service, config, allowed))
+    reloader = Reloader(service, running)
+    following = loop.create_task(reloader.follow(orders, sign))
     sign()
     while not stopping.is_set():
-        if not service.served.scheduler.is_stuck(service.timeout + 30) and not following.done():
+        if not reloader.is_stuck(service.timeout + 30) and not following.done():
             sign()
         try:
             await asyncio.wait_for(stopping.wait(), 0.5)
