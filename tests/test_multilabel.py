@@ -219,7 +219,7 @@ def test_a_client_refuses_what_it_does_not_know(monkeypatch, capsys):
         "truncated": [False],
         "objective": {"name": "ranking", "metric": "m"},
     }
-    monkeypatch.setattr(rpc_client, "rpc", lambda host, port: lambda fields, seconds: answer)
+    monkeypatch.setattr(rpc_client, "rpc", lambda address, tls, token: lambda fields, seconds: answer)
     with pytest.raises(UserError, match="objective 'ranking' is not known here"):
         rpc_client.main(["--text", "甲"])
     assert capsys.readouterr().out == ""

@@ -17,6 +17,7 @@ from conftest import ROOT, Service, at_once, load_script
 import protocol
 import rpc_client
 import serving_load
+from metrics import Metrics
 from common import batching, engine, files, objectives, tokenization
 
 pytest.importorskip("paddle_serving_server", reason="needs Paddle Serving: bash setup_env.sh --serving")
@@ -181,10 +182,10 @@ def run_jobs(model, requests, batch_size=32):
     ended = []
 
     async def run():
-        scheduler = Scheduler(worker.PPMiniLMOp(model), batch_size)
+        scheduler = Scheduler(worker.PPMiniLMOp(model), batch_size, Metrics())
 
         async def one(number, texts, address):
-            logits = await scheduler.run(Job(protocol.Query(texts, None, 0), address, time.monotonic()))
+            logits = await scheduler.run(Job(protocol.Query(texts, None, 0), address, time.monotonic(), scheduler))
             ended.append((number, logits))
 
         await asyncio.gather(*(one(number, *request) for number, request in enumerate(requests)))
@@ -435,8 +436,8 @@ def test_an_engine_that_hangs_is_seen(model):
     model.alone = type("Hanging", (), {"pool": model.engine.pool, "run": lambda self, batch: release.wait(20)})()
 
     async def run():
-        scheduler = Scheduler(worker.PPMiniLMOp(model), 8)
-        job = Job(protocol.Query(["一丁"], None, 0), "a", time.monotonic())
+        scheduler = Scheduler(worker.PPMiniLMOp(model), 8, Metrics())
+        job = Job(protocol.Query(["一丁"], None, 0), "a", time.monotonic(), scheduler)
         waiting = asyncio.ensure_future(scheduler.run(job))
         await asyncio.sleep(0.3)
         assert scheduler.is_stuck(0.2) and not scheduler.is_stuck(5)
@@ -465,14 +466,16 @@ def test_a_large_request_that_is_given_up_while_it_is_tokenized(model, monkeypat
     monkeypatch.setattr(model, "tokenize", slowly)
 
     async def run():
-        scheduler, large = Scheduler(worker.PPMiniLMOp(model), 32), ["一丁七万丈三上下" * 20] * 9
-        given_up = asyncio.ensure_future(scheduler.run(Job(protocol.Query([" ", *large], None, 0), "a", 0.0)))
+        scheduler, large = Scheduler(worker.PPMiniLMOp(model), 32, Metrics()), ["一丁七万丈三上下" * 20] * 9
+        given_up = asyncio.ensure_future(
+            scheduler.run(Job(protocol.Query([" ", *large], None, 0), "a", 0.0, scheduler))
+        )
         await asyncio.sleep(0)
         await asyncio.get_running_loop().run_in_executor(None, tokenizing.wait)
         given_up.cancel()
         await asyncio.sleep(0)
         release.set()
-        logits = await asyncio.wait_for(scheduler.run(Job(protocol.Query(large, None, 0), "a", 0.0)), 20)
+        logits = await asyncio.wait_for(scheduler.run(Job(protocol.Query(large, None, 0), "a", 0.0, scheduler)), 20)
         assert len(logits) == 9 and given_up.cancelled() and not scheduler.done_for
 
     asyncio.run(run())
@@ -486,8 +489,10 @@ def test_what_a_caller_gave_up_is_not_computed(model):
     from scheduler import AHEAD, Job, Scheduler
 
     async def run():
-        scheduler = Scheduler(worker.PPMiniLMOp(model), 32)
-        asked = asyncio.ensure_future(scheduler.run(Job(protocol.Query(["一丁七"] * 128, None, 0), "a", 0.0)))
+        scheduler = Scheduler(worker.PPMiniLMOp(model), 32, Metrics())
+        asked = asyncio.ensure_future(
+            scheduler.run(Job(protocol.Query(["一丁七"] * 128, None, 0), "a", 0.0, scheduler))
+        )
         await asyncio.sleep(0)
         asked.cancel()
         while scheduler.running:

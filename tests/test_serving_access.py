@@ -247,7 +247,7 @@ def test_another_certificate_and_other_tokens_by_sighup(pruned, tmp_path):
         for name in ("pem", "key"):
             os.replace(tmp_path / f"second.{name}", tmp_path / f"first.{name}")
         (tmp_path / "tokens").write_text(f"{TOKEN}\nthe-newest-token-of-all\n")
-        hang_up("reloaded, ")
+        hang_up("web_service.py: reloaded, ")
         after = [presented(port) for port in (service.http, service.rpc)]
         assert before[0] == before[1] != after[0] == after[1]
         service.certificate = str(tmp_path / "now.pem")
@@ -275,7 +275,7 @@ def test_another_certificate_and_other_tokens_by_sighup(pruned, tmp_path):
         link.symlink_to(model)
         (tmp_path / "config.yml").write_text(json.dumps({"tokens_file": "tokens"}))
         hang_up("note: a restart is needed for tls_certificate, tls_key")
-        hang_up("reloaded, ")
+        hang_up("web_service.py: reloaded, ")
         assert ask(service, "GET", "/metrics")[0] == 200  # by TLS
         os.remove(tmp_path / "config.yml")
         hang_up("config.yml: No such file or directory")

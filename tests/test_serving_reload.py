@@ -131,7 +131,7 @@ def test_replaced_under_load(models, examples, logits, tmp_path):
                 point(link, models["int8" if number % 4 == 1 else "fp32"][0])
             else:  # the same model once more
                 os.kill(service.process.pid, signal.SIGHUP)
-            said(service, "reloaded, ", number)
+            said(service, "web_service.py: reloaded, ", number)
         switched = time.monotonic()
         time.sleep(1)
         load.end()
@@ -205,7 +205,7 @@ def test_other_settings_need_a_restart(models, tmp_path):
     with Service(tmp_path, models["int8"][0]) as service:
         (tmp_path / "config.yml").write_text(json.dumps({"max_texts": 7, "grace_ms": 4000}))
         os.kill(service.process.pid, signal.SIGHUP)
-        said(service, "reloaded, ")
+        said(service, "web_service.py: reloaded, ")
         lines = service.stderr.read_text().splitlines()
         assert lines[0] == "web_service.py: note: a restart is needed for max_texts, grace_ms"
         (tmp_path / "config.yml").write_text("max_texts: none\n")

@@ -158,7 +158,7 @@ def test_the_systemd_unit_step_by_step(model, tmp_path):
         assert subprocess.run(commands["ExecStartPost"], cwd=directory).returncode == 0, output.read_text()
         reload = [word.replace("$MAINPID", str(main.pid)) for word in shlex.split(service["ExecReload"])]
         subprocess.run(["kill", *reload[1:]], check=True)  # where /bin/kill is, depends on the machine
-        until(lambda: "reloaded, " in output.read_text(), 60)
+        until(lambda: "web_service.py: reloaded, " in output.read_text(), 60)
         assert rpc_client.wait_ready("127.0.0.1", settings["http_port"], 5)
     finally:
         main.send_signal(signal.SIGTERM)  # KillMode=mixed: to this process alone
@@ -204,7 +204,7 @@ def test_the_blocks_of_operation_md(quantized, tmp_path):
     # The first block belongs to a service that runs: the second one starts it.
     reloaded = "for _ in $(seq 300); do curl -s localhost:18083/metrics | grep -q 'total{outcome=\"reloaded\"} 1' && break; sleep 0.2; done\n"
     out, err = bash(typed(f"{reloading}{reloaded}{watching}kill $!; wait $!"))
-    assert err.count("reloaded, ") == 1 and "avg4 (int8)" in err and "not reloaded" not in err
+    assert err.count("web_service.py: reloaded, ") == 1 and "avg4 (int8)" in err and "not reloaded" not in err
     assert 'ppminilm_reloads_total{outcome="reloaded"} 1.0' in out and '"openapi": "3.1.0"' in out
     out, err = bash(typed(secure) + "wait $!")
     assert '"err_no": 0' in out and len([line for line in out.splitlines() if '"label"' in line]) == 1, (out, err)

@@ -147,7 +147,7 @@ def over_http(address, tls, token):
             raise Refused(f"no answer in {seconds:.1f} s") from error
         except ssl.SSLCertVerificationError as error:
             raise Refused(UNTRUSTED) from error
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, UnicodeError) as error:  # UnicodeError: no name of a machine
             raise Refused(f"{protocol.authority(*address)} cannot be reached", again=True) from error
         try:
             answer = json.loads(body)

@@ -378,6 +378,7 @@ def model_options(config):
 def try_out():
     """Runs as a process of its own: loads the model of the settings that standard input brings, lets it compute, and
     prints what kind of requests it takes."""
+    cli.die_with_parent()
     config = json.load(sys.stdin)
     settings.local_service(config)["thread_num"] = 1
     model = Model(*model_options(config))
@@ -396,9 +397,8 @@ async def try_in_another_process(config, kind):
     """Raises: UserError if the model of the settings cannot be used, or takes requests of another kind. Some bad graphs
     make Paddle end its process, so it is not this one that tries."""
     command, pipe = [sys.executable, os.path.abspath(__file__)], asyncio.subprocess.PIPE
-    child = await asyncio.create_subprocess_exec(
-        *command, stdin=pipe, stdout=pipe, stderr=pipe, preexec_fn=cli.die_with_parent
-    )
+    # No preexec_fn: Python between fork and exec, in a process with gRPC's and the engine's threads, may crash.
+    child = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=pipe)
     try:
         out, err = await asyncio.wait_for(child.communicate(json.dumps(config).encode()), TRIAL_SECONDS)
     except asyncio.TimeoutError as error:
