@@ -340,7 +340,8 @@ class Service:
 
     def texts_waiting(self):
         """Texts that no stream has taken yet."""
-        return sum(len(job.left) if job.features else len(job.query.texts) for job in self.running)
+        whole = [(job, len(job.features) == len(job.query.texts)) for job in self.running]
+        return sum(len(job.left) if tokenized else len(job.query.texts) for job, tokenized in whole)
 
 
 def set_up_logs():
