@@ -415,6 +415,12 @@ async def try_in_another_process(config, kind):
         raise UserError(f"it takes {takes}, the model in service {kind}; start a service of its own for it")
 
 
+def give_back_memory():
+    """What a model has left behind: objects that refer to each other, and pages that the allocator keeps."""
+    gc.collect()
+    cli.LIBC.malloc_trim(0)
+
+
 class Reloader:
     """Does what the supervisor tells while the service goes on: another model, other tokens, another certificate."""
 
@@ -458,7 +464,7 @@ class Reloader:
             await served.close()
             await asyncio.sleep(1)  # in which the last answers are made
             del self.retiring[served]
-            asyncio.get_running_loop().call_soon(gc.collect)
+            asyncio.get_running_loop().call_soon(give_back_memory)
 
         self.retiring[served] = asyncio.get_running_loop().create_task(close())
 
