@@ -180,7 +180,6 @@ def test_a_bad_model_is_refused(models, examples, logits, pair_model, tmp_path):
         said(service, "not reloaded", refused + 1)
         link.unlink()
         link.symlink_to(tmp_path / "nowhere")
-        os.kill(service.process.pid, signal.SIGHUP)
         said(service, "not reloaded", refused + 2)
         assert service.worker() == worker
         load.end()

@@ -100,6 +100,7 @@ class Supervisor:
         self.worker, self.stopping, self.starts = None, False, 0
         self.asked = False  # whether SIGHUP asked for a reload
         self.pending, self.refused = None, None  # the settings that the worker was told; the directory that it refused
+        self.missing = None  # where the link led when it was looked at last
         if reread:
             self.resolve(config)
 
@@ -149,7 +150,9 @@ class Supervisor:
             return
         target = os.path.realpath(self.link)
         is_new = target not in (settings.local_service(self.config)["model_config"], self.refused)
-        if not self.asked and not (is_new and os.path.isdir(target)):
+        # A link that is being replaced leads nowhere for a moment: what is not there has to be missing twice.
+        is_new, self.missing = is_new and (os.path.isdir(target) or self.missing == target), target
+        if not self.asked and not is_new:
             return
         self.asked, self.refused = False, None
         try:
