@@ -24,6 +24,9 @@ from test_serving_life import until
 from test_serving_watch import counters
 
 
+RELOADS = 5  # odd, so that the last one changes the model; test_soak.py has more of them
+
+
 @pytest.fixture(scope="module")
 def examples(workspace):
     data_dir = str(workspace / "data")
@@ -118,14 +121,14 @@ def wrong(answers, references, tolerance=0.01):
 
 
 def test_replaced_under_load(models, examples, logits, tmp_path):
-    """By a changed link and by SIGHUP, ten times: no answer is wrong, none is lost; then only the last model answers."""
+    """By a changed link and by SIGHUP: no answer is wrong, none is lost; then only the last model answers."""
     link = tmp_path / "current"
     link.symlink_to(models["fp32"][0])
     assert serving_load.confusable(logits["int8"], 0.01) < 0.05
     apart = np.abs(logits["fp32"] - logits["int8"]).max(axis=1)
     assert np.median(apart) > 0.01, "the models cannot be told apart"
     with Service(tmp_path, link) as service, Load(service, examples) as load:
-        for number in range(1, 11):
+        for number in range(1, 1 + RELOADS):
             time.sleep(0.5)
             if number % 2:
                 point(link, models["int8" if number % 4 == 1 else "fp32"][0])
@@ -139,10 +142,10 @@ def test_replaced_under_load(models, examples, logits, tmp_path):
         counted = counters(service)
         lines = service.stderr.read_text().splitlines()
     assert not load.failed, load.failed[:5]
-    assert len(load.answers) > 500 and not wrong(load.answers, logits.values())
+    assert len(load.answers) > 200 and not wrong(load.answers, logits.values())
     assert len(after) > 20 and not wrong(after, [logits["int8"]])
-    assert counted[("ppminilm_reloads_total", (("outcome", "reloaded"),))] == 10
-    assert lines[0].startswith("web_service.py: reloaded, ") and lines[0].endswith(" (int8)") and len(lines) == 10
+    assert counted[("ppminilm_reloads_total", (("outcome", "reloaded"),))] == RELOADS
+    assert lines[0].startswith("web_service.py: reloaded, ") and lines[0].endswith(" (int8)") and len(lines) == RELOADS
 
 
 def test_a_bad_model_is_refused(models, examples, logits, pair_model, tmp_path):
@@ -175,7 +178,7 @@ def test_a_bad_model_is_refused(models, examples, logits, pair_model, tmp_path):
             refused += 1
             said(service, "not reloaded, the service goes on as it was: ", refused)
             assert words in service.stderr.read_text().splitlines()[-1]
-        time.sleep(2)  # it is not tried again and again
+        time.sleep(1)  # it is not tried again and again
         os.kill(service.process.pid, signal.SIGHUP)  # but by hand it is
         said(service, "not reloaded", refused + 1)
         link.unlink()
