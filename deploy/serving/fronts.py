@@ -108,11 +108,9 @@ class Handshake(asyncio.Protocol):
     busy = whole = False
 
     def __init__(self, front, make):
-        self.front, self.make, self.early, self.over = front, make, b"", False
+        self.front, self.make, self.early = front, make, b""
 
     def connection_made(self, transport):
-        if self.over:
-            return
         self.raw, self.since = transport, asyncio.get_running_loop().time()
         self.address = (transport.get_extra_info("peername") or ("",))[0]
         self.front.opened(self)
@@ -128,7 +126,6 @@ class Handshake(asyncio.Protocol):
             self.abort()
             return
         finally:
-            self.over = True
             self.front.connections.discard(self)
         connection = self.make()
         tls.set_protocol(connection)

@@ -177,10 +177,7 @@ def read_config(args, notes=True):
     # Paths in the file are relative to it, those on the command line to the working directory.
     base = os.path.dirname(os.path.abspath(args.config))
     for option, name in OPTIONS.items():
-        *sections, last = name.split(".")
-        section = config
-        for each in sections:
-            section = section[each]
+        section, last = place_of(config, name)
         override = getattr(args, option)
         is_path = option in PATHS
         if override is not None:
@@ -189,6 +186,14 @@ def read_config(args, notes=True):
         elif is_path and section[last]:
             section[last] = os.path.normpath(os.path.join(base, section[last]))
     return config
+
+
+def place_of(config, name):
+    """(the section that holds the setting of a dotted name, its name in there)."""
+    *sections, last = name.split(".")
+    for each in sections:
+        config = config[each]
+    return config, last
 
 
 def local_service(config):
@@ -210,10 +215,7 @@ def reloaded(config, fresh):
     before, after = flat(config), flat(fresh)
     merged = copy.deepcopy(config)
     for name in RELOADED:
-        *sections, last = name.split(".")
-        section = merged
-        for each in sections:
-            section = section[each]
+        section, last = place_of(merged, name)
         section[last] = after[name]
     return merged, [name for name in after if name not in RELOADED and after[name] != before.get(name)]
 

@@ -205,6 +205,12 @@ class PPMiniLMOp(pipeline.Op):
         return answer, None, ""
 
 
+def check_finite(logits):
+    """Raises: UserError if a model that is tried answers with infinities or NaN."""
+    if not np.isfinite(logits).all():
+        raise UserError("the model answers with numbers that are not finite")
+
+
 class Served:
     """A model in service, with its operator and its queue."""
 
@@ -217,9 +223,7 @@ class Served:
     async def check(self):
         """Lets the model answer a request. Raises: ServiceError, or what its engine raises."""
         query = protocol.Query([self.model.labels[0]], [self.model.labels[0]] if self.model.pairs else None, 0)
-        logits = await self.scheduler.run(Job(query, "", time.monotonic(), self.scheduler))
-        if not np.isfinite(logits).all():
-            raise UserError("the model answers with numbers that are not finite")
+        check_finite(await self.scheduler.run(Job(query, "", time.monotonic(), self.scheduler)))
 
     async def close(self):
         """Waits for what is being computed, then ends the threads."""
@@ -384,9 +388,7 @@ def try_out():
     settings.local_service(config)["thread_num"] = 1
     model = Model(*model_options(config))
     for rows in (model.rows[0], model.rows[-1]):
-        logits = model.engine.run(model.shape(rows, model.lengths[rows][0]))
-        if not np.isfinite(logits).all():
-            raise UserError("the model answers with numbers that are not finite")
+        check_finite(model.engine.run(model.shape(rows, model.lengths[rows][0])))
     print(KINDS[model.pairs])
 
 
