@@ -10,6 +10,7 @@
 #   WIDTHS="0.75 0.5"   widths to prune to (default: 0.75)
 #   PRUNE_LR, PRUNE_EPOCHS   learning rate and epochs of pruning (default: those of fine-tuning)
 #   PRUNE_ARGS          more arguments of prune.py
+#   ONNX=1              write the quantized models as ONNX, too, into deploy/onnx/onnx_models
 #   DATA_ARGS           for every stage, such as '--max_train_samples 500 --max_eval_samples 200' for a quick trial
 set -e
 . "$(dirname -- "$0")/common/launcher.sh"
@@ -79,9 +80,17 @@ if [ -n "$best" ]; then
     cd "$root/deploy/python"
     sh infer_all.sh "$@" $DATA_ARGS || failed="$failed infer_all.sh"
 
+    exported=
+    if [ "$ONNX" = 1 ]; then
+        step "writing ONNX"
+        exported=deploy/onnx/onnx_models
+        cd "$root/deploy/onnx"
+        sh export_all.sh "$@" $overwrite $DATA_ARGS || failed="$failed export_all.sh"
+    fi
+
     step "summary"
     cd "$root"
-    "$PYTHON" summarize.py "$(dirname -- "$best")" pruning quantization || failed="$failed summarize.py"
+    "$PYTHON" summarize.py "$(dirname -- "$best")" pruning quantization $exported || failed="$failed summarize.py"
     [ -z "$failed" ] || { echo "run_all.sh: failed:$failed" >&2; exit 1; }
     exit
 fi
@@ -121,7 +130,18 @@ cd "$root/deploy/python"
 "$PYTHON" infer.py --task_name "$task" --int8 --model_path "$root/quantization/$(lower "$task")"_*quant_models/* \
     ${data_dir:+--data_dir "$data_dir"} $DATA_ARGS $device_args
 
-# 5. What was gained and lost from stage to stage, from the stage.json that each of them wrote.
+# 5. If wanted: the same INT8 models for runtimes without Paddle.
+exported=
+if [ "$ONNX" = 1 ]; then
+    step "writing ONNX"
+    exported=deploy/onnx/onnx_models
+    cd "$root/deploy/onnx"
+    for models in "$root/quantization/$(lower "$task")"_*quant_models/*; do
+        "$PYTHON" export_onnx.py --model_path "$models" ${data_dir:+--data_dir "$data_dir"} $overwrite $DATA_ARGS
+    done
+fi
+
+# 6. What was gained and lost from stage to stage, from the stage.json that each of them wrote.
 step "summary"
 cd "$root"
-"$PYTHON" summarize.py --task_name "$task" "$base/models/$task" pruning quantization
+"$PYTHON" summarize.py --task_name "$task" "$base/models/$task" pruning quantization $exported

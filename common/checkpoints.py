@@ -412,6 +412,8 @@ def open_graph(path, option="--model_path"):
     if os.path.isfile(os.path.join(path, records.RECORD)):
         record = records.read_record(path)
         names = [name[: -len(".pdmodel")] for name in records.graph_files(record) if name.endswith(".pdmodel")]
+        if record["stage"] == "onnx":
+            raise UserError(f"{path}: an ONNX model, which deploy/onnx/infer_onnx.py runs; a graph of Paddle is needed")
         if not names:
             raise UserError(f"{path}: not exported; run export_model.py (fine-tuned) or export.sh (pruned) first")
         prefix = os.path.join(path, names[0])

@@ -146,6 +146,16 @@ class Streams:
         return batching.gather(self.run_all(batches), len(examples))
 
 
+class FunctionRunner:
+    """A runner for Streams from a function of another engine: (input_ids, token_type_ids) -> logits, as arrays."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def run(self, batch):
+        return self.function(batch.input_ids, batch.token_type_ids)
+
+
 class Engine(Streams):
     """Paddle Inference for one exported graph.
 

@@ -55,7 +55,7 @@ class StageRecord(_Fields):
     """What every stage.json holds; it is checked when it is written and when it is read."""
 
     schema_version: int = pydantic.Field(alias="schema")
-    stage: str  # pretrain, distill, finetune, prune, prune_export, quantize
+    stage: str  # one of STAGES below, or of your own
     task: str
     labels: list[str]  # in the order of the logits
     arguments: _Arguments
@@ -110,7 +110,7 @@ class TaskRecord(StageRecord):
     metrics: dict[str, Any]  # ``objective.metric`` is one of them
 
 
-TASK_STAGES = ("finetune", "prune", "prune_export", "quantize")
+TASK_STAGES = ("finetune", "prune", "prune_export", "quantize", "onnx")
 STAGES = ("pretrain", "distill", *TASK_STAGES)
 ADVICE = "repeat the stage that wrote it, with --overwrite if it has that"
 

@@ -302,12 +302,14 @@ def row_of(record):
     """[what, score, agreement, params, FLOPs, MB] of a record as table cells, or None if it has no row."""
     stage, metrics, width = record["stage"], record["metrics"], record["model"]["width_mult"]
     size = size_of(record)
+    origin = "fine-tuned" if width == 1 else f"pruned to {width:g}"
     if stage == "finetune":
         what = "fine-tuned, FP32"
     elif stage == "prune_export" and size:
         what = f"pruned to {width:g}, FP32"
+    elif stage == "onnx":
+        what = f"{origin}, ONNX of {os.path.basename(record['parent']['path'])}"
     elif stage == "quantize":
-        origin = "fine-tuned" if width == 1 else f"pruned to {width:g}"
         what = f"{origin}, INT8 {record['variant']['algorithm']}{record['variant']['calib_samples']}"
     elif stage not in STAGES:
         what = f"{stage}, {record['directory']}"

@@ -12,6 +12,8 @@ import unicodedata
 
 from common import UserError, files
 
+SPECIAL_TOKENS = ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")
+
 
 def decomposed(text):
     """unicodedata.normalize("NFD", text), in time that does not grow with the square of a run of combining marks.
@@ -42,7 +44,7 @@ class _BasicTokens(dict):
     cjk = re.compile(
         "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]"
     )
-    special = re.compile(r"(\[(?:UNK|SEP|PAD|CLS|MASK)\])")
+    special = re.compile(f"({'|'.join(map(re.escape, SPECIAL_TOKENS))})")
     # PaddleNLP treats these as symbols, too.
     extra_symbols = "\u00ad\u00b2\u00ba\u3007\u00b5\u00d8\u014b\u01b1"
 
@@ -90,7 +92,21 @@ class _BasicTokens(dict):
 
     def words(self, text):
         """The text without control characters, cut at white space and around CJK characters."""
-        return "".join(f" {c} " if self.cjk.match(c) else self.cleaned(c) for c in text).split()
+        return "".join(f" {c} " if self.cjk.match(c) else c for c in map(self.cleaned, text)).split()
+
+    def classes(self):
+        """The rules as classes of characters, each a regular expression: dropped, white space, marks, isolated."""
+        dropped, spaces, marks, isolated = [], [], [], []
+        for code_point in (*range(0xD800), *range(0xE000, 0x110000)):  # all but surrogates
+            char = chr(code_point)
+            cleaned = self.cleaned(char)
+            if cleaned != char:
+                (spaces if cleaned else dropped).append(code_point)
+            elif unicodedata.category(char) == "Mn":
+                marks.append(code_point)
+            elif self.isolated(char) or self.cjk.match(char):
+                isolated.append(code_point)
+        return tuple(character_class(points) for points in (dropped, spaces, marks, isolated))
 
     def apply(self, text):
         if "[" in text and self.special.search(text):  # special tokens keep their meaning inside a text
@@ -99,6 +115,17 @@ class _BasicTokens(dict):
         if self.contextual.isdisjoint(text):
             return result
         return " ".join(self.split(self.normalize(word)) for word in self.words(text))
+
+
+def character_class(code_points):
+    """A regular expression of the ``tokenizers`` library for one of these characters. Args: code_points: ascending."""
+    ranges = []
+    for point in code_points:
+        if ranges and ranges[-1][1] == point - 1:
+            ranges[-1][1] = point
+        else:
+            ranges.append([point, point])
+    return "[" + "".join(f"\\x{{{first:x}}}-\\x{{{last:x}}}" for first, last in ranges) + "]"
 
 
 class _Tokenizer:
@@ -138,6 +165,32 @@ class FastTokenizer(_Tokenizer):
         self.wordpiece = Tokenizer(model)
         self.wordpiece.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         self.basic = _BasicTokens(lower_case, split_symbols)
+
+    def standalone(self, max_seq_length):
+        """The whole tokenization as a ``tokenizers.Tokenizer``, which is saved as one tokenizer.json for programs that
+        have nothing of this repository. It gives the same ids (tests/test_onnx.py), except that where both texts of a
+        pair are cut it may cut one token differently.
+        """
+        from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+
+        dropped, spaces, marks, isolated = map(Regex, self.basic.classes())
+        standalone = Tokenizer(self.wordpiece.model)
+        steps = [normalizers.Replace(dropped, ""), normalizers.Replace(spaces, " ")]
+        if self.lower_case:
+            steps += [normalizers.Lowercase(), normalizers.NFD(), normalizers.Replace(marks, "")]
+        standalone.normalizer = normalizers.Sequence(steps)
+        standalone.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(isolated, "isolated")]
+        )
+        special = [("[CLS]", self.cls_id), ("[SEP]", self.sep_id)]
+        standalone.post_processor = processors.TemplateProcessing(
+            "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", special
+        )
+        standalone.decoder = decoders.WordPiece()
+        standalone.add_special_tokens([token for token in SPECIAL_TOKENS if token in self.vocab])
+        standalone.enable_truncation(max_seq_length)
+        standalone.enable_padding(pad_id=self.pad_id)
+        return standalone
 
     def encode(self, texts, pairs=None, max_seq_length=128):
         """[CLS] text [SEP], or [CLS] text [SEP] pair [SEP], truncated to ``max_seq_length``, the longer text first.

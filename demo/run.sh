@@ -147,6 +147,10 @@ kill $service
 wait $service
 trap - EXIT
 
+step "the same model for runtimes without Paddle -> onnx_model/"
+"$PYTHON" "$root/deploy/onnx/export_onnx.py" --model_path "$quantized" --output_dir onnx_model --overwrite
+"$PYTHON" "$root/deploy/onnx/infer_onnx.py" --model_path onnx_model "${question[@]}" > onnx_answer.json
+
 step "tables and plot -> tables.md, clue.png"
 perf=()
 for timed in speed/*-"$DEVICE"-*.json; do perf+=(--perf "$timed"); done
@@ -159,13 +163,14 @@ for task in $tasks; do models+=("$student/models/$task" "pruned_models/$task"); 
 "$PYTHON" - << 'END'
 import json
 
-with open("answer.json", encoding="utf-8") as file:
-    answer = json.load(file)
-text = " / ".join(answer[key] for key in ("text", "text_pair") if key in answer)
-labels = answer["labels"] if "labels" in answer else [answer["label"]]
-name = f" ({answer['label_name']})" if "label_name" in answer else ""
-given = [f"{label}{name}, probability {answer['probabilities'][label]:.2f}" for label in labels]
-print(f"\nThe service's answer to {text}\n-> {'; '.join(given) or 'no label'}")
+for file, whose in (("answer.json", "The service's"), ("onnx_answer.json", "ONNX Runtime's")):
+    with open(file, encoding="utf-8") as opened:
+        answer = json.load(opened)
+    text = " / ".join(answer[key] for key in ("text", "text_pair") if key in answer)
+    labels = answer["labels"] if "labels" in answer else [answer["label"]]
+    name = f" ({answer['label_name']})" if "label_name" in answer else ""
+    given = [f"{label}{name}, probability {answer['probabilities'][label]:.2f}" for label in labels]
+    print(f"\n{whose} answer to {text}\n-> {'; '.join(given) or 'no label'}")
 END
 cat << END
 

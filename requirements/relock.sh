@@ -1,5 +1,6 @@
 #!/bin/sh
 # Makes the lock files anew from pyproject.toml:  sh requirements/relock.sh   (needs uv on PATH, or UV=path)
+# What is locked keeps its version where it can; UPGRADE=1 takes the newest of everything.
 # cffi and pycparser are left out: only PyPy would need them.
 # One version of every package for all supported Pythons; what only an older Python needs carries a marker.
 set -e
@@ -9,6 +10,8 @@ linux="platform_machine == 'x86_64' and platform_python_implementation == 'CPyth
 lock() { # NAME ARGUMENTS...: the locks are for Linux x86-64 CPython anyway, so the marker that says so goes
     name=$1
     shift
+    rm -f "$name.new"
+    [ -n "$UPGRADE" ] || [ ! -f "$name.txt" ] || cp "$name.txt" "$name.new" # uv prefers what it finds there
     "${UV:-uv}" pip compile "$@" --universal --python-version "${oldest:-3.9}" --fork-strategy "${forks:-fewest}" --generate-hashes \
         --no-emit-package cffi --no-emit-package pycparser --no-header --no-annotate --quiet --output-file "$name.new" > /dev/null
     sed -e "s/ and $linux//" -e "s/ ; $linux//" "$name.new" > "$name.txt"
@@ -31,3 +34,5 @@ cd paddle3
 forks=requires-python
 lock ../paddle3 pyproject.toml
 lock ../paddle3-serving --group serving --constraints ../paddle3.txt
+# What deploy/onnx/infer_onnx.py needs on a machine without Paddle: here, as it wants NumPy 2 on Python 3.13, too.
+lock ../onnx --group onnx --constraints ../paddle3.txt

@@ -24,6 +24,7 @@ sys.path[:0] = [
             "deploy/python",
             "deploy/serving",
             "deploy/benchmark",
+            "deploy/onnx",
             "general_distill",
             "demo",
         )

@@ -101,7 +101,10 @@ def check_last_screen(printed, output, quantized):
             assert whole.count(note) == 1, note
     answer = json.loads((output / "answer.json").read_text())
     assert answer["text"] in screen and set(answer.get("labels", [answer.get("label")])) <= set(quantized["labels"])
-    assert re.search(r"^-> (no label|.*, probability [01]\.\d\d)$", screen, re.M)
+    from_onnx = json.loads((output / "onnx_answer.json").read_text())
+    assert from_onnx.keys() - {"text"} == answer.keys() - {"text"}
+    assert from_onnx["probabilities"] == pytest.approx(answer["probabilities"], abs=0.1)  # two roundings to INT8
+    assert len(re.findall(r"^-> (?:no label|.*, probability [01]\.\d\d)$", screen, re.M)) == 2
     for words in ("tables.md", "clue.png", "sh run_all.sh NAME", "--data_dir DIR"):
         assert words in screen
 
@@ -135,7 +138,7 @@ def test_demo_from_end_to_end(checkout, tmp_path):
     assert tables.count(" student: random weights") == 1
     check_last_screen(done.stdout, output, int8)
     assert (output / "clue.png").read_bytes()[:4] == b"\x89PNG"
-    for name in ("data", "teacher", "pruned_models", "serving_server"):
+    for name in ("data", "teacher", "pruned_models", "serving_server", "onnx_model"):
         assert f"{name}/" in done.stdout and (output / name).is_dir()
     # Several labels per text, from the same student, to an answer of the service.
     done = subprocess.run([*command[:-1], "multilabel", "--resume"], env=env, capture_output=True, text=True)

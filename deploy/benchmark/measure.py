@@ -125,7 +125,7 @@ def open_runner(spec, features, pad_id):
         return engine.open_engine(spec["prefix"], features, *options, pad_id, spec["streams"])
     import peers
 
-    return peers.ENGINES[spec["engine"]](spec["prefix"], spec["precision"], spec["threads"], spec["streams"])
+    return peers.open_streams(spec["engine"], spec["prefix"], spec["precision"], spec["threads"], spec["streams"])
 
 
 def main(argv=None):

@@ -2,7 +2,8 @@
 
 Quantizes the same exported graph with ONNX Runtime (dynamic) and with OpenVINO (NNCF, calibrated), and times all three
 like perf.py. The other engines run two graphs each: ours, which computes the last layer for [CLS] only, and the usual
-full export. Needs packages that the pipeline itself does not need:
+full export. They also run our own INT8 model, as deploy/onnx/export_onnx.py writes it: the same weights and scales.
+Needs packages that the pipeline itself does not need:
 
     .venv/bin/python -m pip install --require-hashes -r requirements/peers.txt
     python peers.py
@@ -10,62 +11,37 @@ full export. Needs packages that the pipeline itself does not need:
 
 import os
 import sys
-import threading
 import time
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.join(HERE, "..", ".."), os.path.join(HERE, "..", "onnx")]
+import infer_onnx
+import onnx
+import onnx_graph
 import perf
 import perf_models
 from common import UserError, batching, checkpoints, cli, engine, files, records, tokenization
 
 CALIBRATION = 300  # NNCF's own default
 
-
-class _Session:
-    """A model compiled by another engine, with the interface of a runner."""
-
-    def __init__(self, infer):
-        self.infer = infer
-
-    def run(self, batch):
-        return self.infer({"input_ids": batch.input_ids, "token_type_ids": batch.token_type_ids})
-
-
-class OnnxRuntime(engine.Streams):
-    def __init__(self, path, precision, threads, streams):
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = max(1, engine.thread_count(threads) // streams)
-        sessions = [
-            onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]) for _ in range(streams)
-        ]
-        super().__init__([_Session(lambda feed, own=session: own.run(None, feed)[0]) for session in sessions])
+# (title, engine, file, precision of what is not INT8): quantized by the makers of the engines
+THEIRS = (
+    ("ONNX Runtime, dynamic INT8", "onnxruntime", "onnx", "f32"),
+    ("OpenVINO, NNCF INT8", "openvino", "xml", "f32"),
+    ("OpenVINO, NNCF INT8, BF16 for the rest", "openvino", "xml", "bf16"),
+)
+# The same of our own INT8 model.
+OURS = (
+    ("ONNX Runtime, our INT8", "onnxruntime", "f32"),
+    ("OpenVINO, our INT8", "openvino", "f32"),
+    ("OpenVINO, our INT8, BF16 for the rest", "openvino", "bf16"),
+)
 
 
-class OpenVINO(engine.Streams):
-    def __init__(self, path, precision, threads, streams):
-        import openvino
-
-        settings = {
-            "NUM_STREAMS": str(streams),
-            "INFERENCE_NUM_THREADS": str(engine.thread_count(threads)),
-            "INFERENCE_PRECISION_HINT": precision,  # of the layers that are not INT8
-        }
-        compiled = openvino.Core().compile_model(path, "CPU", settings)
-        requests = [compiled.create_infer_request() for _ in range(streams)]
-        starting = threading.Lock()  # concurrent calls of start_async deadlock (2026.4)
-
-        def infer(feed, request):
-            with starting:
-                request.start_async(feed)
-            request.wait()
-            return request.get_output_tensor().data.copy()
-
-        super().__init__([_Session(lambda feed, own=request: infer(feed, own)) for request in requests])
-
-
-ENGINES = {"onnxruntime": OnnxRuntime, "openvino": OpenVINO}
+def open_streams(kind, path, precision, threads, streams):
+    """An engine.Streams of another engine. Args: precision: bf16 for what OpenVINO does not compute in INT8."""
+    opened = infer_onnx.ENGINES[kind](path, engine.thread_count(threads), streams, bf16=precision == "bf16")
+    return engine.Streams([engine.FunctionRunner(stream) for stream in opened])
 
 
 def convert(prefix, directory, features):
@@ -75,13 +51,21 @@ def convert(prefix, directory, features):
     perf_models.build_once(directory, sources, lambda new: convert_all(prefix, os.path.join(new, "model"), features))
 
 
+def convert_ours(prefix, directory):
+    """Writes the INT8 graph ``prefix`` as model.onnx, unless it is up to date."""
+    sources = {suffix: files.file_hash(prefix + suffix) for suffix in (".pdiparams", ".pdmodel")}
+    sources["code"] = files.file_hash(onnx_graph.__file__)
+    perf_models.build_once(
+        directory, sources, lambda new: onnx.save(onnx_graph.convert(prefix), os.path.join(new, "model.onnx"))
+    )
+
+
 def package_versions():
     return {name: __import__(name).__version__ for name in ("onnxruntime", "openvino", "nncf")}
 
 
 def convert_all(prefix, target, features):
     import nncf
-    import onnx
     import onnxruntime
     import openvino
     import paddle2onnx
@@ -156,14 +140,13 @@ def main(argv=None):
         directory = os.path.join(timing.output_dir, "peers", graph)
         convert(prefix, directory, calibration)
         shape = {"cls": "same graph", "full": "usual export"}[graph]
-        for number in (1, streams):
-            for kind, suffix, title, precision in (
-                ("onnxruntime", "onnx", "ONNX Runtime, dynamic INT8", "int8"),
-                ("openvino", "xml", "OpenVINO, NNCF INT8", "f32"),
-                ("openvino", "xml", "OpenVINO, NNCF INT8, BF16 for the rest", "bf16"),
-            ):
-                name = f"{title}, {shape}, {number} streams"
-                specs[name] = specification(kind, os.path.join(directory, f"model.int8.{suffix}"), number, precision)
+        for title, kind, suffix, precision in THEIRS:
+            path = os.path.join(directory, f"model.int8.{suffix}")
+            specs[f"{title}, {shape}"] = specification(kind, path, streams, precision)
+    ours = os.path.join(timing.output_dir, "peers", "ours")
+    convert_ours(models["both"], ours)
+    for title, kind, precision in OURS:
+        specs[title] = specification(kind, os.path.join(ours, "model.onnx"), streams, precision)
     rounds = perf.run_rounds(specs, timing.rounds, timing.sentences)
     rows = []
     print("engine | sentences/s | ours is faster by | median, range of the rounds\n--- | --- | --- | ---")
