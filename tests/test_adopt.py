@@ -197,6 +197,14 @@ def test_every_kind_goes_through_every_stage(kind, adopted, topics, tmp_path, ca
     infer.main(["--model_path", str(tmp_path / "int8/abs_max8"), "--int8", "--text", *texts])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     offline = [json.loads(line)["label"] for line in lines]
+    in_onnx = ["--model_path", str(tmp_path / "int8/abs_max8"), "--fp32_path", str(to_quantize)]
+    in_onnx += ["--data_dir", topics, "--min_agreement", "0", "--output_dir"]
+    load_script("deploy/onnx", "export_onnx").main([*in_onnx, str(tmp_path / "onnx")])
+    capsys.readouterr()
+    load_script("deploy/onnx", "infer_onnx").main(["--model_path", str(tmp_path / "onnx"), "--text", *texts])
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(answers) == 6 and {answer["label"] for answer in answers} <= set(record(out)["labels"])
+    assert record(tmp_path / "onnx")["metrics"]["agreement_with_paddle"] > 0.8
     with Service(tmp_path, tmp_path / "int8/abs_max8") as service:
         status, answer = service.post({"texts": texts})
     assert status == 200 and answer["labels"] == offline and answer["classes"] == LABELS and len(offline) == 6

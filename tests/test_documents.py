@@ -39,7 +39,8 @@ def commands(name):
 
 # Documents with a Chinese block and an English one, each below a heading of the first level.
 IN_BOTH_LANGUAGES = [
-    f"{directory}/README.md" for directory in ("results", "general_distill", "deploy/python", "deploy/serving", "tests")
+    f"{directory}/README.md"
+    for directory in ("results", "general_distill", "deploy/python", "deploy/onnx", "deploy/serving", "tests")
 ]
 TYPED = "deploy/serving/OPERATION.md"  # test_serving_run.py runs its blocks as they stand there
 IN_BOTH_LANGUAGES.append(TYPED)

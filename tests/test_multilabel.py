@@ -177,6 +177,24 @@ def test_infer_and_tables(place, tuned, pruned, quantized, capsys, tmp_path):
     assert row["metric"] == "macro_F1" and row["accuracy"] == "" and float(row["value"]) > 80
 
 
+def test_onnx_answers_as_infer_py(place, pruned, tmp_path, capsys):
+    """FP32: the same labels and probabilities, several or none per text; dev by the share of exactly right ones."""
+    graph, texts = pruned / "0.75/sub_static", dev_of(place)[0][:40]
+    options = ["--output_dir", str(tmp_path / "onnx"), "--data_dir", str(place / "data")]
+    load_script("deploy/onnx", "export_onnx").main(["--model_path", str(graph), *options])
+    capsys.readouterr()
+    answers, infer_onnx = [], load_script("deploy/onnx", "infer_onnx")
+    for script, directory in ((load_script("deploy/python", "infer"), graph), (infer_onnx, tmp_path / "onnx")):
+        script.main(["--model_path", str(directory), "--text", *texts])
+        answers.append([json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")])
+    for one, other in zip(*answers):
+        assert one.pop("probabilities") == pytest.approx(other.pop("probabilities"), abs=2e-6) and one == other
+    assert len(answers[1]) == 40 and {len(answer["labels"]) for answer in answers[1]} > {1}
+    infer_onnx.main(["--model_path", str(tmp_path / "onnx"), "--dev_file", str(place / "data/several/dev.json")])
+    result, (figures, _) = json.loads(capsys.readouterr().out), by_hand(place, graph)
+    assert result["exact_match"] == pytest.approx(figures["exact_match"], abs=1e-6)
+
+
 def test_the_search_selects_by_macro_f1(tuned, tmp_path):
     """Not by the loss, nor by micro F1 or exact match, in which the other cell is better."""
     shutil.copytree(tuned, tmp_path / "tiny/models/several/3e-3_32")
