@@ -89,11 +89,13 @@ def quantize(
     int8_embeddings,
     model_filename="int8.pdmodel",
     params_filename="int8.pdiparams",
+    for_gpu=False,
 ):
     """Writes the quantized graph of ``prefix`` into ``directory``.
 
     Args: features: what calibrates, in one batch. algorithm: how the activation scales are chosen. int8_embeddings:
-        whether the word embeddings are stored in INT8, too.
+        whether the word embeddings are stored in INT8, too. for_gpu: leave all scales of weights per column, as
+        TensorRT wants them.
     """
     with files.empty_directory(os.path.join(directory, ".float")) as scratch:
         if int8_embeddings:
@@ -128,6 +130,9 @@ def quantize(
                 )
         finally:
             paddle.disable_static()
+        if not for_gpu:
+            written = os.path.join(directory, os.path.splitext(model_filename)[0])
+            embeddings.scale_square_weights_by_rows(prefix, written)
     exporting.remove_call_stacks(os.path.join(directory, model_filename))
 
 

@@ -157,7 +157,7 @@ def make_variant(args, run, graph, tokenizer, algorithm, chosen, target, feature
         "calib_split": args.calib_split,
         "device": args.made_for or args.device,
         "scored_in": calibration.precision_of(args),
-        # Not the products of two activations: see engine.INT8_OPERATORS.
+        # The products with weights alone: see engine.INT8_OPERATORS.
         "int8_operators": sorted(engine.INT8_OPERATORS),
         "int8_embeddings": args.int8_embeddings,
     }
@@ -165,11 +165,10 @@ def make_variant(args, run, graph, tokenizer, algorithm, chosen, target, feature
     metrics = {}
     try:
         with run.output(target, weights, metrics=metrics, variant=variant) as directory:
-            # Weights get one scale per output channel, from their largest value. Activations get one scale per tensor,
-            # which the algorithm chooses from what the calibration batch shows.
-            calibration.quantize(
-                graph.prefix, chosen, tokenizer.pad_id, algorithm, directory, args.int8_embeddings, *weights
-            )
+            # Weights get one scale per channel, from their largest value. Activations get one scale per tensor, which
+            # the algorithm chooses from what the calibration batch shows.
+            options = args.int8_embeddings, *weights, variant["device"] != "cpu"
+            calibration.quantize(graph.prefix, chosen, tokenizer.pad_id, algorithm, directory, *options)
             # Scored by the engine that will serve it. A simulation of INT8 in floating point scores higher than what
             # the user gets: ten points, when oneDNN chose the operators itself. So --for gpu, which has nothing else,
             # is marked in stage.json.

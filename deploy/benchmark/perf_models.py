@@ -87,6 +87,7 @@ def build_random(directory, vocab_file, samples, device="cpu"):
     tokenizer = tokenization.load_tokenizer(None, True, vocab_file)
     on_cpu = device == "cpu"  # TensorRT needs full layers and floating-point embeddings
     sources = {"vocabulary": files.file_hash(vocab_file), "on_cpu": on_cpu, **records.describe_versions()}
+    sources["code"] = files.file_hash(calibration.embeddings.__file__)
 
     def build(scratch):
         print("building BERT-base and PP-MiniLM with random weights", file=sys.stderr)
@@ -109,7 +110,8 @@ def build_random(directory, vocab_file, samples, device="cpu"):
         features = batching.convert(samples, tokenizer, 128)
         for name, source in (("quantized", "finetuned"), ("both", "pruned"), ("both_full", "pruned_full")):
             target = os.path.join(scratch, name)
-            calibration.quantize(prefix[source], features, tokenizer.pad_id, "abs_max", target, int8_embeddings=on_cpu)
+            options = {"int8_embeddings": on_cpu, "for_gpu": not on_cpu}
+            calibration.quantize(prefix[source], features, tokenizer.pad_id, "abs_max", target, **options)
 
     build_once(directory, sources, build)
 

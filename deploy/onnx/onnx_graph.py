@@ -59,7 +59,7 @@ class _Graph:
         self.nodes, self.constants = [], {}
         self.called = {}  # variable of Paddle: tensor of ONNX, where the operator that made it has no node
         self.activations = {}  # output of a DequantizeLinear: (what was quantized, range)
-        self.weights = {}  # output of a DequantizeLinear: (name of the int8 weight, ranges [columns])
+        self.weights = {}  # output of a DequantizeLinear: (name of the int8 weight, ranges, their axis)
 
     def model(self, inputs, output):
         """The whole as a ModelProto, checked by ONNX."""
@@ -306,7 +306,7 @@ class _Graph:
             self.activations[output] = self.activations[x]
             self.called[output] = self.name(self.activations[x][0])
         else:
-            self.weights[output] = (x, self.array(scale).reshape(-1))
+            self.weights[output] = (x, self.array(scale).reshape(-1), operator.attr("quant_axis"))
 
     def _matmul_v2(self, operator):
         (x,), (y,), (output,) = operator.input("X"), operator.input("Y"), operator.output("Out")
@@ -342,8 +342,17 @@ class _Graph:
         return output
 
     def dequantized(self, variable):
-        """The tensor that holds a weight in floating point, made from int8 [rows, columns] and a scale per column."""
-        weight, largest = self.weights[variable]
+        """The tensor that holds a weight in floating point, made from int8 [rows, columns] and a scale per column.
+
+        The square weights of a graph for CPUs have a scale per row (quantization/embeddings.py). Runtimes compute in
+        INT8 with scales per column only, so these weights are rounded once more.
+        """
+        weight, largest, axis = self.weights[variable]
+        if axis == 0:
+            rounded = self.array(weight) * (largest / RANGE)[:, None]
+            largest = np.abs(rounded).max(0)
+            largest[largest == 0] = 1
+            self.constant(weight, np.round(rounded / largest * RANGE).astype("int8"))
         step = self.constant(f"{weight}.step", (largest / RANGE).astype("float32"))
         zero_points = self.constant(f"{weight}.zero", np.zeros(len(largest), "int8"))
         return self.node("DequantizeLinear", [self.name(weight), step, zero_points], f"{weight}.float", axis=1)
