@@ -14,8 +14,8 @@ from common import CORES, UserError, batching, cli, records, tensorrt
 
 # The operators that oneDNN computes in INT8: products with weights. Its default list also takes the attention products,
 # whose output range a padded calibration batch stretches to the mask's -1e4: fast, and ten points wrong
-# (tests/test_quantization.py). Sums in INT8 cost more conversions than they save: 4 % slower at full size, and a trained
-# model agrees with FP32 on 98.5 instead of 98.7 % (results/README.md).
+# (tests/test_quantization.py). Sums in INT8 cost more conversions than they save: 4 % slower at full size, and a model
+# that was trained agrees with FP32 on 98.5 instead of 98.7 % (results/README.md).
 INT8_OPERATORS = {"fc"}
 
 # Number of batches whose texts are sorted by length together. On TNEWS dev 5 % of the computed tokens are padding then,
