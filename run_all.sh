@@ -130,14 +130,15 @@ cd "$root/deploy/python"
 "$PYTHON" infer.py --task_name "$task" --int8 --model_path "$root/quantization/$(lower "$task")"_*quant_models/* \
     ${data_dir:+--data_dir "$data_dir"} $DATA_ARGS $device_args
 
-# 5. If wanted: the same INT8 models for runtimes without Paddle.
-exported=
+# 5. If wanted: the same INT8 models for runtimes without Paddle. One that is refused does not stop the rest.
+exported= failed=
 if [ "$ONNX" = 1 ]; then
     step "writing ONNX"
     exported=deploy/onnx/onnx_models
     cd "$root/deploy/onnx"
     for models in "$root/quantization/$(lower "$task")"_*quant_models/*; do
-        "$PYTHON" export_onnx.py --model_path "$models" ${data_dir:+--data_dir "$data_dir"} $overwrite $DATA_ARGS
+        "$PYTHON" export_onnx.py --model_path "$models" ${data_dir:+--data_dir "$data_dir"} $overwrite $DATA_ARGS ||
+            failed="$failed $models"
     done
 fi
 
@@ -145,3 +146,4 @@ fi
 step "summary"
 cd "$root"
 "$PYTHON" summarize.py --task_name "$task" "$base/models/$task" pruning quantization $exported
+[ -z "$failed" ] || { echo "run_all.sh: failed:$failed" >&2; exit 1; }

@@ -308,7 +308,8 @@ def row_of(record):
     elif stage == "prune_export" and size:
         what = f"pruned to {width:g}, FP32"
     elif stage == "onnx":
-        what = f"{origin}, ONNX of {os.path.basename(record['parent']['path'])}"
+        kind = f"INT8 {os.path.basename(record['parent']['path'])}" if record["onnx"]["activations"] else "FP32"
+        what = f"{origin}, ONNX {kind}"
     elif stage == "quantize":
         what = f"{origin}, INT8 {record['variant']['algorithm']}{record['variant']['calib_samples']}"
     elif stage not in STAGES:

@@ -10,10 +10,11 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from conftest import ROOT, TINY, load_script, record, sh
+from conftest import ROOT, TINY, load_script, record, sh, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
+from tokenizers import Tokenizer
 
 import data
 from common import UserError, batching, cli, engine, exporting, modeling, records, tokenization
@@ -106,7 +107,7 @@ def test_int8_model_answers_as_fp32(int8, quantized, pruned, dev):
 
 
 def test_int8_only_where_our_engine_computes_in_int8(int8, quantized, tmp_path):
-    """Every product with weights is one INT8 node once ONNX Runtime has optimized the graph; the others stay FP32."""
+    """Products with weights are INT8 nodes once ONNX Runtime has optimized the graph; those of activations are FP32."""
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     onnxruntime.InferenceSession(str(int8 / "model.onnx"), options, providers=["CPUExecutionProvider"])
@@ -128,7 +129,7 @@ def test_both_kinds_of_activations_are_one_grid(int8, workspace, quantized, tmp_
     assert details["activations"] == "int8" and details["opset"] == onnx_graph.OPSET
     graph = onnx.load(str(tmp_path / "signed/model.onnx")).graph
     zero_points = {c.name: onnx.numpy_helper.to_array(c) for c in graph.initializer if c.name.startswith("zero_")}
-    assert all(point.dtype == np.int8 and point == 0 for point in zero_points.values())  # as TensorRT wants it
+    assert list(zero_points) == ["zero_int8"] and zero_points["zero_int8"] == 0  # as TensorRT wants it
     assert np.abs(logits_of(int8, dev) - logits_of(tmp_path / "signed", dev)).max() < 1e-3
 
 
@@ -164,10 +165,11 @@ def test_answers_are_those_of_infer_py(engine_name, fp32, pruned, workspace, tmp
     expected = paddle_answers(
         capsys, "--model_path", pruned / "0.75/sub_static", "--input_file", file, "--device", "cpu"
     )
+    labels = [answer["label"] for answer in expected]
     options = ("--engine", engine_name, "--streams", 2, "--threads", 2)
     check_answers(answers_of(run_infer("--model_path", fp32, "--input_file", file, *options)), expected)
-    piped = run_infer("--model_path", fp32, "--input_file", "-", input=file.read_text(encoding="utf-8")[:2000])
-    assert len(answers_of(piped)) > 10
+    piped = run_infer("--model_path", fp32, "--input_file", "-", input="".join(f"{text}\n" for text in texts[:20]))
+    assert [answer["label"] for answer in answers_of(piped)] == labels[:20]
 
 
 def test_answers_for_pairs(pair_model, tmp_path, workspace, capsys):
@@ -196,7 +198,8 @@ def test_dev_is_scored(int8, workspace, tmp_path, dev):
 
 @pytest.fixture(scope="module")
 def both_tokenizers(int8):
-    return tokenization.load_tokenizer(str(int8)), infer_onnx.Model(str(int8))
+    written = Tokenizer.from_file(str(int8 / "tokenizer.json"))
+    return tokenization.load_tokenizer(str(int8)), lambda rows: infer_onnx.encode(written, rows, 64)
 
 
 @pytest.mark.parametrize("lower_case", [True, False], ids=["uncased", "cased"])
@@ -222,17 +225,17 @@ def test_every_character_is_cut_alike(workspace, lower_case):
 @settings(max_examples=150, deadline=None)
 @given(rows=st.lists(st.tuples(st.text(max_size=150), st.text(max_size=150)), min_size=1, max_size=4))
 def test_any_texts_are_cut_alike(both_tokenizers, rows):
-    ours, model = both_tokenizers
+    ours, encode = both_tokenizers
     for pairs in (None, [second for _, second in rows]):
         texts = [first for first, _ in rows]
-        expected = ours.encode(texts, pairs, model.max_seq_length)
-        assert model.encode([(t, p) for t, p in zip(texts, pairs or [None] * len(texts))]) == expected
+        expected = ours.encode(texts, pairs, 64)
+        assert encode([(t, p) for t, p in zip(texts, pairs or [None] * len(texts))]) == expected
 
 
 def test_special_tokens_keep_their_meaning(both_tokenizers):
-    ours, model = both_tokenizers
+    ours, encode = both_tokenizers
     for text in ("你[SEP]好", "[MASK]", "[mask]", "[UNK] [PAD]x"):
-        assert model.encode([(text, None)]) == ours.encode([text], None, model.max_seq_length)
+        assert encode([(text, None)]) == ours.encode([text], None, 64)
 
 
 # What is refused
@@ -275,15 +278,28 @@ def test_without_its_fp32_graph_paddles_int8_is_the_measure(workspace, tuned, qu
         (["--text", " "], "text 1 is empty"),
         (["--text", "a", "--text_pair", "b"], "text 1: topics takes single texts"),
         (["--input_file", "missing.txt"], "missing.txt: No such file or directory"),
+        (["--text_pair", "a", "--input_file", "-"], "--text_pair goes with --text"),
+        (["--input_file", "-"], "--input_file -: no text in it"),
+        (["--input_file", "texts.csv"], "--input_file: tables are read by infer.py"),
+        (["--input_file", "{tmp}/number.json"], "text 2: a text is not a string"),
+        (["--input_file", "{tmp}/mixed.json"], "text 2: topics takes single texts"),
+        (["--dev_file", "{tmp}/number.json"], "number.json:1: no label"),
+        (["--dev_file", "{tmp}/unknown.json"], "unknown.json:1: label '未知' is not one of the model's"),
+        (["--dev_file", "{tmp}/unknown.json", "--save_logits", "nowhere/x.npy"], "nowhere/x.npy: no such directory"),
         (["--dev_file", "{dir}/labels.json"], "labels.json:1: not a record of topics"),
         (["--model_path", "{dir}/..", "--text", "a"], "no model.onnx there"),
         (["--text", "a", "--streams", "9", "--threads", "2"], "--streams 9: from 1 to 2"),
         ([], "give one of --text, --input_file, --dev_file"),
     ],
 )
-def test_mistakes_of_the_user(int8, arguments, words):
-    done = run_infer("--model_path", int8, *(argument.format(dir=int8) for argument in arguments))
+def test_mistakes_of_the_user(int8, tmp_path, arguments, words):
+    write_rows(tmp_path / "number.json", [{"sentence": "好"}, {"sentence": 5}])
+    write_rows(tmp_path / "mixed.json", [{"sentence": "好"}, {"sentence1": "好", "sentence2": "好"}])
+    write_rows(tmp_path / "unknown.json", [{"sentence": "好", "label": "未知"}])
+    arguments = [argument.format(dir=int8, tmp=tmp_path) for argument in arguments]
+    done = run_infer("--model_path", int8, *arguments, stdin=subprocess.DEVNULL)
     assert done.returncode == 2 and words in done.stderr.splitlines()[-1] and not done.stdout
+    assert "Traceback" not in done.stderr
 
 
 def test_a_damaged_model_is_refused(int8, tmp_path):
@@ -293,6 +309,25 @@ def test_a_damaged_model_is_refused(int8, tmp_path):
         file.write(b"\x00\xff")
     done = run_infer("--model_path", tmp_path / "copy", "--text", "a")
     assert done.returncode == 2 and "model.onnx: damaged" in done.stderr
+    (tmp_path / "copy/stage.json").unlink()  # nobody has to copy it
+    for name in ("model.onnx", "tokenizer.json", "labels.json"):
+        with open(tmp_path / "copy" / name, "r+b") as file:
+            file.truncate(500)
+        done = run_infer("--model_path", tmp_path / "copy", "--text", "a")
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot be read" in done.stderr, done.stderr
+
+
+def test_a_bad_line_ends_it_after_the_answers_before_its_window(int8, tmp_path):
+    file = tmp_path / "texts.txt"
+    file.write_text("足球\n" * 150 + "\n", encoding="utf-8")
+    done = run_infer("--model_path", int8, "--input_file", file, "--batch_size", 1)  # windows of 64 texts
+    assert done.returncode == 2 and done.stderr == "infer_onnx.py: error: text 151 is empty\n"
+    assert done.stdout.count("\n") == 128
+
+
+def test_options_for_int8_are_refused_for_fp32(pruned, workspace, tmp_path):
+    with pytest.raises(UserError, match="--activations: for INT8 models"):
+        export(pruned / "0.75/sub_static", tmp_path / "out", workspace, "--activations", "int8")
 
 
 # The whole

@@ -202,7 +202,7 @@ def test_run_all_takes_a_task_through_every_stage(workspace, task, tmp_path):
     ):
         assert what in summary
     assert "partial train data: 40 of 60 train records" in summary
-    assert ("pruned to 0.75, ONNX of mse4" in summary) == (task == "AFQMC")
+    assert ("pruned to 0.75, ONNX INT8 mse4" in summary) == (task == "AFQMC")
 
 
 @pytest.mark.parametrize("model_type", ["bert", "ernie", "roberta"])

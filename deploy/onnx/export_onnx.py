@@ -2,7 +2,7 @@
 
 Reads the directory of a graph: fine-tuned or pruned (FP32), quantized (INT8), or taken in by adopt.py. Writes
 <output_dir>/ with model.onnx, tokenizer.json, vocab.txt, labels.json and stage.json; infer_onnx.py runs it. Before
-anything is written, ONNX Runtime has to give the answers of Paddle on dev.
+anything is written, ONNX Runtime has to give Paddle's logits (FP32), or the answers of the FP32 model on dev (INT8).
 
     python export_onnx.py --model_path ../../quantization/tnews_quant_models/mse4
     python infer_onnx.py --model_path onnx_models/tnews_quant_models/mse4 --text "今年的高考作文题"
@@ -16,6 +16,7 @@ import data
 import infer_onnx
 import onnx
 import onnx_graph
+import tokenizers
 from common import ROOT, UserError, batching, checkpoints, cli, engine, exporting, files, records
 from common.runs import Run
 
@@ -59,14 +60,15 @@ def fp32_graph(args, record):
     Raises: UserError if --fp32_path is another one.
     """
     path = args.fp32_path or os.path.join(ROOT, record["parent"]["path"])
-    if not args.fp32_path and not os.path.isdir(path):
-        return None
-    found = checkpoints.open_graph(path, "--fp32_path")
-    if records.graph_files(found.record) == record["parent"]["weights"]:  # by hash: places change their models
+    try:
+        found = checkpoints.open_graph(path, "--fp32_path")
+        if records.graph_files(found.record) != record["parent"]["weights"]:  # by hash: places change their models
+            raise UserError(f"--fp32_path {path}: not the graph that {args.model_path} was quantized from")
         return found
-    if args.fp32_path:
-        raise UserError(f"--fp32_path {args.fp32_path}: not the graph that {args.model_path} was quantized from")
-    return None
+    except UserError:
+        if args.fp32_path:
+            raise
+        return None
 
 
 def onnx_logits(directory, features, pad_id):
@@ -77,9 +79,11 @@ def onnx_logits(directory, features, pad_id):
     return engine.Streams(list(runners)).predict(features, pad_id=pad_id)
 
 
-def check_tokens(model, examples, features):
+def check_tokens(directory, max_seq_length, examples, features):
     """Raises: UserError unless infer_onnx.py with the written tokenizer.json makes the ids of ours."""
-    found = model.encode([(example.text, example.text_pair) for example in examples])
+    written = tokenizers.Tokenizer.from_file(os.path.join(directory, "tokenizer.json"))
+    rows = [(example.text, example.text_pair) for example in examples]
+    found = infer_onnx.encode(written, rows, max_seq_length)
     for (ids, types), feature, example in zip(found, features, examples):
         if (ids, types) != (feature.input_ids, feature.token_type_ids):
             raise UserError(f"tokenizer.json cuts {example.text!r} into other tokens than the model was trained with")
@@ -100,7 +104,7 @@ def compare_fp32(args, graph, directory, features, inputs, pad_id):
 def compare_int8(args, graph, directory, features, inputs, pad_id):
     """The comparison of an INT8 model with FP32, as quant_post.py makes it: by the answers on dev.
 
-    Not by the logits of Paddle's INT8: Paddle also rounds the sums, ONNX does not, so they are two roundings of one
+    Not by the logits of Paddle's INT8: each engine rounds the weights in its own way, so they are two roundings of one
     model. Ends with status 1 if the answers are FP32's too rarely. Args and returns: as compare_fp32.
     """
     objective, targets = graph.objective, batching.targets(features)
@@ -151,8 +155,11 @@ def export(args):
     graph = checkpoints.open_graph(args.model_path)
     record, tokenizer, task = graph.record, graph.tokenizer(), data.task_of(graph.record)
     quantized = engine.is_quantized(graph.prefix)
-    if args.activations is None:
-        for_gpu = quantized and record.get("variant", {}).get("device", "cpu") != "cpu"
+    for name in ("activations", "fp32_path"):
+        if getattr(args, name) and not quantized:
+            raise UserError(f"--{name}: for INT8 models; {args.model_path} is in FP32")
+    if quantized and args.activations is None:
+        for_gpu = record.get("variant", {}).get("device", "cpu") != "cpu"
         args.activations = "int8" if for_gpu else "uint8"
     args.max_seq_length = records.sequence_length(args, record)
     args.output_dir = args.output_dir or cli.PathArgument(default_output_dir(graph))
@@ -162,7 +169,7 @@ def export(args):
         examples, described = dev.examples, dev.describe()
     else:
         examples, described = data.read_dev_if_local(task, args), record["data"]["dev"]
-    parent = records.parent_of(args.model_path, record, records.graph_files(record))
+    parent = records.parent_of(graph.directory, record, records.graph_files(record))
     names = ("task", "labels", "objective", "params", "flops", "model", "notes")
     fields = {name: record[name] for name in names}
     run = Run("onnx", args, parent, {"dev": described}, noted_by="ONNX: ", **fields)
@@ -174,11 +181,11 @@ def export(args):
     else:
         features, inputs = exporting.parity_inputs(examples, tokenizer, args.max_seq_length)
         examples = examples[: len(features)]
-    metrics, details = {}, {"opset": onnx_graph.OPSET, "activations": args.activations if quantized else None}
+    metrics, details = {}, {"opset": onnx_graph.OPSET, "activations": args.activations}
     with run.output(args.output_dir, FILES, metrics=metrics, onnx=details) as directory:
         details["nodes"] = write_model(graph, tokenizer, task, directory, args)
         if examples:
-            check_tokens(infer_onnx.Model(directory), examples, features)
+            check_tokens(directory, args.max_seq_length, examples, features)
         compare = compare_int8 if quantized else compare_fp32
         metrics.update(compare(args, graph, directory, features, inputs, tokenizer.pad_id))
         metrics["bytes"] = os.path.getsize(os.path.join(directory, "model.onnx"))

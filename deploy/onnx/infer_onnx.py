@@ -1,7 +1,7 @@
 """Classifies texts with a model that export_onnx.py wrote: accuracy on dev, predictions for your own texts.
 
 Needs no Paddle and nothing else of this repository: copy this one file beside model.onnx, onto any machine for which
-there is ONNX Runtime or OpenVINO, and install requirements/onnx.txt there.
+there is ONNX Runtime or OpenVINO, and install onnxruntime or openvino, tokenizers and numpy (requirements/onnx.txt).
 
     python infer_onnx.py --model_path DIR --text "今年的高考作文题"
     python infer_onnx.py --model_path DIR --input_file texts.txt --engine openvino
@@ -20,7 +20,10 @@ import queue
 import sys
 import time
 
-import numpy as np
+try:
+    import numpy as np
+except ImportError as error:
+    sys.exit(f"infer_onnx.py: error: {error}; requirements/onnx.txt lists what is needed")
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -57,14 +60,21 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if sum(bool(given) for given in (args.text, args.input_file, args.dev_file)) != 1:
         parser.error("give one of --text, --input_file, --dev_file")
+    if args.text_pair and not args.text:
+        parser.error("--text_pair goes with --text")
+    if args.input_file and args.input_file.endswith((".csv", ".tsv")):
+        parser.error("--input_file: tables are read by infer.py; here one text per line, or .json or .jsonl")
     if args.save_logits and not (args.dev_file and args.save_logits.endswith(".npy")):
         parser.error("--save_logits FILE.npy goes with --dev_file")
+    if args.save_logits and not os.path.isdir(os.path.dirname(os.path.abspath(args.save_logits))):
+        parser.error(f"--save_logits {args.save_logits}: no such directory")  # before anything is computed
     if args.bf16 and args.engine != "openvino":
         parser.error("--bf16 goes with --engine openvino")
     for name in ("threads", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: must be above 0")
-    args.streams = args.streams or max(n for n in (1, 2, 3, 4) if args.threads % n == 0)
+    if args.streams is None:
+        args.streams = max(n for n in (1, 2, 3, 4) if args.threads % n == 0)
     if not 1 <= args.streams <= args.threads:
         parser.error(f"--streams {args.streams}: from 1 to {args.threads}, one for each thread")
     return args
@@ -131,48 +141,21 @@ class Model:
             if not os.path.isfile(file):
                 raise UserError(f"--model_path {directory}: no {name} there; deploy/onnx/export_onnx.py writes it")
         check_hashes(directory, path)
-        with open(path["labels.json"], encoding="utf-8") as file:
-            self.description = json.load(file)
+        self.description = loaded(path["labels.json"], read_json)
         self.objective = self.description["objective"]
         if self.objective["name"] not in ("classification", "multi_label"):
             raise UserError(f"{directory}: objective {self.objective['name']} is of your own; add it to answer()")
         self.labels, self.max_seq_length = self.description["labels"], self.description["max_seq_length"]
-        self.tokenizer = Tokenizer.from_file(path["tokenizer.json"])
-        # A pair is cut below, exactly as in training.
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.cls_id, self.sep_id, self.pad_id = map(self.tokenizer.token_to_id, ("[CLS]", "[SEP]", "[PAD]"))
+        self.tokenizer = loaded(path["tokenizer.json"], Tokenizer.from_file)
+        self.pad_id = self.tokenizer.token_to_id("[PAD]")
         self.batch_size, self.streams = batch_size, queue.SimpleQueue()
-        for stream in ENGINES[engine](path["model.onnx"], threads, streams, bf16):
+        for stream in loaded(path["model.onnx"], lambda file: ENGINES[engine](file, threads, streams, bf16)):
             self.streams.put(stream)
         self.pool = concurrent.futures.ThreadPoolExecutor(streams)
 
-    def encode(self, rows):
-        """[CLS] text [SEP], or [CLS] text [SEP] pair [SEP], the longer text cut first: list of (ids, token types).
-
-        Args: rows: list of (text, pair or None), all of one kind.
-        """
-        room = self.max_seq_length - 2
-        texts = [text for row in rows for text in row if text is not None]
-        ids = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-        if rows[0][1] is None:
-            encoded = [[self.cls_id, *first[:room], self.sep_id] for first in ids]
-            return [(one, [0] * len(one)) for one in encoded]
-        encoded, room = [], room - 1
-        for first, second in zip(ids[::2], ids[1::2]):
-            kept, kept_pair = len(first), len(second)
-            while kept + kept_pair > room:
-                if kept > kept_pair:
-                    kept -= 1
-                else:
-                    kept_pair -= 1
-            types = [0] * (kept + 2) + [1] * (kept_pair + 1)
-            encoded.append(([self.cls_id, *first[:kept], self.sep_id, *second[:kept_pair], self.sep_id], types))
-        return encoded
-
     def submit(self, rows):
         """Starts the computation of a window of rows. Returns: list of (places among the rows, future of logits)."""
-        encoded = self.encode(rows)
+        encoded = encode(self.tokenizer, rows, self.max_seq_length)
         order = sorted(range(len(rows)), key=lambda i: len(encoded[i][0]), reverse=True)
         started = []
         for start in range(0, len(rows), self.batch_size):
@@ -199,7 +182,12 @@ class Model:
         """
         rows, waiting = iter(rows), None
         while True:
-            window = list(itertools.islice(rows, WINDOW * self.batch_size))
+            try:
+                window = list(itertools.islice(rows, WINDOW * self.batch_size))
+            except UserError:  # a bad line: what came before its window is answered
+                if waiting:
+                    yield from collected(*waiting)
+                raise
             started = self.submit(window) if window else []
             if waiting:
                 yield from collected(*waiting)
@@ -228,6 +216,32 @@ class Model:
         return {**answer, **named, **({} if pair is None else {"text_pair": pair})}
 
 
+def encode(tokenizer, rows, max_seq_length):
+    """[CLS] text [SEP], or [CLS] text [SEP] pair [SEP], the longer text cut first: list of (ids, token types).
+
+    Args: tokenizer: of tokenizer.json. rows: list of (text, pair or None), all of one kind.
+    """
+    # A pair is cut below, exactly as in training.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    cls_id, sep_id, room = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]"), max_seq_length - 2
+    texts = [text for row in rows for text in row if text is not None]
+    ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    if rows[0][1] is None:
+        return [([cls_id, *first[:room], sep_id], [0] * (len(first[:room]) + 2)) for first in ids]
+    encoded, room = [], room - 1
+    for first, second in zip(ids[::2], ids[1::2]):
+        kept, kept_pair = len(first), len(second)
+        while kept + kept_pair > room:
+            if kept > kept_pair:
+                kept -= 1
+            else:
+                kept_pair -= 1
+        types = [0] * (kept + 2) + [1] * (kept_pair + 1)
+        encoded.append(([cls_id, *first[:kept], sep_id, *second[:kept_pair], sep_id], types))
+    return encoded
+
+
 def softmax(logits):
     exponentials = np.exp(logits.astype("float64") - logits.max())
     return exponentials / exponentials.sum()
@@ -237,16 +251,30 @@ def sigmoid(logits):
     return np.exp(-np.logaddexp(0, -logits.astype("float64")))
 
 
+def read_json(path):
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def loaded(path, load):
+    """load(path). Raises: UserError if the file is damaged: each library has exceptions of its own for that."""
+    try:
+        return load(path)
+    except ImportError:  # not of the file
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}); export the model again") from error
+
+
 def check_hashes(directory, path):
     """Raises: UserError if a file is not the one in stage.json, where stage.json was copied, too."""
     record = os.path.join(directory, "stage.json")
     if not os.path.isfile(record):
         return
-    with open(record, encoding="utf-8") as file:
-        expected = json.load(file)["weights"]
+    expected = loaded(record, read_json).get("weights", {})
     for name, file_path in path.items():
         with open(file_path, "rb") as file:
-            if hashlib.sha256(file.read()).hexdigest() != expected[name]:
+            if hashlib.sha256(file.read()).hexdigest() != expected.get(name):
                 raise UserError(f"{file_path}: damaged, or not of this stage.json; export the model again")
 
 
@@ -288,54 +316,83 @@ def read_lines(path):
 
 
 def read_records(path, task):
-    """Yields (record, (text, pair or None)). Raises: UserError naming file and line of what is not a record."""
+    """Yields (place, record, (text, pair or None)). Raises: UserError naming file and line of what is not a record."""
     for number, line in read_lines(path):
         try:
             record = json.loads(line)
-            yield record, texts_of(task, record)
+            yield f"{path}:{number}", record, texts_of(task, record)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}:{number}: not a record of {task}: {error}") from error
 
 
-def read_texts(args, description):
-    """Yields (text, pair or None). Raises: UserError for an empty text, or a pair where none is wanted."""
+def read_texts(args, task):
+    """Yields (place, (text, pair or None)) of --text or --input_file."""
     if args.text:
         if args.text_pair and len(args.text_pair) != len(args.text):
             raise UserError(f"--text_pair: {len(args.text_pair)} texts for {len(args.text)} of --text")
         rows = zip(args.text, args.text_pair or [None] * len(args.text))
     elif args.input_file.endswith((".json", ".jsonl")):
-        rows = (row for _, row in read_records(args.input_file, description["task"]))
+        rows = (row for _, _, row in read_records(args.input_file, task))
     else:
         cut = (line.partition("\t") for _, line in read_lines(args.input_file))
         rows = ((text, pair if tab else None) for text, tab, pair in cut)
-    for number, (text, pair) in enumerate(rows, 1):
-        if not text.strip() or (pair is not None and not pair.strip()):
-            raise UserError(f"text {number} is empty")
-        if description["pairs"] is not None and description["pairs"] != (pair is not None):
-            wanted = "sentence pairs (--text A --text_pair B; in a file, a tab between)"
-            wanted = wanted if description["pairs"] else "single texts"
-            raise UserError(f"text {number}: {description['task']} takes {wanted}")
+    for number, row in enumerate(rows, 1):
+        yield f"text {number}", row
+
+
+def checked(rows, description):
+    """Yields the (text, pair) of (place, (text, pair)).
+
+    Raises: UserError for what is no text, an empty text, or a pair where none is wanted.
+    """
+    pairs = description["pairs"]
+    for place, (text, pair) in rows:
+        for part in (text,) if pair is None else (text, pair):
+            if not isinstance(part, str):
+                raise UserError(f"{place}: a text is not a string")
+            if not part.strip():
+                raise UserError(f"{place} is empty")
+        pairs = pair is not None if pairs is None else pairs
+        if pairs != (pair is not None):
+            wanted = "sentence pairs (--text A --text_pair B; in a file, a tab between)" if pairs else "single texts"
+            raise UserError(f"{place}: {description['task']} takes {wanted}")
         yield text, pair
 
 
 # What the options ask for
 
 
+def target_of(model, place, record):
+    """The set of labels that are right for a record; None if its annotators did not agree, which CLUE marks by "-".
+
+    Raises: UserError if there is no label, or one that the model does not have.
+    """
+    several = model.objective["name"] == "multi_label"
+    given = record.get("labels" if several else "label")
+    if given == "-":
+        return None
+    if given is None or isinstance(given, list) != several:
+        raise UserError(f"{place}: no {'labels, a list' if several else 'label'}")
+    target = {str(label) for label in (given if several else [given])}
+    unknown = target - set(model.labels)
+    if unknown:
+        raise UserError(f"{place}: label {min(unknown)!r} is not one of the model's")
+    return target
+
+
 def score(model, args):
     """--dev_file: the share of right answers, as one JSON line; for several labels per text, of exactly right ones."""
     rows, targets = [], []
-    for record, row in read_records(args.dev_file, model.description["task"]):
-        target = record.get("labels") if model.objective["name"] == "multi_label" else record.get("label")
-        if target == "-":  # the annotators of CLUE did not agree
-            continue
-        rows.append(row)
-        targets.append(sorted(map(str, target)) if isinstance(target, list) else str(target))
+    for place, record, row in read_records(args.dev_file, model.description["task"]):
+        target = target_of(model, place, record)
+        if target is not None:
+            rows.append((place, row))
+            targets.append(target)
     if not rows:
         raise UserError(f"{args.dev_file}: no record with a label")
-    found = list(model.logits(rows))
+    found = list(model.logits(checked(rows, model.description)))
     answers = [model.answer(row, logits) for row, logits in found]
-    given = [sorted(answer["labels"]) if "labels" in answer else answer["label"] for answer in answers]
-    right = sum(one == target for one, target in zip(given, targets))
+    right = sum(set(answer.get("labels", [answer.get("label")])) == target for answer, target in zip(answers, targets))
     if args.save_logits:
         np.save(args.save_logits, np.array([logits for _, logits in found], "float32"))
     figure = "exact_match" if model.objective["name"] == "multi_label" else "accuracy"
@@ -347,26 +404,41 @@ def score(model, args):
 def classify(model, args):
     """--text, --input_file: one JSON line per text, as they come."""
     count = 0
-    for row, logits in model.logits(read_texts(args, model.description)):
+    texts = checked(read_texts(args, model.description["task"]), model.description)
+    for row, logits in model.logits(texts):
         print(json.dumps(model.answer(row, logits), ensure_ascii=False))
         count += 1
+    if not count:
+        raise UserError(f"--input_file {args.input_file}: no text in it")
     return count
+
+
+def run(args):
+    model = Model(args.model_path, args.engine, args.threads, args.streams, args.batch_size, args.bf16)
+    started = time.perf_counter()
+    count = score(model, args) if args.dev_file else classify(model, args)
+    seconds = time.perf_counter() - started
+    print(f"{count} texts in {seconds:.1f} s, {count / seconds:.0f} a second", file=sys.stderr)
 
 
 def main(argv=None):
     args = parse_args(argv)
+    for stream, encoding in ((sys.stdout, "utf-8"), (sys.stdin, "utf-8-sig")):
+        if hasattr(stream, "reconfigure"):  # Windows would take the code page of the console
+            stream.reconfigure(encoding=encoding)
     try:
-        model = Model(args.model_path, args.engine, args.threads, args.streams, args.batch_size, args.bf16)
-        started = time.perf_counter()
-        count = score(model, args) if args.dev_file else classify(model, args)
-        seconds = time.perf_counter() - started
-        print(f"{count} texts in {seconds:.1f} s, {count / seconds:.0f} a second", file=sys.stderr)
+        run(args)
     except UserError as error:
         print(f"infer_onnx.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         print(f"infer_onnx.py: error: {error}; requirements/onnx.txt lists what is needed", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # `... | head`: the reader has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

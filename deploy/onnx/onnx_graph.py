@@ -1,7 +1,7 @@
 """Writes an exported or quantized graph of Paddle as an ONNX model, operator by operator.
 
 A quantized graph becomes QuantizeLinear and DequantizeLinear around the matrix products with weights, with Paddle's own
-scales and int8 weights. So a runtime computes in INT8 what our engine computes in INT8, and rounds to the same grid:
+scales and int8 weights. So a runtime computes in INT8 what our engine computes in INT8:
 
     x -> QuantizeLinear -> DequantizeLinear -> MatMul -> Add      weights int8 [in, out], one scale per column
                                int8 weights -> DequantizeLinear ---^
@@ -331,14 +331,13 @@ class _Graph:
     def quantized(self, variable):
         """The tensor that holds an activation after rounding. Products of one activation share it."""
         source, largest = self.activations[variable]
-        source = self.name(source)
-        rounded, output = f"{source}.int8", f"{source}.rounded"
-        step, zero_point = f"{source}.step", f"zero_{self.zero_point.dtype}"
+        quantized, output = f"{variable}.quantized", f"{variable}.rounded"
+        step, zero_point = f"{variable}.step", f"zero_{self.zero_point.dtype}"
         if step not in self.constants:
             self.constant(zero_point, self.zero_point)
             self.constant(step, np.array(largest / RANGE, "float32"))
-            self.node("QuantizeLinear", [source, step, zero_point], rounded)
-            self.node("DequantizeLinear", [rounded, step, zero_point], output)
+            self.node("QuantizeLinear", [self.name(source), step, zero_point], quantized)
+            self.node("DequantizeLinear", [quantized, step, zero_point], output)
         return output
 
     def dequantized(self, variable):
