@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, load_script, warm_python
+from conftest import FAULTS, ROOT, load_script, warm_python
 
 import data
 from common import UserError, records
@@ -102,7 +102,7 @@ def check_last_screen(printed, output, quantized):
     answer = json.loads((output / "answer.json").read_text())
     assert answer["text"] in screen and set(answer.get("labels", [answer.get("label")])) <= set(quantized["labels"])
     from_onnx = json.loads((output / "onnx_answer.json").read_text())
-    assert from_onnx.keys() - {"text"} == answer.keys() - {"text"}
+    assert answer.keys() ^ from_onnx.keys() <= {"text", "truncated"}  # of a service
     assert from_onnx["probabilities"] == pytest.approx(answer["probabilities"], abs=0.1)  # two roundings to INT8
     assert len(re.findall(r"^-> (?:no label|.*, probability [01]\.\d\d)$", screen, re.M)) == 2
     for words in ("tables.md", "clue.png", "sh run_all.sh NAME", "--data_dir DIR"):
@@ -140,7 +140,14 @@ def test_demo_from_end_to_end(checkout, tmp_path):
     assert (output / "clue.png").read_bytes()[:4] == b"\x89PNG"
     for name in ("data", "teacher", "pruned_models", "serving_server", "onnx_model"):
         assert f"{name}/" in done.stdout and (output / name).is_dir()
-    # Several labels per text, from the same student, to an answer of the service.
+    if FAULTS == "long":  # another two minutes; the parts of it have tests of their own (test_multilabel.py)
+        check_several_labels(command, env, output)
+    subprocess.run(["bash", str(checkout / "demo/clean.sh")], check=True)
+    assert not output.exists()
+
+
+def check_several_labels(command, env, output):
+    """Several labels per text, from the same student, to an answer of the service."""
     done = subprocess.run([*command[:-1], "multilabel", "--resume"], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     int8 = records.read_record(str(output / "multilabel_quant_models/mse4"))
@@ -151,8 +158,6 @@ def test_demo_from_end_to_end(checkout, tmp_path):
     check_last_screen(done.stdout, output, int8)
     tables = (output / "tables.md").read_text()
     assert "dev macro F1, %" in tables and "dev accuracy, %" in tables  # each metric has tables of its own
-    subprocess.run(["bash", str(checkout / "demo/clean.sh")], check=True)
-    assert not output.exists()
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ def both_tokenizers(int8):
 
 @pytest.mark.parametrize("lower_case", [True, False], ids=["uncased", "cased"])
 def test_every_character_is_cut_alike(workspace, lower_case):
-    """Every character of the planes that hold any, each within a word and below two accents."""
+    """Every character of the planes that hold any, each within a word; of the first plane also below two accents."""
     with open(workspace / "vocab.txt", encoding="utf-8") as file:
         vocab = [line.rstrip("\n") for line in file]
     # Letters and pieces that the small vocabulary lacks, so that a character which is dropped shows.
@@ -214,8 +214,8 @@ def test_every_character_is_cut_alike(workspace, lower_case):
     theirs.no_truncation()
     theirs.no_padding()
     characters = [chr(i) for i in (*range(0xD800), *range(0xE000, 0x33480), *range(0xE0000, 0xE0200))]
-    for form in ("Ab{0}cd", "b{0}\u0301\u0323中{0}e"):
-        texts = [form.format(char) for char in characters]
+    for form, count in (("Ab{0}cd", len(characters)), ("b{0}\u0301\u0323中{0}e", 0x10000)):
+        texts = [form.format(char) for char in characters[:count]]
         expected = [ids[1:-1] for ids, _ in ours.encode(texts, None, 10**6)]
         found = [encoding.ids for encoding in theirs.encode_batch_fast(texts, add_special_tokens=False)]
         different = [char for char, one, other in zip(characters, found, expected) if one != other]

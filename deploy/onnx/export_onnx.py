@@ -59,10 +59,11 @@ def fp32_graph(args, record):
 
     Raises: UserError if --fp32_path is another one.
     """
-    path = args.fp32_path or os.path.join(ROOT, record["parent"]["path"])
+    parent = record["parent"] or {"path": "", "weights": None}  # one that was adopted in INT8 has none
+    path = args.fp32_path or os.path.join(ROOT, parent["path"])
     try:
         found = checkpoints.open_graph(path, "--fp32_path")
-        if records.graph_files(found.record) != record["parent"]["weights"]:  # by hash: places change their models
+        if records.graph_files(found.record) != parent["weights"]:  # by hash: places change their models
             raise UserError(f"--fp32_path {path}: not the graph that {args.model_path} was quantized from")
         return found
     except UserError:
@@ -110,7 +111,7 @@ def compare_int8(args, graph, directory, features, inputs, pad_id):
     objective, targets = graph.objective, batching.targets(features)
     found = onnx_logits(directory, features, pad_id)
     int8 = engine.open_engine(graph.prefix, features, "cpu", "int8").predict(features, pad_id=pad_id)
-    original, reference, name = fp32_graph(args, graph.record), int8, "Paddle's INT8, as the FP32 graph is not there,"
+    original, reference, name = fp32_graph(args, graph.record), int8, "Paddle's INT8 (the FP32 graph is not there)"
     metrics = objective.compared(found, targets)
     for metric, figure in objective.compared(int8, targets).items():
         metrics[f"paddle_{metric}"] = figure
@@ -177,7 +178,8 @@ def export(args):
         print(f"{args.output_dir}: there already")
         return
     if quantized:
-        features, inputs = (batching.convert(examples, tokenizer, args.max_seq_length), f"{len(examples)} dev records")
+        features = batching.convert(examples, tokenizer, args.max_seq_length)
+        inputs = f"{len(examples)} dev records"
     else:
         features, inputs = exporting.parity_inputs(examples, tokenizer, args.max_seq_length)
         examples = examples[: len(features)]
