@@ -286,7 +286,10 @@ def test_without_its_fp32_graph_paddles_int8_is_the_measure(workspace, tuned, qu
         (["--dev_file", "{tmp}/number.json"], "number.json:1: no label"),
         (["--dev_file", "{tmp}/unknown.json"], "unknown.json:1: label '未知' is not one of the model's"),
         (["--dev_file", "{tmp}/unknown.json", "--save_logits", "nowhere/x.npy"], "nowhere/x.npy: no such directory"),
-        (["--dev_file", "{dir}/labels.json"], "labels.json:1: not a record of topics"),
+        (["--dev_file", "{dir}/labels.json"], "labels.json:1: not JSON; one object per line is needed"),
+        (["--dev_file", "{tmp}/list.json"], "list.json:1: not a record of topics: one JSON object per line is needed"),
+        (["--model_path", "{dir}/model.onnx", "--text", "a"], "model.onnx: no such directory; the one with model.onnx"),
+        (["--input_file", "TEXTS.CSV"], "--input_file: tables are read by infer.py"),
         (["--model_path", "{dir}/..", "--text", "a"], "no model.onnx there"),
         (["--text", "a", "--streams", "9", "--threads", "2"], "--streams 9: from 1 to 2"),
         ([], "give one of --text, --input_file, --dev_file"),
@@ -295,6 +298,7 @@ def test_without_its_fp32_graph_paddles_int8_is_the_measure(workspace, tuned, qu
 def test_mistakes_of_the_user(int8, tmp_path, arguments, words):
     write_rows(tmp_path / "number.json", [{"sentence": "好"}, {"sentence": 5}])
     write_rows(tmp_path / "mixed.json", [{"sentence": "好"}, {"sentence1": "好", "sentence2": "好"}])
+    write_rows(tmp_path / "list.json", [["好"]])
     write_rows(tmp_path / "unknown.json", [{"sentence": "好", "label": "未知"}])
     arguments = [argument.format(dir=int8, tmp=tmp_path) for argument in arguments]
     done = run_infer("--model_path", int8, *arguments, stdin=subprocess.DEVNULL)

@@ -62,7 +62,7 @@ def parse_args(argv=None):
         parser.error("give one of --text, --input_file, --dev_file")
     if args.text_pair and not args.text:
         parser.error("--text_pair goes with --text")
-    if args.input_file and args.input_file.endswith((".csv", ".tsv")):
+    if args.input_file and args.input_file.lower().endswith((".csv", ".tsv")):
         parser.error("--input_file: tables are read by infer.py; here one text per line, or .json or .jsonl")
     if args.save_logits and not (args.dev_file and args.save_logits.endswith(".npy")):
         parser.error("--save_logits FILE.npy goes with --dev_file")
@@ -137,6 +137,8 @@ class Model:
         from tokenizers import Tokenizer
 
         path = {name: os.path.join(directory, name) for name in ("model.onnx", "tokenizer.json", "labels.json")}
+        if not os.path.isdir(directory):
+            raise UserError(f"--model_path {directory}: no such directory; the one with model.onnx is needed")
         for name, file in path.items():
             if not os.path.isfile(file):
                 raise UserError(f"--model_path {directory}: no {name} there; deploy/onnx/export_onnx.py writes it")
@@ -320,7 +322,11 @@ def read_records(path, task):
     for number, line in read_lines(path):
         try:
             record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("one JSON object per line is needed")
             yield f"{path}:{number}", record, texts_of(task, record)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: not JSON; one object per line is needed") from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}:{number}: not a record of {task}: {error}") from error
 
@@ -432,7 +438,8 @@ def main(argv=None):
         print(f"infer_onnx.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except ImportError as error:
-        print(f"infer_onnx.py: error: {error}; requirements/onnx.txt lists what is needed", file=sys.stderr)
+        way_out = "requirements/onnx.txt lists what is needed; --engine chooses ONNX Runtime or OpenVINO"
+        print(f"infer_onnx.py: error: {error}; {way_out}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # `... | head`: the reader has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
