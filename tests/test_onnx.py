@@ -275,14 +275,14 @@ def test_without_its_fp32_graph_paddles_int8_is_the_measure(workspace, tuned, qu
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--text", " "], "text 1 is empty"),
+        (["--text", " "], "text 1: a text is empty"),
         (["--text", "a", "--text_pair", "b"], "text 1: topics takes single texts"),
         (["--input_file", "missing.txt"], "missing.txt: No such file or directory"),
         (["--text_pair", "a", "--input_file", "-"], "--text_pair goes with --text"),
         (["--input_file", "-"], "--input_file -: no text in it"),
         (["--input_file", "texts.csv"], "--input_file: tables are read by infer.py"),
-        (["--input_file", "{tmp}/number.json"], "text 2: a text is not a string"),
-        (["--input_file", "{tmp}/mixed.json"], "text 2: topics takes single texts"),
+        (["--input_file", "{tmp}/number.json"], "number.json:2: a text is not a string"),
+        (["--input_file", "{tmp}/mixed.json"], "mixed.json:2: topics takes single texts"),
         (["--dev_file", "{tmp}/number.json"], "number.json:1: no label"),
         (["--dev_file", "{tmp}/unknown.json"], "unknown.json:1: label '未知' is not one of the model's"),
         (["--dev_file", "{tmp}/unknown.json", "--save_logits", "nowhere/x.npy"], "nowhere/x.npy: no such directory"),
@@ -325,7 +325,7 @@ def test_a_bad_line_ends_it_after_the_answers_before_its_window(int8, tmp_path):
     file = tmp_path / "texts.txt"
     file.write_text("足球\n" * 150 + "\n", encoding="utf-8")
     done = run_infer("--model_path", int8, "--input_file", file, "--batch_size", 1)  # windows of 64 texts
-    assert done.returncode == 2 and done.stderr == "infer_onnx.py: error: text 151 is empty\n"
+    assert done.returncode == 2 and done.stderr == f"infer_onnx.py: error: {file}:151: a text is empty\n"
     assert done.stdout.count("\n") == 128
 
 

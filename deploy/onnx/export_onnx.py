@@ -175,7 +175,7 @@ def export(args):
     fields = {name: record[name] for name in names}
     run = Run("onnx", args, parent, {"dev": described}, noted_by="ONNX: ", **fields)
     if run.has_finished(args.output_dir):
-        print(f"{args.output_dir}: there already")
+        print(f"{args.output_dir}: there already; --overwrite makes it anew and checks it again")
         return
     if quantized:
         features = batching.convert(examples, tokenizer, args.max_seq_length)

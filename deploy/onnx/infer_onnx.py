@@ -336,14 +336,15 @@ def read_texts(args, task):
     if args.text:
         if args.text_pair and len(args.text_pair) != len(args.text):
             raise UserError(f"--text_pair: {len(args.text_pair)} texts for {len(args.text)} of --text")
-        rows = zip(args.text, args.text_pair or [None] * len(args.text))
+        for number, row in enumerate(zip(args.text, args.text_pair or [None] * len(args.text)), 1):
+            yield f"text {number}", row
     elif args.input_file.endswith((".json", ".jsonl")):
-        rows = (row for _, _, row in read_records(args.input_file, task))
+        for place, _, row in read_records(args.input_file, task):
+            yield place, row
     else:
-        cut = (line.partition("\t") for _, line in read_lines(args.input_file))
-        rows = ((text, pair if tab else None) for text, tab, pair in cut)
-    for number, row in enumerate(rows, 1):
-        yield f"text {number}", row
+        for number, line in read_lines(args.input_file):
+            text, tab, pair = line.partition("\t")
+            yield f"{args.input_file}:{number}", (text, pair if tab else None)
 
 
 def checked(rows, description):
@@ -357,7 +358,7 @@ def checked(rows, description):
             if not isinstance(part, str):
                 raise UserError(f"{place}: a text is not a string")
             if not part.strip():
-                raise UserError(f"{place} is empty")
+                raise UserError(f"{place}: a text is empty")
         pairs = pair is not None if pairs is None else pairs
         if pairs != (pair is not None):
             wanted = "sentence pairs (--text A --text_pair B; in a file, a tab between)" if pairs else "single texts"
