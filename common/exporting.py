@@ -154,6 +154,19 @@ def export_into(directory, classifier, examples, args, name="inference"):
     )
 
 
+@contextlib.contextmanager
+def loaded_graph(prefix):
+    """The static graph ``prefix`` in a scope of its own: yields (program, inputs, outputs, executor, scope)."""
+    scope = paddle.static.Scope()
+    paddle.enable_static()
+    try:
+        with paddle.static.scope_guard(scope):
+            executor = paddle.static.Executor(paddle.CPUPlace())
+            yield (*paddle.static.load_inference_model(prefix, executor), executor, scope)
+    finally:
+        paddle.disable_static()
+
+
 def tensor_of(variable):
     """The description of a tensor in a graph's variable. Paddle 3 has given the field of its type another name."""
     return variable.type.lod_tensor if PADDLE < (3,) else variable.type.dense_tensor

@@ -8,6 +8,7 @@ import os
 
 import numpy as np
 
+from common import exporting
 from common.compat import paddle
 
 
@@ -37,25 +38,16 @@ class Parameters:
 @contextlib.contextmanager
 def rewriting(prefix, target=None):
     """The block of the graph ``prefix`` and its Parameters, to be changed; they are written to ``target``, if given."""
-    scope = paddle.static.Scope()
-    paddle.enable_static()
-    try:
-        with paddle.static.scope_guard(scope):
-            executor = paddle.static.Executor(paddle.CPUPlace())
-            program, _, _ = paddle.static.load_inference_model(prefix, executor)
-            yield program.global_block(), Parameters(scope)
-            if target is None:
-                return
-            # Not save_inference_model: it appends a scale operator, whose output may get a name that is already used.
-            directory, name = os.path.split(target)
-            is_parameter = paddle.static.io.is_persistable
-            paddle.static.io.save_vars(
-                executor, directory, program, predicate=is_parameter, filename=f"{name}.pdiparams"
-            )
-            with open(f"{target}.pdmodel", "wb") as file:
-                file.write(program.desc.serialize_to_string())
-    finally:
-        paddle.disable_static()
+    with exporting.loaded_graph(prefix) as (program, _, _, executor, scope):
+        yield program.global_block(), Parameters(scope)
+        if target is None:
+            return
+        # Not save_inference_model: it appends a scale operator, whose output may get a name that is already used.
+        directory, name = os.path.split(target)
+        is_parameter = paddle.static.io.is_persistable
+        paddle.static.io.save_vars(executor, directory, program, predicate=is_parameter, filename=f"{name}.pdiparams")
+        with open(f"{target}.pdmodel", "wb") as file:
+            file.write(program.desc.serialize_to_string())
 
 
 def store_in_int8(prefix, target):

@@ -1,6 +1,6 @@
 """Writes an exported or quantized graph of Paddle as an ONNX model, operator by operator.
 
-A quantized graph becomes QuantizeLinear and DequantizeLinear around the matrix products with weights, with Paddle's own
+A quantized graph gets QuantizeLinear and DequantizeLinear before the matrix products with weights, with Paddle's own
 scales and int8 weights. So a runtime computes in INT8 what our engine computes in INT8:
 
     x -> QuantizeLinear -> DequantizeLinear -> MatMul -> Add      weights int8 [in, out], one scale per column
@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from common import UserError
+from common import UserError, exporting
 from common.compat import paddle
 
 # The first opset with LayerNormalization as one node; ONNX Runtime 1.13, OpenVINO 2023.0 and TensorRT 8.6 read it.
@@ -30,18 +30,11 @@ def convert(prefix, unsigned_activations=True):
         x86 multiply unsigned by signed bytes; TensorRT takes zero point 0 only.
     Raises: UserError for an operator that is not known here.
     """
-    scope = paddle.static.Scope()
-    paddle.enable_static()
-    try:
-        with paddle.static.scope_guard(scope):
-            executor = paddle.static.Executor(paddle.CPUPlace())
-            program, inputs, outputs = paddle.static.load_inference_model(prefix, executor)
-            graph = _Graph(program.global_block(), scope, unsigned_activations)
-            for operator in program.global_block().ops:
-                graph.add(operator)
-            return graph.model(sorted(inputs), outputs[0].name)
-    finally:
-        paddle.disable_static()
+    with exporting.loaded_graph(prefix) as (program, inputs, outputs, _, scope):
+        graph = _Graph(program.global_block(), scope, unsigned_activations)
+        for operator in program.global_block().ops:
+            graph.add(operator)
+        return graph.model(sorted(inputs), outputs[0].name)
 
 
 def counts(model):
@@ -117,8 +110,9 @@ class _Graph:
         """The operator changes nothing at inference."""
         self.called[operator.output("Out")[0]] = self.name(operator.input("X")[0])
 
-    def type_of(self, variable):
-        return helper.np_dtype_to_tensor_dtype(np.dtype(paddle.base.data_feeder.convert_dtype(variable)))
+    def dtype_of(self, variable):
+        """The NumPy dtype of a variable of Paddle."""
+        return np.dtype(paddle.base.data_feeder.convert_dtype(self.block.var(variable).dtype))
 
     # Inputs and outputs
 
@@ -149,7 +143,8 @@ class _Graph:
         self.one_to_one("Transpose", operator, perm=operator.attr("axis"))
 
     def _cast(self, operator):
-        self.one_to_one("Cast", operator, to=self.type_of(self.block.var(operator.output("Out")[0]).dtype))
+        dtype = self.dtype_of(operator.output("Out")[0])
+        self.one_to_one("Cast", operator, to=helper.np_dtype_to_tensor_dtype(dtype))
 
     def _shape(self, operator):
         self.one_to_one("Shape", operator, ("Input",))
@@ -217,7 +212,7 @@ class _Graph:
 
     def _fill_constant(self, operator):
         (output,) = operator.output("Out")
-        dtype = np.dtype(paddle.base.data_feeder.convert_dtype(self.block.var(output).dtype))
+        dtype = self.dtype_of(output)
         value = operator.attr("str_value") or operator.attr("value")
         sizes = operator.input("ShapeTensorList") if "ShapeTensorList" in operator.input_names else []
         if not sizes:
@@ -232,7 +227,7 @@ class _Graph:
 
     def _fill_any_like(self, operator):
         (output,) = operator.output("Out")
-        dtype = np.dtype(paddle.base.data_feeder.convert_dtype(self.block.var(output).dtype))
+        dtype = self.dtype_of(output)
         shape = self.node("Shape", [self.name(operator.input("X")[0])], f"{output}.shape")
         self.filled(shape, output, operator.attr("value"), dtype)
 
@@ -247,7 +242,7 @@ class _Graph:
             self.same(operator)
             return
         (x,), (output,) = operator.input("X"), operator.output("Out")
-        dtype = np.dtype(paddle.base.data_feeder.convert_dtype(self.block.var(output).dtype))
+        dtype = self.dtype_of(output)
         scale, bias = np.array(scale, "float32").astype(dtype), np.array(bias, "float32").astype(dtype)
         if not operator.attr("bias_after_scale"):
             bias = scale * bias
