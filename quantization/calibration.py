@@ -2,7 +2,7 @@
 
 import os
 
-import embeddings
+import weights
 from common import UserError, batching, cli, compat, engine, exporting, files, gpu, objectives, records
 from common.compat import paddle
 
@@ -99,7 +99,7 @@ def quantize(
     """
     with files.empty_directory(os.path.join(directory, ".float")) as scratch:
         if int8_embeddings:
-            embeddings.store_in_int8(prefix, os.path.join(scratch, "float"))
+            weights.store_in_int8(prefix, os.path.join(scratch, "float"))
             prefix = os.path.join(scratch, "float")
         source, graph = os.path.split(prefix)
         paddle.enable_static()
@@ -132,7 +132,7 @@ def quantize(
             paddle.disable_static()
         if not for_gpu:
             written = os.path.join(directory, os.path.splitext(model_filename)[0])
-            embeddings.scale_square_weights_by_rows(prefix, written)
+            weights.scale_square_weights_by_rows(prefix, written)
     exporting.remove_call_stacks(os.path.join(directory, model_filename))
 
 

@@ -233,7 +233,7 @@ def test_rows_in_int8_against_numpy():
     """Each row within half a step of its own scale, whatever the others are; a row of zeros stays one."""
     weight = np.random.default_rng(0).normal(size=(50, 8)).astype("float32") * np.logspace(-3, 2, 50)[:, None]
     weight[7] = 0
-    rows, scales = load_script("quantization", "embeddings").quantize_rows(weight)
+    rows, scales = load_script("quantization", "weights").quantize_rows(weight)
     assert rows.dtype == np.int8 and scales.shape == (50, 1) and np.isfinite(scales).all()
     assert (np.abs(rows * scales - weight) <= np.abs(weight).max(1, keepdims=True) / 127 * 0.5001).all()
     assert (np.abs(rows).max(1)[np.arange(50) != 7] == 127).all()
@@ -241,8 +241,8 @@ def test_rows_in_int8_against_numpy():
 
 def test_embeddings_in_int8(workspace, tuned, tmp_path, dev):
     """The graph differs from the whole one only by the rounding of the table; the file loses three of its four bytes."""
-    embeddings = load_script("quantization", "embeddings")
-    embeddings.store_in_int8(str(tuned / "inference"), str(tmp_path / "rows"))
+    weights = load_script("quantization", "weights")
+    weights.store_in_int8(str(tuned / "inference"), str(tmp_path / "rows"))
     before, after = (
         engine.Engine(str(tuned / "inference")).predict(dev),
         engine.Engine(str(tmp_path / "rows")).predict(dev),
@@ -251,7 +251,7 @@ def test_embeddings_in_int8(workspace, tuned, tmp_path, dev):
     model, *_ = checkpoints.load_classifier(str(tuned))
     table = modeling.encoder_of(model).embeddings.word_embeddings.weight
     with paddle.no_grad():
-        rows, scales = embeddings.quantize_rows(table.numpy())
+        rows, scales = weights.quantize_rows(table.numpy())
         table.set_value(rows * scales)
     assert np.abs(modeling.predict(model, dev, 0) - after).max() < 1e-4
     sizes = [os.path.getsize(f"{prefix}.pdiparams") for prefix in (tuned / "inference", tmp_path / "rows")]

@@ -87,7 +87,7 @@ def build_random(directory, vocab_file, samples, device="cpu"):
     tokenizer = tokenization.load_tokenizer(None, True, vocab_file)
     on_cpu = device == "cpu"  # TensorRT needs full layers and floating-point embeddings
     sources = {"vocabulary": files.file_hash(vocab_file), "on_cpu": on_cpu, **records.describe_versions()}
-    sources["code"] = files.file_hash(calibration.embeddings.__file__)
+    sources["code"] = files.file_hash(calibration.weights.__file__)
 
     def build(scratch):
         print("building BERT-base and PP-MiniLM with random weights", file=sys.stderr)

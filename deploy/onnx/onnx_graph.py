@@ -338,7 +338,7 @@ class _Graph:
     def dequantized(self, variable):
         """The tensor that holds a weight in floating point, made from int8 [rows, columns] and a scale per column.
 
-        The square weights of a graph for CPUs have a scale per row (quantization/embeddings.py). Runtimes compute in
+        The square weights of a graph for CPUs have a scale per row (quantization/weights.py). Runtimes compute in
         INT8 with scales per column only, so these weights are rounded once more.
         """
         weight, largest, axis = self.weights[variable]
