@@ -1,9 +1,11 @@
 """What quant_post.py needs beside the stage itself: its options, PaddleSlim's calibration, the comparison with FP32."""
 
 import os
+from typing import Any, NamedTuple
 
+import numpy as np
 import weights
-from common import UserError, batching, cli, compat, engine, exporting, files, gpu, objectives, records
+from common import UserError, batching, checkpoints, cli, compat, engine, exporting, files, gpu, objectives, records
 from common.compat import paddle
 
 
@@ -136,18 +138,96 @@ def quantize(
     exporting.remove_call_stacks(os.path.join(directory, model_filename))
 
 
+def quantize_for(args, graph, features, pad_id, algorithm, directory):
+    """As quantize, for the arguments of quant_post.py. Args: graph: checkpoints.Graph of FP32."""
+    names = args.save_model_filename, args.save_params_filename
+    for_gpu = (args.made_for or args.device) != "cpu"
+    quantize(graph.prefix, features, pad_id, algorithm, directory, args.int8_embeddings, *names, for_gpu)
+
+
+def describe(args):
+    """What stage.json says of every variant beside the algorithm and the number of samples."""
+    return {
+        "calib_split": args.calib_split,
+        "device": args.made_for or args.device,
+        "scored_in": precision_of(args),
+        # The products with weights alone: see engine.INT8_OPERATORS.
+        "int8_operators": sorted(engine.INT8_OPERATORS),
+        "int8_embeddings": args.int8_embeddings,
+    }
+
+
 def precision_of(args):
     """The precision in which a variant is scored: that of the engine which will serve it, or its simulation."""
     return engine.SIMULATED if args.made_for == "gpu" and args.device == "cpu" else "int8"
 
 
-def compare(objective, logits, fp32_logits, features):
-    """{accuracy, fp32_accuracy, agreement}, or the objective's metrics, of INT8 and FP32 logits [n, outputs]."""
-    targets = batching.targets(features)
-    compared = objective.compared(logits, targets)
-    for name, figure in objective.compared(fp32_logits, targets).items():
-        compared[f"fp32_{name}"] = figure
-    return {**compared, "agreement": round(objective.agreement(logits, fp32_logits), 6)}
+class Reference(NamedTuple):
+    """Records on which graphs are compared with FP32."""
+
+    features: list  # of batching.Feature
+    logits: Any  # of FP32, float32 [n, outputs]
+    pad_id: int
+
+    def predict(self, args, prefix):
+        """Logits of a quantized graph, float32 [n, outputs], from the engine that will serve it."""
+        int8 = engine.open_engine(prefix, self.features, args.device, precision_of(args))
+        return int8.predict(self.features, pad_id=self.pad_id)
+
+    @property
+    def targets(self):
+        return batching.targets(self.features)
+
+    def compare(self, objective, logits):
+        """{accuracy, fp32_accuracy, agreement}, or the objective's metrics, of logits [n, outputs] and FP32's."""
+        compared = objective.compared(logits, self.targets)
+        for name, figure in objective.compared(self.logits, self.targets).items():
+            compared[f"fp32_{name}"] = figure
+        return {**compared, "agreement": round(objective.agreement(logits, self.logits), 6)}
+
+    def score(self, objective, logits):
+        """The objective's metrics with the loss, agreement with FP32, root mean square of the logits' differences."""
+        error = float(np.sqrt(np.square(logits - self.logits, dtype="float64").mean()))
+        agreement = round(objective.agreement(logits, self.logits), 6)
+        return {**objective.metrics(logits, self.targets), "agreement": agreement, "logit_error": error}
+
+
+def reference(args, graph, features, pad_id):
+    """The FP32 graph's answers to features: a Reference."""
+    return Reference(
+        features, engine.open_engine(graph.prefix, features, args.device).predict(features, pad_id=pad_id), pad_id
+    )
+
+
+def scores_on(args, objective, variants, selection):
+    """{variant: metrics} of variants that lie in the output directory, on a Reference; printed as a table, too."""
+    scores = {}
+    print(f"\n| variant | INT8 {objective.shown} on {args.select_on} | agreement with FP32 |\n| --- | --- | --- |")
+    for algorithm, count in variants:
+        prefix = checkpoints.open_graph(os.path.join(args.output_dir, f"{algorithm}{count}")).prefix
+        found = scores[algorithm, count] = selection.compare(objective, selection.predict(args, prefix))
+        print(f"| {algorithm}{count} | {found[objective.metric]:.4f} | {found['agreement']:.4f} |", flush=True)
+    return scores
+
+
+def check_fp32(args, run, graph, dev):
+    """Compares FP32's metric with that of training, and prints it; what to expect of INT8 here, too.
+
+    Args: graph: checkpoints.Graph. dev: Reference. Raises: UserError past --accuracy_tolerance.
+    """
+    objective, described = graph.objective, run.fields["data"]["dev"]
+    fp32 = objective.metrics(dev.logits, dev.targets)[objective.metric]
+    check_score(fp32, graph.record, described, args)
+    if args.made_for:
+        run.notes.append("INT8 for a GPU, scored by a simulation on a CPU")
+        print(f"note: {run.notes[-1]}; not run on a GPU")
+    else:
+        print(engine.preflight("int8"))
+    constant, reached = records.constant_answer(described)
+    print(
+        f"{graph.record['task']}: FP32 {objective.shown} {fp32:.4f} on {len(dev.features)} dev records ({constant} "
+        f"{reached:.4f})"
+    )
 
 
 def check_score(found, record, dev, args):

@@ -4,20 +4,24 @@ Reads a directory with a static graph: pruning/export.sh's sub_static, or a fine
 Writes <output_dir>/<algorithm><samples>/int8.{pdmodel,pdiparams}, each directory with tokenizer and stage.json. Every
 variant is scored on dev by the INT8 engine that will serve it and compared with FP32. A variant whose predictions agree
 with FP32's on less than --min_agreement of dev is not written. Variants that are there already are not made again.
+--analyze tells which products lose accuracy, --max_drop leaves the fewest in floating point that keep a limit.
 
     python quant_post.py --task_name TNEWS --input_dir ../pruning/pruned_models/TNEWS/0.75/sub_static
+    python quant_post.py --task_name TNEWS --input_dir ../pruning/pruned_models/TNEWS/0.75/sub_static --max_drop 0.002
 """
 
 import dataclasses
 import itertools
 import os
 import sys
+from functools import partial
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import calibration
 import data
 import numpy as np
-from common import UserError, batching, checkpoints, cli, engine, files, records
+import sensitivity
+from common import UserError, batching, checkpoints, cli, files, records
 from common.runs import Run
 
 ALGORITHMS = ("mse", "avg", "abs_max", "hist")
@@ -34,6 +38,7 @@ def parse_args(argv=None):
     help += "<task>_<width>_quant_models"
     cli.add_output_argument(main, help)
     calibration.add_quantization_arguments(parser, ALGORITHMS, SAMPLES)
+    sensitivity.add_arguments(parser)
     cli.add_input_arguments(parser)
     args = parser.parse_args(argv)
     if min(args.calib_samples) < 1:
@@ -76,56 +81,65 @@ def quantize_all(args):
     fields = {name: record[name] for name in ("task", "labels", "objective", "params", "flops", "model", "notes")}
     parent = records.parent_of(args.input_dir, record, records.graph_files(record))
     run = Run("quantize", args, parent, described, noted_by="quantizing: ", **fields)
+    # One order for all variants: the 4 samples of mse4 are the first 4 of mse8, and the same for every algorithm. So
+    # variants differ in what their names say, and in nothing else.
+    order = np.random.default_rng(args.seed).permutation(len(samples.examples))
+
+    def features_of(numbers):
+        return batching.convert([samples.examples[i] for i in numbers], tokenizer, args.max_seq_length)
+
+    def calibrate(algorithm, count, directory):
+        # Weights get one scale per channel, from their largest value. Activations get one scale per tensor, which the
+        # algorithm chooses from what the calibration batch shows.
+        calibration.quantize_for(args, graph, features_of(order[:count]), tokenizer.pad_id, algorithm, directory)
+
     # Two runs into one directory would each make every variant.
     with files.Lock(args.output_dir):
         # FP32 in the same engine is what INT8 has to agree with. On the dev data of the training its accuracy has to be
         # the recorded one, or the graph is not the model that was trained.
         features = batching.convert(dev.examples, tokenizer, args.max_seq_length)
-        fp32_logits = engine.open_engine(graph.prefix, features, args.device).predict(features, pad_id=tokenizer.pad_id)
-        fp32 = graph.objective.metrics(fp32_logits, batching.targets(features))[graph.objective.metric]
-        calibration.check_score(fp32, record, described["dev"], args)
-        if args.made_for:
-            run.notes.append("INT8 for a GPU, scored by a simulation on a CPU")
-            print(f"note: {run.notes[-1]}; not run on a GPU")
-        else:
-            print(engine.preflight("int8"))
-        constant, reached = records.constant_answer(described["dev"])
-        print(
-            f"{record['task']}: FP32 {graph.objective.shown} {fp32:.4f} on {len(features)} dev "
-            f"records ({constant} {reached:.4f})"
-        )
-        make_variants(args, run, graph, tokenizer, samples, features, fp32_logits)
+        reference = calibration.reference(args, graph, features, tokenizer.pad_id)
+        calibration.check_fp32(args, run, graph, reference)
+        # dev chooses among the variants, as published, or as many train records, none of which calibrates.
+        selection = reference
+        if args.select_on == "train":
+            others = features_of(order[max(args.calib_samples) :][: len(features)])
+            selection = calibration.reference(args, graph, others, tokenizer.pad_id)
+        best = make_variants(args, run, graph, tokenizer, calibrate, reference, selection)
+        # Where the whole variant loses too much, single products of it can stay in floating point.
+        with sensitivity.subject(args, graph, best, calibrate) as subject:
+            if args.analyze:
+                sensitivity.report(subject, selection)
+            if args.max_drop is not None:
+                hold_limit(args, run, graph, tokenizer, subject, reference, selection)
 
 
-def make_variants(args, run, graph, tokenizer, samples, features, fp32_logits):
+def make_variants(args, run, graph, tokenizer, calibrate, dev, selection):
     """Makes the variants that are not there, and prints a row for each. Ends with status 1 if none is good enough.
 
-    Args: samples: data.Split to calibrate on. features: of dev. fp32_logits: of dev, [n, classes].
+    Args: calibrate: function (algorithm, count, directory) that writes one. dev, selection: calibration.Reference.
+    Returns: (algorithm, count) of the variant that is best on the selection.
     """
-    # One order for all variants: the 4 samples of mse4 are the first 4 of mse8, and the same for every algorithm. So
-    # variants differ in what their names say, and in nothing else.
-    # To change if INT8 loses too much: more samples (--calib_samples 32), another --seed, --int8_embeddings False.
-    order = np.random.default_rng(args.seed).permutation(len(samples.examples))
-    metric = graph.objective.metric
-    print(f"| variant | INT8 {graph.objective.shown} | agreement with FP32 | file, MB |\n| --- | --- | --- | --- |")
-    kept, left_out = {}, []
+    # To change if INT8 loses too much: --max_drop 0.002, more samples (--calib_samples 32), --int8_embeddings False.
+    objective = graph.objective
+    print(f"| variant | INT8 {objective.shown} | agreement with FP32 | file, MB |\n| --- | --- | --- | --- |")
+    scores, left_out = {}, []
     for algorithm, count in itertools.product(args.algorithms, args.calib_samples):
         name = f"{algorithm}{count}"
         target = os.path.join(args.output_dir, name)
         if run.has_finished(target):
             metrics = records.read_record(target)["metrics"]
         else:
-            chosen = [samples.examples[i] for i in order[:count]]
-            chosen = batching.convert(chosen, tokenizer, args.max_seq_length)
-            metrics = make_variant(args, run, graph, tokenizer, algorithm, chosen, target, features, fp32_logits)
-        if metrics["agreement"] >= args.min_agreement:
-            kept[name] = metrics
-            size = f"{metrics['bytes'] / 1e6:.1f}"
-        else:
+            variant, write = {"algorithm": algorithm, "calib_samples": count}, partial(calibrate, algorithm, count)
+            metrics = make_variant(args, run, graph, tokenizer, variant, write, target, dev)
+        size = f"{metrics['bytes'] / 1e6:.1f}"
+        if metrics["agreement"] < args.min_agreement:
             left_out.append(name)
             size = "left out, one made before is still there" if os.path.isdir(target) else "not written"
-        print(f"| {name} | {metrics[metric]:.4f} | {metrics['agreement']:.4f} | {size} |", flush=True)
-    if not kept:
+        print(f"| {name} | {metrics[objective.metric]:.4f} | {metrics['agreement']:.4f} | {size} |", flush=True)
+        scores[algorithm, count] = metrics
+    kept = {variant: metrics for variant, metrics in scores.items() if metrics["agreement"] >= args.min_agreement}
+    if not kept and args.max_drop is None:
         print(
             f"quant_post.py: no variant agrees with FP32 on {args.min_agreement:g} of dev (--min_agreement); nothing "
             "was written",
@@ -134,48 +148,41 @@ def make_variants(args, run, graph, tokenizer, samples, features, fp32_logits):
         sys.exit(1)
     if left_out:
         print(f"below --min_agreement {args.min_agreement:g} and left out: {', '.join(left_out)}")
+    if kept and selection is not dev:
+        kept = calibration.scores_on(args, objective, kept, selection)
     # The eight lie close together, and the best of them on dev is a little optimistic, like every choice made on dev.
-    best = max(sorted(kept), key=lambda name: kept[name][metric])
-    print(
-        f"{run.fields['task']}: best {best}, INT8 {graph.objective.shown} {kept[best][metric]:.4f} (FP32 "
-        f"{kept[best][f'fp32_{metric}']:.4f}) -> {os.path.join(args.output_dir, best)}"
-    )
+    chosen_from = kept or scores
+    best = max(sorted(chosen_from), key=lambda variant: chosen_from[variant][objective.metric])
+    if kept:
+        name = "{}{}".format(*best)
+        print(
+            f"{run.fields['task']}: best {name}, INT8 {objective.shown} {scores[best][objective.metric]:.4f} (FP32 "
+            f"{scores[best][f'fp32_{objective.metric}']:.4f}) -> {os.path.join(args.output_dir, name)}"
+        )
+    return best
 
 
 class BelowAgreement(Exception):
     """A variant agrees with FP32 too rarely: it is scored, but not written."""
 
 
-def make_variant(args, run, graph, tokenizer, algorithm, chosen, target, features, fp32_logits):
-    """Quantizes the graph into ``target`` and scores the result on dev in the INT8 engine. Returns: its metrics.
+def make_variant(args, run, graph, tokenizer, variant, write, target, dev):
+    """Writes a variant into ``target``, scored on dev in the INT8 engine, with what it is. Returns: its metrics.
 
-    Args: chosen: features to calibrate on, in one batch. features, fp32_logits: of dev.
+    Args: variant: for stage.json, what makes it. write: function (directory) that puts the quantized graph
+        there. dev: calibration.Reference.
     """
-    variant = {
-        "algorithm": algorithm,
-        "calib_samples": len(chosen),
-        "calib_split": args.calib_split,
-        "device": args.made_for or args.device,
-        "scored_in": calibration.precision_of(args),
-        # The products with weights alone: see engine.INT8_OPERATORS.
-        "int8_operators": sorted(engine.INT8_OPERATORS),
-        "int8_embeddings": args.int8_embeddings,
-    }
+    variant.update(calibration.describe(args))
     weights = [args.save_model_filename, args.save_params_filename]
     metrics = {}
     try:
         with run.output(target, weights, metrics=metrics, variant=variant) as directory:
-            # Weights get one scale per channel, from their largest value. Activations get one scale per tensor, which
-            # the algorithm chooses from what the calibration batch shows.
-            options = args.int8_embeddings, *weights, variant["device"] != "cpu"
-            calibration.quantize(graph.prefix, chosen, tokenizer.pad_id, algorithm, directory, *options)
+            write(directory)
             # Scored by the engine that will serve it. A simulation of INT8 in floating point scores higher than what
             # the user gets: ten points, when oneDNN chose the operators itself. So --for gpu, which has nothing else,
             # is marked in stage.json.
             prefix = os.path.join(directory, os.path.splitext(args.save_model_filename)[0])
-            int8 = engine.open_engine(prefix, features, args.device, calibration.precision_of(args))
-            logits = int8.predict(features, pad_id=tokenizer.pad_id)
-            metrics.update(calibration.compare(graph.objective, logits, fp32_logits, features))
+            metrics.update(dev.compare(graph.objective, dev.predict(args, prefix)))
             metrics["bytes"] = os.path.getsize(f"{prefix}.pdiparams")
             # Agreement sees damage that accuracy hides: as many answers may become right as become wrong.
             if not metrics["agreement"] >= args.min_agreement:
@@ -184,6 +191,36 @@ def make_variant(args, run, graph, tokenizer, algorithm, chosen, target, feature
     except BelowAgreement:
         pass
     return metrics
+
+
+def hold_limit(args, run, graph, tokenizer, subject, dev, selection):
+    """--max_drop: writes the best variant once more, with as few products in floating point as the limit takes.
+
+    Args: subject: sensitivity.Subject, the best variant. dev, selection: calibration.Reference.
+    """
+    target = os.path.join(args.output_dir, f"{subject.name}_max_drop_{args.max_drop:g}")
+    if not (run.has_finished(target) and records.read_record(target)["variant"]["select_on"] == args.select_on):
+        floating = sensitivity.products_to_return(subject, selection)
+        if not floating:  # the limit holds without, or cannot be held at all: both were said
+            return
+        # The choice is in the graph itself, so whatever runs it needs no option: infer.py, the service, ONNX.
+        variant = {**subject.variant, "floating": subject.names(floating), "max_drop": args.max_drop}
+        variant.update(select_on=args.select_on, speed=subject.speed_left(floating, selection))
+        metrics = make_variant(args, run, graph, tokenizer, variant, partial(subject.write, floating), target, dev)
+        if metrics["agreement"] < args.min_agreement:
+            why = f"agrees with FP32 on {metrics['agreement']:.4f} of dev only"
+            print(f"{os.path.basename(target)}: {why} (--min_agreement), not written")
+            return
+    # From the record, so that a rerun, which finds the result there, says the same.
+    record = records.read_record(target)
+    metrics, variant, shown = record["metrics"], record["variant"], graph.objective.shown
+    score, fp32 = (metrics[name] for name in (graph.objective.metric, f"fp32_{graph.objective.metric}"))
+    print(f"{os.path.basename(target)}: in floating point {', '.join(variant['floating'])}")
+    print(
+        f"{record['task']}: INT8 {shown} {score:.4f} (FP32 {fp32:.4f}); chosen on {variant['select_on']}; "
+        f"{metrics['bytes'] / 1e6:.1f} MB; speed {variant['speed']['of_int8']:.2f} of {subject.name}, "
+        f"{variant['speed']['of_fp32']:.2f} of FP32 -> {target}"
+    )
 
 
 def main(argv=None):
