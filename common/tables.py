@@ -311,7 +311,10 @@ def row_of(record):
         kind = f"INT8 {os.path.basename(record['parent']['path'])}" if record["onnx"]["activations"] else "FP32"
         what = f"{origin}, ONNX {kind}"
     elif stage == "quantize":
-        what = f"{origin}, INT8 {record['variant']['algorithm']}{record['variant']['calib_samples']}"
+        variant = record["variant"]
+        what = f"{origin}, INT8 {variant['algorithm']}{variant['calib_samples']}"
+        if variant.get("floating"):  # quant_post.py --max_drop
+            what += f" but for {len(variant['floating'])}"
     elif stage not in STAGES:
         what = f"{stage}, {record['directory']}"
     else:

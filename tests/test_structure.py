@@ -169,7 +169,9 @@ DECLARED = {
         "--task_name t",
     ),
     ("quantization", "quant_post"): (
-        OF_DATA | {"input_dir", "algorithms", "calib_samples", "min_agreement", "accuracy_tolerance", "overwrite"},
+        OF_DATA
+        | {"input_dir", "algorithms", "calib_samples", "min_agreement", "accuracy_tolerance", "overwrite"}
+        | {"analyze", "analyze_records", "max_drop", "select_on"},
         {"input_dir", "output_dir", "data_dir", "model_name_or_path"},
         "--task_name t",
     ),

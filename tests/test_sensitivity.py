@@ -1,0 +1,162 @@
+"""--analyze and --max_drop: which products lose accuracy in INT8, and that the worst stays in floating point."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from conftest import load_script, record
+
+import calibration
+import products
+import sensitivity
+from common import checkpoints, engine, exporting, files, modeling, records
+
+PLANTED = "layer 0 FFN out"
+
+
+@pytest.fixture(scope="module")
+def planted(workspace, tuned, tmp_path_factory):
+    """The fine-tuned model with an outlier in front of one product: the same answers in FP32, wrong ones in INT8.
+
+    One hidden unit is constant and large, and the bias takes back what it adds. The weights that read it are rounded as
+    all weights are, which such a value makes a large error.
+    """
+    directory = tmp_path_factory.mktemp("planted") / "model"
+    shutil.copytree(tuned, directory)
+    model = checkpoints.load_classifier(str(tuned)).model
+    layer = modeling.encoder_of(model).encoder.layers[0]
+    before, after = layer.linear1.weight.numpy(), layer.linear2.weight.numpy()
+    unit, value = np.abs(after).sum(1).argmin(), 3000.0  # the unit that is missed least
+    before[:, unit] = 0
+    bias = layer.linear1.bias.numpy()
+    bias[unit] = value
+    for parameter, array in (
+        (layer.linear1.weight, before),
+        (layer.linear1.bias, bias),
+        (layer.linear2.bias, layer.linear2.bias.numpy() - value * after[unit]),
+    ):
+        parameter.set_value(array)
+    model.save_pretrained(str(directory))
+    changed = record(directory)
+    changed["weights"] = files.hash_files(directory, changed["weights"])
+    del changed["export"]
+    records.write_record(str(directory), changed)
+    export = load_script("finetuning", "export_model").main
+    export(["--task_name", "topics", "--model_path", str(directory), "--data_dir", str(workspace / "data")])
+    return directory
+
+
+def quantize(workspace, source, output, *more):
+    arguments = [
+        "--task_name",
+        "topics",
+        "--input_dir",
+        source,
+        "--output_dir",
+        output,
+        "--data_dir",
+        workspace / "data",
+    ]
+    arguments += ["--algorithms", "abs_max", "--calib_samples", "8", *more]
+    load_script("quantization", "quant_post").main([str(argument) for argument in arguments])
+
+
+def test_products_are_called_what_they_are(workspace, tuned, tmp_path):
+    """By the model itself, for a graph with a whole last layer and one that computes it for [CLS] alone."""
+    classifier = checkpoints.load_classifier(str(tuned))
+    model, layers = classifier.model, modeling.encoder_of(classifier.model).encoder.layers
+    features = exporting.parity_inputs(None, classifier.tokenizer, 64)[0][:4]
+    places = {"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj"}
+    places.update(
+        {"attention output": "self_attn.out_proj", "FFN in": "linear1", "FFN out": "linear2", "pooler": "pooler.dense"}
+    )
+    owner = {name: parameter.name for name, parameter in model.named_parameters()}
+    for cls_only, count in ((False, 6 * len(layers) + 2), (True, 6 * len(layers))):
+        exporting.export_static(model, str(tmp_path / "float"), cls_only)
+        calibration.quantize(str(tmp_path / "float"), features, 0, "abs_max", str(tmp_path), True)
+        found = products.products_of(str(tmp_path / "int8"), len(layers))
+        assert len(found) == count
+        for product in found:
+            place = places.get(product.part, product.part)
+            place = place if product.layer is None else f"encoder.layers.{product.layer}.{place}"
+            (name,) = [name for name in owner if name.endswith(f"{place}.weight") and "embeddings" not in name]
+            assert owner[name] == product.weight and tuple(model.state_dict()[name].shape) == product.shape
+            assert product.per_token == (not cls_only or product.layer == 0) if product.layer is not None else True
+    # Of an encoder with another number of layers nothing is known but the order.
+    assert products.products_of(str(tmp_path / "int8"), 7)[1].name == "product 1"
+
+
+def test_all_products_in_float_are_the_fp32_model(tuned, tmp_path):
+    """oneDNN computes in INT8 whatever it has scales for; none of what was returned is left there."""
+    classifier = checkpoints.load_classifier(str(tuned))
+    features, _ = exporting.parity_inputs(None, classifier.tokenizer, 64)
+    prefix, int8 = str(tuned / "inference"), str(tmp_path / "int8")
+    calibration.quantize(prefix, features[:8], 0, "abs_max", str(tmp_path), int8_embeddings=False)
+    found = products.products_of(int8, 2)
+    fp32 = engine.Engine(prefix).predict(features)
+    errors = []
+    for chosen in ([], found[:1], found[:6], found):
+        products.return_to_float(int8, str(tmp_path / "mixed/int8"), products.original_weights(prefix, chosen))
+        errors.append(
+            np.abs(engine.Engine(str(tmp_path / "mixed/int8"), precision="int8").predict(features) - fp32).max()
+        )
+    assert errors[0] > 1e-3 and errors[3] < 1e-5, errors
+    assert errors[3] < errors[2] < errors[0], errors
+    graph = (tmp_path / "mixed/int8.pdmodel").read_bytes()
+    assert b"op_callstack" not in graph and b".py" not in graph
+
+
+def test_a_planted_outlier_is_found_and_left_in_float(workspace, planted, tmp_path, capsys, monkeypatch):
+    limits = ["--max_drop", "0.002", "--min_agreement", "0.98", "--analyze_records", "100"]
+    quantize(workspace, planted, tmp_path / "q", "--analyze", *limits)
+    out = capsys.readouterr().out
+    assert f"most is lost in {PLANTED}, " in out
+    place = tmp_path / "q_sensitivity/abs_max8"
+    rows = {row["name"]: row for row in json.loads((place / "sensitivity.json").read_text())["rows"]}
+    alone = {name: row for name, row in rows.items() if len(row["products"]) == 1}
+    for side, worst in (("alone_int8", max), ("alone_float", min)):
+        assert worst(alone, key=lambda name: alone[name][side]["squared_error"]) == PLANTED
+    assert rows["layer 0"]["alone_int8"]["agreement"] < -0.05 < rows["layer 1"]["alone_int8"]["agreement"]
+    assert (place / "sensitivity.png").stat().st_size > 10000 and PLANTED in (place / "sensitivity.md").read_text()
+    # The whole variant agrees too rarely, and is not written. With that one product in floating point it is as FP32.
+    assert not (tmp_path / "q/abs_max8").exists()
+    written = record(tmp_path / "q/abs_max8_max_drop_0.002")
+    assert written["variant"]["floating"] == [PLANTED] and written["variant"]["select_on"] == "dev"
+    metrics = written["metrics"]
+    assert metrics["fp32_accuracy"] - metrics["accuracy"] <= 0.002 and metrics["agreement"] >= 0.98
+    assert 0 < written["variant"]["speed"]["of_int8"] < 3
+    # Whatever runs the graph finds the choice in it.
+    infer = load_script("deploy/python", "infer").main
+    arguments = ["--model_path", str(tmp_path / "q/abs_max8_max_drop_0.002"), "--int8"]
+    scores = infer([*arguments, "--data_dir", str(workspace / "data")])
+    assert f'"accuracy": {metrics["accuracy"]}' in capsys.readouterr().out, scores
+    # A rerun finds the choice, and asks nothing again; after a kill before it was written, the answers are still there.
+    asked = []
+    monkeypatch.setattr(
+        sensitivity.Subject, "write", lambda *a, _write=sensitivity.Subject.write: asked.append(a) or _write(*a)
+    )
+    quantize(workspace, planted, tmp_path / "q", *limits)
+    assert asked == [] and f"in floating point {PLANTED}" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "q/abs_max8_max_drop_0.002")
+    quantize(workspace, planted, tmp_path / "q", *limits)
+    assert len(asked) == 2  # to time it, and to write it
+    assert record(tmp_path / "q/abs_max8_max_drop_0.002")["weights"] == written["weights"]
+
+
+def test_a_limit_that_cannot_be_held_or_needs_nothing(workspace, tuned, tmp_path, capsys, monkeypatch):
+    quantize(workspace, tuned, tmp_path / "q", "--max_drop", "0.1", "--select_on", "train", "--max_eval_samples", "60")
+    out = capsys.readouterr().out
+    assert "on 60 records of train" in out and "the limit holds as it is" in out
+    assert os.listdir(tmp_path / "q") == ["abs_max8"]
+    predict = calibration.Reference.predict
+    monkeypatch.setattr(calibration.Reference, "predict", lambda *arguments: -predict(*arguments))
+    quantize(
+        workspace, tuned, tmp_path / "q", "--max_drop", "0.01", "--max_eval_samples", "60", "--analyze_records", "20"
+    )
+    assert "--max_drop 0.01 cannot be held: with every product in floating point the drop is" in capsys.readouterr().out
+    assert os.listdir(tmp_path / "q") == ["abs_max8"]
+    with pytest.raises(SystemExit) as stopped:
+        quantize(workspace, tuned, tmp_path / "q", "--max_drop", "20")
+    assert stopped.value.code == 2 and "is no share of 1" in capsys.readouterr().err
