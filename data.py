@@ -22,7 +22,7 @@ from typing import Optional
 
 import numpy as np
 
-from common import UserError, objectives
+from common import UserError, batching, objectives
 from common.batching import Example
 from common.files import TABLES, read_rows, read_text_lines, relative, windows_form
 
@@ -75,6 +75,11 @@ class Split:
     examples: list = field(repr=False)
     objective: objectives.Objective = field(default_factory=objectives.Classification)
     partial: Optional[str] = None  # why it is not the whole official split
+    outputs: Optional[int] = None  # number of the task's labels
+
+    def targets(self):
+        """Of the records, int64 or float32 [n, ...]."""
+        return batching.targets(self.examples)
 
     def describe(self):
         """What stage.json says about the split: its file by name (files.relative), its md5, its size."""
@@ -85,7 +90,7 @@ class Split:
             "md5": self.md5,
             "examples": len(self.examples),
             "pairs": self.examples[0].text_pair is not None,
-            **(self.objective.constant_answer(targets) if len(targets) else {}),
+            **(self.objective.constant_answer(targets, self.outputs) if len(targets) else {}),
             "partial": self.partial,
             **({"form": form} if form else {}),
         }
@@ -185,6 +190,17 @@ def get_task(task_name, data_dir=None, objective=None):
         raise UserError(f"{task_name}: {wanted} needed, each once; found {list(labels)[:10]}")
     known = TASKS.get(task_name.lower(), Task(task_name))
     return replace(known, labels=labels, label_names=names, objective=objective)
+
+
+def choose_task(args):
+    """The Task that --task_name, --objective and --metric choose, as get_task.
+
+    args.metric becomes what is recorded: None for the objective's own, which it was before there was a choice.
+    """
+    task = get_task(args.task_name, args.data_dir, args.objective)
+    objective = task.objective.selecting_by(args.metric) if args.metric else task.objective
+    args.metric = None if objective == task.objective else args.metric
+    return replace(task, objective=objective)
 
 
 def read_labels_file(directory):
@@ -316,7 +332,7 @@ def read_split(task, split, data_dir=None, max_samples=None, texts_of=texts_of):
     if max_samples and max_samples < len(examples):
         partial = f"{max_samples} of {len(examples)} {split} records ({limit})"
         examples = random.Random(0).sample(examples, max_samples)  # a fixed choice, whatever --seed is
-    return Split(split, path, md5_of(path), examples, task.objective, partial)
+    return Split(split, path, md5_of(path), examples, task.objective, partial, task.labels and len(task.labels))
 
 
 def md5_of(path):

@@ -159,6 +159,15 @@ def write_array(path, array):
     write_whole(path, content.getvalue())
 
 
+def write_arrays(path, **arrays):
+    """Writes an .npz file whole: the same bytes for the same arrays."""
+    import numpy as np
+
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    write_whole(path, content.getvalue())
+
+
 def write_json(path, content):
     write_whole(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 

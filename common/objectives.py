@@ -1,6 +1,6 @@
 """What a task asks of a model: its labels, loss, metrics and answers. No other module says how these are computed.
 
-    Classification   one label per text: softmax, cross-entropy, accuracy
+    Classification   one label per text: softmax, cross-entropy, accuracy (or F1: --metric)
     MultiLabel       any number of labels per text: a sigmoid and a threshold, binary cross-entropy, macro F1
     your own         a subclass in a Python file that $OBJECTIVES names; CONTRIBUTING.md has one
 
@@ -11,6 +11,7 @@ Below, logits are float [n, outputs]. Targets are what ``read_label`` makes of t
 """
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import sys
@@ -33,6 +34,7 @@ class Objective:
 
     name = None  # in stage.json and for --objective
     metric = None  # the one of ``metrics`` that selects checkpoints and variants; larger is better
+    selectable = ()  # those of ``metrics`` that --metric may choose in its place
     fewest_labels = 1
 
     def __init_subclass__(cls):
@@ -45,6 +47,18 @@ class Objective:
     def describe(self):
         """The field ``objective`` of stage.json: name, selecting metric, settings."""
         return {"name": self.name, "metric": self.metric, **dataclasses.asdict(self)}
+
+    def selecting_by(self, metric):
+        """The objective with another selecting metric. Args: metric: its name, in any case.
+
+        Raises: UserError if it is none of ``selectable``.
+        """
+        known = {name.lower(): name for name in self.selectable or (self.metric,)}
+        if metric.lower() not in known:
+            raise UserError(f"--metric {metric}: {self.name} is selected by one of {', '.join(known.values())}")
+        if known[metric.lower()] == self.metric:
+            return self
+        return selecting(type(self), known[metric.lower()])(**dataclasses.asdict(self))
 
     @property
     def shown(self):
@@ -68,8 +82,11 @@ class Objective:
         """The target as text, for the samples that a training prints."""
         return str(target)
 
-    def constant_answer(self, targets):
-        """{"constant_answer": the selecting metric of the best answer that ignores the text}; to be surpassed."""
+    def constant_answer(self, targets, outputs=None):
+        """{"constant_answer": the selecting metric of the best answer that ignores the text}; to be surpassed.
+
+        Args: outputs: their number (default: as many as the targets show).
+        """
         return {"constant_answer": 0.0}
 
     # Training
@@ -83,6 +100,13 @@ class Objective:
         from common.compat import paddle
 
         return paddle.nn.functional.mse_loss(logits, teacher_logits)
+
+    def balanced_weights(self, targets):
+        """The weights of ``--class_weight balanced`` for records with these targets: float [n], with mean 1.
+
+        An objective that has them takes ``weights`` [batch] in loss and soft_loss. Raises: UserError if it has none.
+        """
+        raise UserError(f"--class_weight balanced: is for classification, not for {self.name}")
 
     # Scoring
 
@@ -111,6 +135,18 @@ class Objective:
         """How far two models give the same answers, from 0 to 1: the share of texts on which they are the same."""
         raise NotImplementedError
 
+    def decide(self, logits):
+        """bool [n, outputs]: which labels a text gets; None if the answers are of another kind."""
+
+    def right(self, logits, targets):
+        """bool [n]: whether a text gets exactly its labels; None if the answers are of another kind."""
+        decided = self.decide(logits)
+        return None if decided is None else (decided == self.truth(targets, decided.shape[1])).all(-1)
+
+    def truth(self, targets, outputs):
+        """bool [n, outputs]: which labels a text should get."""
+        return np.asarray(targets) > 0.5
+
     # Answers
 
     def answer(self, logits, labels):
@@ -127,12 +163,19 @@ class Objective:
         return {name: [row[name] for row in rows] for name in rows[0]}
 
 
+@functools.lru_cache(None)
+def selecting(kind, metric):
+    """A subclass of an objective with another selecting metric: dataclasses.replace keeps the class, and so that."""
+    return type(kind.__name__, (kind,), {"metric": metric, "__doc__": kind.__doc__})
+
+
 @dataclasses.dataclass(frozen=True)
 class Classification(Objective):
     """One of the labels: the one with the largest logit. Targets: int [n], numbers of classes."""
 
     name = "classification"
     metric = "accuracy"
+    selectable = ("accuracy", "macro_F1", "weighted_F1")
     fewest_labels = 2
 
     def labels_in(self, row):
@@ -152,30 +195,56 @@ class Classification(Objective):
     def show_label(self, target, labels):
         return f"{labels[target]} (class {target})"
 
-    def constant_answer(self, targets):
-        counts = np.bincount(targets, minlength=1)
-        return {"majority_class": round(float(counts.max()) / max(len(targets), 1), 6)}
+    def constant_answer(self, targets, outputs=None):
+        """Of the answers that ignore the text, to give the most frequent class is best, whatever the metric."""
+        counts = np.bincount(targets, minlength=outputs or 1)
+        if self.metric not in ("macro_F1", "weighted_F1"):
+            return {"majority_class": round(float(counts.max()) / max(len(targets), 1), 6)}
+        decided = np.where(np.arange(len(counts)) == counts.argmax(), len(targets), 0)
+        figures = f1_averages(np.minimum(decided, counts), decided, counts)
+        return {"constant_answer": round(float(figures[self.metric]), 6)}
 
-    def loss(self, logits, targets):
+    def loss(self, logits, targets, weights=None):
         from common.compat import paddle
 
-        return paddle.nn.functional.cross_entropy(logits, targets)
+        if weights is None:
+            return paddle.nn.functional.cross_entropy(logits, targets)
+        losses = paddle.nn.functional.cross_entropy(logits, targets, reduction="none")
+        return (weights * losses.reshape([-1])).mean()
 
-    def soft_loss(self, logits, teacher_logits):
+    def soft_loss(self, logits, teacher_logits, weights=None):
         """Cross-entropy with the teacher's probabilities (arXiv 1503.02531, at temperature 1)."""
         from common.compat import paddle
 
         probabilities = paddle.nn.functional.softmax(teacher_logits)
-        return -(probabilities * paddle.nn.functional.log_softmax(logits)).sum(-1).mean()
+        losses = -(probabilities * paddle.nn.functional.log_softmax(logits)).sum(-1)
+        return (losses if weights is None else weights * losses).mean()
+
+    def balanced_weights(self, targets):
+        """n / (classes x records of the record's class), as scikit-learn's ``class_weight="balanced"`` defines it:
+        compute_class_weight in sklearn/utils/class_weight.py, after King and Zeng, Logistic Regression in Rare Events
+        Data (2001). All classes together then weigh the same; classes without a record do not count."""
+        counts = np.bincount(targets)
+        return len(targets) / (np.count_nonzero(counts) * counts[targets])
+
+    def decide(self, logits):
+        logits = np.asarray(logits)
+        return logits.argmax(-1)[:, None] == np.arange(logits.shape[1])
+
+    def truth(self, targets, outputs):
+        return np.asarray(targets)[:, None] == np.arange(outputs)
 
     def metrics(self, logits, targets):
-        """Accuracy, and the mean cross-entropy in nats."""
+        """Accuracy; F1: macro, the mean over all labels, and weighted by their records; mean cross-entropy in nats."""
         logits = np.asarray(logits, "float64")
         shifted = logits - logits.max(-1, keepdims=True)
         log_probabilities = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
         log_likelihood = log_probabilities[np.arange(len(targets)), targets]
-        accuracy = float((logits.argmax(-1) == targets).mean())
-        return {"accuracy": round(accuracy, 6), "loss": round(float(-log_likelihood.mean()), 6)}
+        decided, truth = self.decide(logits), self.truth(targets, logits.shape[1])
+        f1 = f1_averages(*counts_of_labels(decided, truth))
+        figures = {"accuracy": (logits.argmax(-1) == targets).mean()}
+        figures.update({name: f1[name] for name in ("macro_F1", "weighted_F1")}, loss=-log_likelihood.mean())
+        return {name: round(float(figure), 6) for name, figure in figures.items()}
 
     def agreement(self, logits, reference):
         return float((logits.argmax(-1) == reference.argmax(-1)).mean())
@@ -201,11 +270,12 @@ class MultiLabel(Objective):
     """Every label whose probability, the sigmoid of its logit, is at least the threshold; a text may have none.
 
     Targets: float [n, labels], 1 for the labels of a text. One threshold for all labels: that of 0.01, 0.02, ... 0.99
-    with the best macro F1 on dev, where rare labels rarely reach a probability of 0.5.
+    with the best macro F1 (or what else selects) on dev, where rare labels rarely reach a probability of 0.5.
     """
 
     name = "multi_label"
     metric = "macro_F1"
+    selectable = ("macro_F1", "micro_F1", "exact_match")
 
     threshold: float = 0.5
 
@@ -231,10 +301,19 @@ class MultiLabel(Objective):
     def show_label(self, target, labels):
         return ", ".join(label for label, value in zip(labels, target) if value) or "none of the labels"
 
-    def constant_answer(self, targets):
-        """Of the answers that ignore the text, to give every label has the best macro F1."""
-        every_label = np.full(np.shape(targets), np.inf)
-        return {"constant_answer": self.metrics(every_label, targets)[self.metric]}
+    def constant_answer(self, targets, outputs=None):
+        """Of the answers that ignore the text, to give every label has the best macro F1; the k most frequent labels,
+        for some k, have the best micro F1; and the most frequent set of labels is exactly right most often."""
+        truth = self.truth(targets, outputs)
+        if self.metric == "exact_match":
+            best = np.unique(truth, axis=0, return_counts=True)[1].max() / len(truth)
+        elif self.metric == "micro_F1":
+            counts = np.sort(truth.sum(0))[::-1]
+            given = np.tril(np.ones((len(counts), len(counts)), int))  # [k - 1, label]: whether k labels include it
+            best = f1_averages(given * counts, given * len(truth), counts)["micro_F1"].max()
+        else:
+            best = self.metrics(np.full(np.shape(targets), np.inf), targets)[self.metric]
+        return {"constant_answer": round(float(best), 6)}
 
     def loss(self, logits, targets):
         """Binary cross-entropy, the mean over the texts and their labels."""
@@ -248,27 +327,34 @@ class MultiLabel(Objective):
 
         return self.loss(logits, paddle.nn.functional.sigmoid(teacher_logits))
 
+    def balanced_weights(self, targets):
+        why = "here the labels of a text do not exclude each other, and the threshold is chosen on dev, for --metric"
+        raise UserError(f"--class_weight balanced: is for classification; {why}")
+
     def fitted(self, logits, targets):
-        probabilities, targets = sigmoid(logits), np.asarray(targets) > 0.5
+        probabilities, truth = sigmoid(logits), self.truth(targets, None)
         thresholds = [k / 100 for k in range(1, 100)]
-        scores = [f1_of_labels(probabilities >= threshold, targets).mean() for threshold in thresholds]
+        figures = [self.figures(probabilities >= threshold, truth) for threshold in thresholds]
+        scores = [figure.get(self.metric, figure["macro_F1"]) for figure in figures]
         best = [threshold for threshold, score in zip(thresholds, scores) if score == max(scores)]
         return dataclasses.replace(self, threshold=min(best, key=lambda threshold: abs(threshold - 0.5)))
 
     def decide(self, logits):
-        """bool [n, labels]: which labels a text gets."""
         return sigmoid(logits) >= self.threshold
+
+    def figures(self, decided, truth):
+        """{metric: figure} of bool [n, labels]: the labels that texts get, and those that they should get."""
+        f1 = f1_averages(*counts_of_labels(decided, truth))
+        exact = (decided == truth).all(-1).mean()
+        return {"macro_F1": f1["macro_F1"], "micro_F1": f1["micro_F1"], "exact_match": exact}
 
     def metrics(self, logits, targets):
         """F1: macro, the mean over the labels, and micro, of all decisions together; the share of texts with exactly
         the right labels; the loss in nats."""
-        logits, targets = np.asarray(logits, "float64"), np.asarray(targets) > 0.5
-        decided = self.decide(logits)
-        f1, micro = f1_of_labels(decided, targets), f1_of_labels(decided.reshape(-1), targets.reshape(-1))
+        logits, truth = np.asarray(logits, "float64"), self.truth(targets, None)
         # -log sigmoid(z) for a label that is there, -log(1 - sigmoid(z)) = -log sigmoid(-z) for one that is not
-        loss = np.logaddexp(0, np.where(targets, -logits, logits))
-        figures = {"macro_F1": f1.mean(), "micro_F1": micro, "exact_match": (decided == targets).all(-1).mean()}
-        figures["loss"] = loss.mean()
+        loss = np.logaddexp(0, np.where(truth, -logits, logits))
+        figures = {**self.figures(self.decide(logits), truth), "loss": loss.mean()}
         return {name: round(float(figure), 6) for name, figure in figures.items()}
 
     def agreement(self, logits, reference):
@@ -286,13 +372,28 @@ class MultiLabel(Objective):
         return {"labels": chosen, "probabilities": [[round(p, 6) for p in row] for row in sigmoid(logits).tolist()]}
 
 
-def f1_of_labels(decided, targets):
-    """F1 = 2 TP / (2 TP + FP + FN) of each label, float [labels]; 0 for a label that is neither there nor given.
+def counts_of_labels(decided, truth):
+    """(TP, TP + FP, TP + FN), int [labels] each: how often a label is given rightly, is given, and is there.
 
-    Args: decided, targets: bool [n, labels].
+    Args: decided, truth: bool [n, labels].
     """
-    hits, errors = (decided & targets).sum(0), (decided ^ targets).sum(0)
-    return 2 * hits / np.maximum(2 * hits + errors, 1)
+    return (decided & truth).sum(0), decided.sum(0), truth.sum(0)
+
+
+def f1_of_labels(hits, given, there):
+    """F1 = 2 TP / (2 TP + FP + FN) of counts [..., labels]; 0 for a label that is neither there nor given."""
+    return 2 * hits / np.maximum(given + there, 1)
+
+
+def f1_averages(hits, given, there):
+    """{name: float [...]} of counts [..., labels]: the mean over the labels, the mean weighted by how often each is
+    there, and F1 of all decisions together. As ``average`` of scikit-learn's f1_score, with ``labels`` all of them."""
+    f1 = f1_of_labels(hits, given, there)
+    return {
+        "macro_F1": f1.mean(-1),
+        "weighted_F1": (f1 * there).sum(-1) / np.maximum(there.sum(-1), 1),
+        "micro_F1": f1_of_labels(hits.sum(-1), given.sum(-1), there.sum(-1)),
+    }
 
 
 def softmax(logits):
@@ -308,6 +409,13 @@ def sigmoid(logits):
 
 
 # By name
+
+
+def add_metric_argument(group):
+    help = "what chooses the best checkpoint, cell of the grid and INT8 variant: accuracy, macro_F1 or weighted_F1; "
+    help += "multi_label: macro_F1, micro_F1 or exact_match, which also choose the threshold (default: the first one); "
+    help += "later stages take it from here"
+    group.add_argument("--metric", type=str.lower, help=help)
 
 
 def read_own_files():
@@ -351,11 +459,21 @@ def of_description(description):
     objective = named(description["name"])
     try:
         objective = dataclasses.replace(objective, **settings)
+        if description.get("metric") in objective.selectable:
+            objective = objective.selecting_by(description["metric"])
     except (TypeError, ValueError) as error:
         raise UserError(f"objective {description['name']!r}: its settings do not fit here ({error})") from error
     if objective.describe() != description:
         raise UserError(f"objective {description['name']!r}: {description} was made by another version of it")
     return objective
+
+
+def chosen_metric(description):
+    """The selecting metric of a ``describe()`` as --metric has it; None if it is the objective's own, or not known."""
+    if not isinstance(description, dict) or description.get("name") not in KNOWN:
+        return None
+    metric = description.get("metric")
+    return metric.lower() if isinstance(metric, str) and metric != KNOWN[description["name"]].metric else None
 
 
 def of_record(record):

@@ -28,15 +28,20 @@ from common.checkpoints import WEIGHTS
 from common.compat import paddle
 
 
-def identity(arguments, parent, data, without_effect):
+# Results from before these arguments were there stay valid: they are those of these values.
+VALUES_BEFORE = {"gradient_accumulation_steps": 1, "metric": None, "class_weight": None}
+
+
+def identity(arguments, parent, data, without_effect, objective=None):
     """What makes a result, as a flat dict: arguments, the weights it was made from, the md5 of each data file.
 
-    Args: arguments, parent, data: as in a record. without_effect: names of arguments that do not count.
+    Args: arguments, parent, data, objective: as in a record. without_effect: names of arguments that do not count.
     """
     made_from = {name: value for name, value in arguments.items() if name not in without_effect}
-    # Results from before this argument was there stay valid: they are those of its default.
-    if made_from.get("gradient_accumulation_steps") == 1:
-        del made_from["gradient_accumulation_steps"]
+    made_from.setdefault("metric", objectives.chosen_metric(objective))  # of a stage that takes it from its parent
+    for name, before in VALUES_BEFORE.items():
+        if made_from.get(name, "") == before:
+            del made_from[name]
     made_from["weights made from"] = None
     if parent:
         hashes = sorted(digest[:12] for digest in records.parameter_hashes(parent["weights"]))
@@ -117,11 +122,12 @@ class Run:
         self.fields = {"parent": parent, "data": data or {}, **fields}
         partial = {name: split["partial"] for name, split in self.fields["data"].items() if split.get("partial")}
         self.notes = [*notes, *(f"{noted_by}partial {name} data: {why}" for name, why in partial.items())]
-        self.identity = identity(self.arguments, parent, data, self.without_effect)
+        self.identity = identity(self.arguments, parent, data, self.without_effect, fields.get("objective"))
         self.fields["code"] = code_of(self.shared_code)
 
     def identity_of(self, record):
-        return identity(record["arguments"], record["parent"], record["data"], self.without_effect)
+        parts = (record[name] for name in ("arguments", "parent", "data"))
+        return identity(*parts, self.without_effect, record.get("objective"))
 
     def has_made(self, record, ignoring=()):
         """Whether a record is that of exactly this run. Args: ignoring: names of arguments that may differ."""

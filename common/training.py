@@ -10,15 +10,15 @@ import sys
 import numpy as np
 from tqdm import tqdm
 
-from common import UserError, batching, cli, objectives, processes
+from common import UserError, batching, cli, objectives, predictions, processes
 from common.compat import paddle
 
 
-def add_training_arguments(parser, accumulates=True, **defaults):
+def add_training_arguments(parser, of_task=True, **defaults):
     """Adds the group of optimization arguments.
 
-    Args: accumulates: whether the script trains with fit, which can add up the gradients of several batches. defaults:
-        those of this script that differ from fine-tuning's.
+    Args: of_task: whether the script trains on records with labels, with fit, which can add up the gradients of several
+        batches. defaults: those of this script that differ from fine-tuning's.
     """
     group = parser.add_argument_group("training")
     group.add_argument(
@@ -31,10 +31,13 @@ def add_training_arguments(parser, accumulates=True, **defaults):
     )
     help = "sequences at a time and device; lower it, and raise --gradient_accumulation_steps, if memory runs out"
     group.add_argument("--batch_size", type=int, default=32, help=help, positive=True)
-    if accumulates:
+    if of_task:
         help = "batches of --batch_size in a step, whose gradients are added up: two of 16 are the training of one of "
         help += "32, but for the random draws of dropout"
         group.add_argument("--gradient_accumulation_steps", type=int, default=1, help=help, positive=True)
+        help = "balanced: a rare class weighs as much in the loss as a frequent one (classification only); finds more "
+        help += "of the rare records, and takes more of the others for them"
+        group.add_argument("--class_weight", choices=("balanced",), help=help)
     help = "passes over the train data; raise it for small data sets (CLUEWSC2020: 50)"
     group.add_argument("--num_train_epochs", type=int, default=3, help=help, positive=True)
     help = "if above 0: this many steps instead of epochs"
@@ -112,6 +115,23 @@ def unknown_share(features, unk_id):
     """The share of unknown tokens in a list of Feature; it is high if the vocabulary does not fit the data."""
     unknown = sum(feature.input_ids.count(unk_id) for feature in features)
     return unknown / max(1, sum(len(feature.input_ids) for feature in features))
+
+
+def weights_of_batches(args, objective, features):
+    """A function that gives, for a Batch, what loss and soft_loss take besides: {"weights": float32 [batch_size]} with
+    --class_weight, else nothing.
+
+    The weights have a mean of 1 over ``features``, and the loss is divided by the number of records, not by the sum of
+    their weights. So it is the mean over any way to divide a joint batch, and the learning rate keeps its meaning.
+
+    Args: features: list of batching.Feature to train on. Raises: UserError if the objective has no such weights.
+    """
+    if not args.class_weight:
+        return lambda batch: {}
+    weights = objective.balanced_weights(batching.targets(features)).astype("float32")
+    if processes.is_first():
+        print(f"class weights, {args.class_weight}: from {weights.min():.4g} to {weights.max():.4g}")
+    return lambda batch: {"weights": paddle.to_tensor(weights[batch.index])}
 
 
 def show_plan(args, examples):
@@ -202,23 +222,36 @@ def training_batches(features, args, first_step, steps, pad_id=0):
 # The loop
 
 
-def fit(args, run, model, features, pad_id, losses_of, evaluate, metric, write, evaluate_first=False):
+def fit(args, run, model, features, pad_id, losses_of, evaluate, objective, write, evaluate_first=False):
     """Trains a model and keeps the checkpoint that is best on dev, across kills of the process.
 
     Args:
-        args: of add_training_arguments. run: runs.ResumableRun. features: list of batching.Feature to train on.
+        args: of add_training_arguments. run: runs.ResumableRun. features: lists of batching.Feature: of "train", "dev".
         losses_of: function that yields the losses of a Batch, float32 [] each. The gradients of all are added up. Each
             is propagated back before the next one is asked for, so that memory holds one graph at a time.
-        evaluate: function without arguments that gives {width: {metric: figure on dev}}, for each of the widths that
+        evaluate: function without arguments that gives {width: logits of features["dev"]}, for each of the widths that
             share these weights. A single model has the width "".
-        metric: the one that selects; larger is better. Of equal ones the earlier checkpoint stays.
+        objective: makes metrics of the logits. The one that selects is larger for a better model; of equal ones the
+            earlier checkpoint stays.
         write: function that writes the model's files into a directory.
         evaluate_first: whether to evaluate before the first step, too.
     Returns: the final state; its ``best`` has {width: metrics, step and ``directory`` of the best checkpoint}, its
         ``evaluations`` are a list of {"step": step, width: metrics, ...}.
     """
     # TNEWS: 53,360 records / 32 = 1,668 steps an epoch, x 3 epochs = 5,004 steps.
-    progress = Progress(args, len(features))
+    progress = Progress(args, len(features["train"]))
+    answers, targets = {}, batching.targets(features["dev"])
+
+    def score():
+        """{width: metrics on dev}. Settings, such as a multi-label threshold, are those that are best on dev."""
+        answers.update(evaluate())
+        return {width: objective.on_dev(logits, targets) for width, logits in answers.items()}
+
+    def write_with_answers(directory, width):
+        # The answers lie in the checkpoint, so that they are its own whatever kill comes between.
+        write(directory)
+        predictions.write(directory, answers[width], targets)
+
     # The learning rate rises over the first tenth of the steps, then falls to 0. Without the slow start, the large
     # gradients of a new classifier would damage the pre-trained weights.
     optimizer, schedule = make_optimizer(model, args, progress.steps)
@@ -229,13 +262,13 @@ def fit(args, run, model, features, pad_id, losses_of, evaluate, metric, write, 
     if "directory" in state["best"]:
         raise UserError(f"{run.work}: of an earlier version of this project; remove it, and training begins anew")
     if evaluate_first and not state["evaluations"] and run.is_first:
-        scores = evaluate()
+        scores = score()
         print("before training: " + ", ".join(figures(width, scores[width]) for width in scores))
         state["evaluations"].append({"step": 0, **scores})
 
     # Dropout is on while training, and off in modeling.predict.
     model.train()
-    batches = training_batches(features, args, state["step"], progress.steps, pad_id)
+    batches = training_batches(features["train"], args, state["step"], progress.steps, pad_id)
     for step, parts in progress.bar(batches, state["step"], args.task_name):
         # A single batch, unless gradients are accumulated. Without a record left, a process still takes part in the
         # sums below.
@@ -257,7 +290,7 @@ def fit(args, run, model, features, pad_id, losses_of, evaluate, metric, write, 
         # The published search evaluated every 100 steps: 51 times for TNEWS. The best checkpoint often lies within an
         # epoch. As dev chooses it, its dev score is a little optimistic. The other processes wait meanwhile.
         if run.is_first and (step % args.save_steps == 0 or step == progress.steps):
-            keep_best(run, state, step, evaluate(), metric, write, progress)
+            keep_best(run, state, step, score(), objective.metric, write_with_answers, progress)
             # One rename makes it valid, so a kill meanwhile leaves the state before it. Older states are deleted, and
             # checkpoints but for those named here. The schedule is not saved: it follows from the step.
             run.save_state(step, model, optimizer, state, [best["directory"] for best in state["best"].values()])
@@ -267,7 +300,9 @@ def fit(args, run, model, features, pad_id, losses_of, evaluate, metric, write, 
 def keep_best(run, state, step, scores, metric, write, progress):
     """Notes an evaluation in the state, and writes a checkpoint for each width that is better than before.
 
-    One step is rarely the best for all widths, so each has a checkpoint of its own. Args: as of fit.
+    One step is rarely the best for all widths, so each has a checkpoint of its own.
+
+    Args: scores: {width: metrics}. metric: the one that selects. write: function of a directory and a width.
     """
     state["evaluations"].append({"step": step, **scores})
     shown = []
@@ -280,7 +315,7 @@ def keep_best(run, state, step, scores, metric, write, progress):
             best = {**metrics, "step": step, "directory": f"best-{width}-{step}"}
             state["best"][width] = best
             with run.checkpoint(best["directory"]) as directory:
-                write(directory)
+                write(directory, width)
         shown.append(f"{figures(width, metrics)} (best {best[metric]:.4f} at step {best['step']})")
         progress.scalars(step, {f"dev/{key}{'_' if width else ''}{width}": figure for key, figure in metrics.items()})
     progress.write(f"step {step}/{progress.steps} dev {', '.join(shown)}")

@@ -34,7 +34,7 @@ def parse_args(argv=None):
     main.add_argument("--mlm_probability", type=float, default=0.15, help=help)
     cli.add_tokenizer_arguments(main)
     training.add_training_arguments(
-        parser, accumulates=False, learning_rate=1e-3, batch_size=64, num_train_epochs=1, save_steps=500
+        parser, of_task=False, learning_rate=1e-3, batch_size=64, num_train_epochs=1, save_steps=500
     )
     args = parser.parse_args(argv)
     if args.model_type != "roberta":

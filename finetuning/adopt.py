@@ -17,7 +17,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import adopted_graph
 import data
 import numpy as np
-from common import UserError, batching, checkpoints, cli, files, foreign, modeling, objectives, records
+from common import UserError, batching, checkpoints, cli, files, foreign, modeling, objectives, predictions, records
 from common.runs import Run
 
 
@@ -31,6 +31,7 @@ def parse_args(argv=None):
     help = "JSON list of the labels in the order of the logits (default: what the checkpoint says, else CLUE's order)"
     main.add_argument("--labels", type=cli.PathArgument, help=help)
     main.add_argument("--objective", help="as of run_clue.py (default: what the records of the task look like)")
+    objectives.add_metric_argument(main)
     help = "vocabulary of a static graph, one token per line (default: vocab.txt beside it)"
     main.add_argument("--vocab_file", type=cli.PathArgument, help=help)
     cli.add_overwrite_argument(main)
@@ -45,7 +46,7 @@ def adopt(args):
     if os.path.isfile(os.path.join(source, records.RECORD)):
         raise UserError(f"--model_path {source}: has a {records.RECORD}, so every stage takes it as it is")
     # What the task asks, and the records on which the model is scored.
-    task = data.get_task(args.task_name, args.data_dir, args.objective)
+    task = data.choose_task(args)
     found = read(args)
     # What the records call their labels may be what the checkpoint calls its classes.
     names = data.label_names(task, data.read_split(task, "dev", args.data_dir))
@@ -84,6 +85,7 @@ def adopt(args):
     written["objective"] = task.objective.with_settings(metrics).describe()
     with run.output(args.output_dir, found.weights, **written) as directory:
         found.write(directory)
+        predictions.write(directory, logits, batching.targets(features))
         found.tokenizer.save(directory)
     print(
         f"{task.name}: dev {task.objective.shown} {metrics[task.objective.metric]:.4f} ({constant} {reached:.4f}) -> "

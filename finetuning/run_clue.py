@@ -21,7 +21,7 @@ import sys
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import data
 import scoring
-from common import batching, checkpoints, cli, modeling, records, training
+from common import checkpoints, cli, modeling, objectives, records, training
 from common.compat import paddle
 from common.runs import ResumableRun
 
@@ -33,6 +33,7 @@ def parse_args(argv=None):
     help = "what is asked of a text: classification (one label), multi_label (any number of them), or one of your own, "
     help += "whose file $OBJECTIVES names (default: what the records look like)"
     main.add_argument("--objective", help=help)
+    objectives.add_metric_argument(main)
     checkpoints.add_model_arguments(main)
     cli.add_output_argument(main, "where the best model goes; required for training")
     # add_flag: --do_train, --do_train True and --do_train False all work. without_effect: does not change the result,
@@ -58,7 +59,7 @@ def fine_tune(args):
     args.max_seq_length = args.max_seq_length or 128
     # The task. The order of its labels decides what each logit means. Its objective says how a label is read, and what
     # loss, metrics and answers are made of the logits: common/objectives.py.
-    task = data.get_task(args.task_name, args.data_dir, args.objective)
+    task = data.choose_task(args)
     if args.do_predict:
         # Raises a UserError if test.json is missing: better now than after hours of training.
         data.split_path(task.name, "test", args.data_dir)
@@ -102,22 +103,22 @@ def train(args, run, objective, model, features, pad_id):
     resuming after a kill. It asks for the three functions below.
     """
 
+    # What --class_weight says of the records of a batch; without it, the loss is the plain mean.
+    weights_of = training.weights_of_batches(args, objective, features["train"])
+
     def losses_of(batch):
         """The loss of a batch: the place for another one. Of several that are yielded, the gradients are added up."""
         logits = model(*modeling.tensors(batch))  # float32 [batch_size, labels]
-        yield objective.loss(logits, paddle.to_tensor(batch.labels))
+        yield objective.loss(logits, paddle.to_tensor(batch.labels), **weights_of(batch))
 
     def evaluate():
-        """{"": metrics on dev}: this is a single model; prune.py has one for each width."""
-        logits = modeling.predict(model, features["dev"], pad_id)
-        targets = batching.targets(features["dev"])
-        # Settings such as the threshold of a multi-label model are those that are best on dev.
-        return {"": objective.on_dev(logits, targets)}
+        """{"": logits of dev}: this is a single model; prune.py has one for each width."""
+        return {"": modeling.predict(model, features["dev"], pad_id)}
 
-    # Accuracy, or the metric of another objective, selects, not the loss: the loss rises again, from overconfidence,
-    # while accuracy still improves.
+    # The objective makes metrics of the logits. Accuracy, or what --metric names, selects, not the loss: the loss rises
+    # again, from overconfidence, while accuracy still improves.
     write = model.save_pretrained
-    return training.fit(args, run, model, features["train"], pad_id, losses_of, evaluate, objective.metric, write)
+    return training.fit(args, run, model, features, pad_id, losses_of, evaluate, objective, write)
 
 
 def save_best(args, run, objective, state, tokenizer):

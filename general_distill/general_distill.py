@@ -38,7 +38,7 @@ def parse_args(argv=None):
     models.add_argument("--teacher_model_name_or_path", type=cli.NameOrPathArgument, required=True, help=help)
     relations.add_relation_arguments(parser.add_argument_group("loss"))
     optimization = training.add_training_arguments(
-        parser, accumulates=False, learning_rate=6e-4, batch_size=128, warmup_proportion=0.01, save_steps=20000
+        parser, of_task=False, learning_rate=6e-4, batch_size=128, warmup_proportion=0.01, save_steps=20000
     )
     help = "micro-batches of --batch_size per step and process; the published 1,024 sequences were 128 in each of 8 "
     help += (

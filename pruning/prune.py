@@ -17,7 +17,7 @@ import sys
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import data
 import dynabert
-from common import batching, checkpoints, cli, modeling, records, training
+from common import checkpoints, cli, modeling, records, training
 from common.compat import paddle
 from common.runs import ResumableRun
 
@@ -103,6 +103,8 @@ def train(args, run, teacher, supernet, features):
     # Each runs its model, and also returns what the embeddings and every layer put out. The teacher stays in eval mode:
     # its targets have no noise.
     student_recorder, teacher_recorder = dynabert.HiddenStates(supernet), dynabert.HiddenStates(teacher.model)
+    # --class_weight: the teacher's answers about records of a rare class weigh more. Hidden states are not weighted.
+    weights_of = training.weights_of_batches(args, objective, features["train"])
 
     def losses_of(batch):
         """The loss of each width. They share their weights, a narrow one is a part of a wide one, so their gradients
@@ -118,17 +120,16 @@ def train(args, run, teacher, supernet, features):
             # states of embeddings and layers, padding included, + lambda_logit x the loss against the teacher's
             # answers. The hidden size is not pruned, so no projection is needed between the two. To learn from the
             # labels as well, add objective.loss(logits, paddle.to_tensor(batch.labels)).
-            soft_loss = objective.soft_loss(logits, teacher_logits)
+            soft_loss = objective.soft_loss(logits, teacher_logits, **weights_of(batch))
             yield dynabert.LAMBDA_HIDDEN * dynabert.hidden_loss(hidden, teacher_hidden) + args.lambda_logit * soft_loss
 
     def evaluate():
-        """{width as text: metrics on dev}."""
-        scores, targets = {}, batching.targets(features["dev"])
+        """{width as text: logits of dev}."""
+        answers = {}
         for width in args.width_mult_list:
             dynabert.set_width(supernet, width)
-            logits = modeling.predict(supernet, features["dev"], pad_id)
-            scores[f"{width:g}"] = objective.on_dev(logits, targets)
-        return scores
+            answers[f"{width:g}"] = modeling.predict(supernet, features["dev"], pad_id)
+        return answers
 
     def write(directory):
         """The whole supernet under ordinary names, so that an ordinary model loads it; export.sh cuts the width out."""
@@ -136,8 +137,8 @@ def train(args, run, teacher, supernet, features):
 
     # What cutting alone costs is measured before the first step: the difference to the fine-tuned model is what
     # distillation has to win back.
-    options = {"metric": objective.metric, "write": write, "evaluate_first": True}
-    return training.fit(args, run, supernet.model, features["train"], pad_id, losses_of, evaluate, **options)
+    options = {"objective": objective, "write": write, "evaluate_first": True}
+    return training.fit(args, run, supernet.model, features, pad_id, losses_of, evaluate, **options)
 
 
 def save_width(args, run, teacher, width, directory, state):

@@ -5,7 +5,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import weights
-from common import UserError, batching, checkpoints, cli, compat, engine, exporting, files, gpu, objectives, records
+from common import (
+    UserError,
+    batching,
+    checkpoints,
+    cli,
+    compat,
+    engine,
+    exporting,
+    files,
+    gpu,
+    objectives,
+    predictions,
+    records,
+)
 from common.compat import paddle
 
 
@@ -178,8 +191,13 @@ class Reference(NamedTuple):
     def targets(self):
         return batching.targets(self.features)
 
-    def compare(self, objective, logits):
-        """{accuracy, fp32_accuracy, agreement}, or the objective's metrics, of logits [n, outputs] and FP32's."""
+    def compare(self, objective, logits, directory=None):
+        """{accuracy, fp32_accuracy, agreement}, or the objective's metrics, of logits [n, outputs] and FP32's.
+
+        Args: directory: gets the logits, as what the model in it answers on dev (predictions.FILE).
+        """
+        if directory:
+            predictions.write(directory, logits, self.targets)
         compared = objective.compared(logits, self.targets)
         for name, figure in objective.compared(self.logits, self.targets).items():
             compared[f"fp32_{name}"] = figure

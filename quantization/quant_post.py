@@ -182,7 +182,7 @@ def make_variant(args, run, graph, tokenizer, variant, write, target, dev):
             # the user gets: ten points, when oneDNN chose the operators itself. So --for gpu, which has nothing else,
             # is marked in stage.json.
             prefix = os.path.join(directory, os.path.splitext(args.save_model_filename)[0])
-            metrics.update(dev.compare(graph.objective, dev.predict(args, prefix)))
+            metrics.update(dev.compare(graph.objective, dev.predict(args, prefix), directory))
             metrics["bytes"] = os.path.getsize(f"{prefix}.pdiparams")
             # Agreement sees damage that accuracy hides: as many answers may become right as become wrong.
             if not metrics["agreement"] >= args.min_agreement:

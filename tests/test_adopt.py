@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import general_distill
 import run_clue
-from common import UserError, batching, checkpoints, exporting, files, modeling, tensors, tokenization
+from common import UserError, batching, checkpoints, exporting, files, modeling, predictions, tensors, tokenization
 
 FIXTURES = os.path.join(ROOT, "tests", "fixtures", "hugging_face")
 LABELS = ["财经", "体育", "科技", "教育"]
@@ -107,6 +107,8 @@ def test_adopted_model(adopted, topics, capsys):
     adopt.main(arguments(source, adopted, topics))
     assert "already finished" in capsys.readouterr().out
     assert before == {name: os.stat(os.path.join(source, name)).st_mtime_ns for name in os.listdir(source)}
+    answers = predictions.read({**found, "path": str(adopted)})
+    assert (answers.logits.argmax(1) == answers.targets).all() and len(set(answers.targets)) == len(LABELS)
     classifier = checkpoints.load_classifier(str(adopted))
     assert not classifier.tokenizer.split_symbols
     for ours, theirs in zip(classifier.model.parameters(), hugging_face().model.parameters()):

@@ -17,7 +17,7 @@ from onnx.reference import ReferenceEvaluator
 from tokenizers import Tokenizer
 
 import data
-from common import UserError, batching, cli, engine, exporting, modeling, records, tokenization
+from common import UserError, batching, cli, engine, exporting, modeling, predictions, records, tokenization
 
 export_onnx = load_script("deploy/onnx", "export_onnx")
 infer_onnx = load_script("deploy/onnx", "infer_onnx")
@@ -102,6 +102,8 @@ def test_int8_model_answers_as_fp32(int8, quantized, pruned, dev):
     assert metrics["accuracy"] == pytest.approx((found == labels).mean(), abs=1e-6)
     assert metrics["agreement"] == pytest.approx((found == original).mean(), abs=1e-6) and metrics["agreement"] > 0.97
     assert metrics["compared_with"] == "FP32" and metrics["agreement_with_paddle"] > 0.97
+    answers = predictions.read({**record(int8), "path": str(int8)})
+    assert answers.logits.argmax(-1).tolist() == found.tolist() and answers.targets.tolist() == labels
     # A tiny model's file is half names; the bound of a real one is 1.05 (results/README.md).
     assert metrics["bytes"] < 1.3 * os.path.getsize(quantized / "mse8/int8.pdiparams")
 

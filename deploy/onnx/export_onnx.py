@@ -17,7 +17,7 @@ import infer_onnx
 import onnx
 import onnx_graph
 import tokenizers
-from common import ROOT, UserError, batching, checkpoints, cli, engine, exporting, files, records
+from common import ROOT, UserError, batching, checkpoints, cli, engine, exporting, files, predictions, records
 from common.runs import Run
 
 FILES = ("model.onnx", "tokenizer.json", "labels.json")
@@ -112,6 +112,7 @@ def compare_int8(args, graph, directory, features, inputs, pad_id):
     found = onnx_logits(directory, features, pad_id)
     int8 = engine.open_engine(graph.prefix, features, "cpu", "int8").predict(features, pad_id=pad_id)
     original, reference, name = fp32_graph(args, graph.record), int8, "Paddle's INT8 (the FP32 graph is not there)"
+    predictions.write(directory, found, targets)
     metrics = objective.compared(found, targets)
     for metric, figure in objective.compared(int8, targets).items():
         metrics[f"paddle_{metric}"] = figure
