@@ -12,13 +12,14 @@ fine-tuned model that was compressed, all variants made from it; what stages of 
     python summarize.py --task_name TNEWS --json results/tnews.json --plot tnews.png
 """
 
+import collections
 import csv
 import json
 import os
 import sys
 from typing import NamedTuple
 
-from common import ROOT, UserError, cli, files, overview, plots, tables
+from common import ROOT, UserError, cli, files, overview, plots, significance, tables
 from common.records import STAGES, children_among, descendants, find_records, score
 
 DEFAULT_DIRECTORIES = ("general_distill", "finetuning", "pruning", "quantization")
@@ -46,18 +47,18 @@ def write_best(model):
         return
     roots = [r for r in find_records([os.path.join(model, "models")]) if r["stage"] == "finetune"]
     roots = [r for r in roots if "learning_rate" in r["arguments"]]  # not what finetuning/adopt.py took in
-    cells = {}
-    for task, record in tables.best_cells(roots).items():
-        cells[task] = {
+    cells, counts = {}, collections.Counter((record["task"], tables.metric_of(record)) for record in roots)
+    for (task, metric), record in sorted(tables.best_cells(roots).items(), key=lambda item: counts[item[0]]):
+        cells[task] = {  # of several metrics, the one of most cells
             "path": os.path.relpath(record["path"], model),
-            tables.metric_of(record): score(record),
+            metric: score(record),
             "selected_on": "dev",
             "remarks": tables.remarks(record),
-            "cells": sum(other["task"] == task for other in roots),
+            "cells": counts[task, metric],
             **{name: record["arguments"][name] for name in tables.HYPER_PARAMETERS},
         }
     if cells:
-        files.write_whole(os.path.join(model, BEST), json.dumps(cells, indent=1) + "\n")
+        files.write_whole(os.path.join(model, BEST), json.dumps(dict(sorted(cells.items())), indent=1) + "\n")
 
 
 def read_best(path):
@@ -149,8 +150,11 @@ def main(argv=None):
         for model, of_model in models.items()
     ]
     unlisted = own_stages
+    p_values = significance.p_values([r for r in records if wanted in ("", r["task"].lower())], records)
     for (model, rows), of_model in zip(families, models.values()):
-        of_clue = rows if not args.task_name and any(root["task"] in tables.TASKS for root in of_model) else []
+        of_clue = [row for row in rows if row["metric"] == "accuracy"]
+        if args.task_name or not any(row["present"] for row in of_clue):
+            of_clue = []
         if of_clue:
             blocks.append(tables.clue_table(model, of_clue, footnotes))
         blocks.append(tables.grid_tables(of_model, footnotes))
@@ -161,8 +165,8 @@ def main(argv=None):
             kept += [{k: v for k, v in record.items() if k != "path"} for record in (root, *family)]
             unlisted = [record for record in unlisted if record not in family]
             if family or root in best:
-                blocks.append(tables.family_table(root, family, footnotes))
-                flat_rows += tables.family_rows(model, root, family)
+                blocks.append(tables.family_table(root, family, footnotes, p_values))
+                flat_rows += tables.family_rows(model, root, family, p_values)
     if unlisted:  # stages of your own that are in no table above
         blocks.append(tables.table_of_own_stages(unlisted, footnotes))
         flat_rows += tables.own_rows(unlisted)
@@ -171,11 +175,11 @@ def main(argv=None):
     if args.format == "markdown":
         print("\n\n".join("\n".join(block) for block in blocks))
     elif args.format == "short":
-        print("\n".join(overview.short_tables(families, own_stages, perf.machines)))
+        print("\n".join(overview.short_tables(families, own_stages, perf.machines, p_values)))
     elif args.format == "json":
         print(json.dumps(flat_rows, ensure_ascii=False, indent=1))
     else:
-        others = tables.COLUMNS_OF_OTHER_METRICS if any("metric" in row for row in flat_rows) else []
+        others = [name for name in tables.COLUMNS_IF_KNOWN if any(name in row for row in flat_rows)]
         writer = csv.DictWriter(sys.stdout, tables.COLUMNS + others, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(flat_rows)

@@ -2,6 +2,7 @@
 
 import textwrap
 
+from common import significance
 from common.objectives import shown
 from common.records import constant_answer
 from common.tables import Footnotes, metric_of, remarks, row_of
@@ -9,36 +10,41 @@ from common.tables import Footnotes, metric_of, remarks, row_of
 WIDTH = 100  # columns of a screen
 
 
-def short_tables(families, own_stages, timed_on):
+def short_tables(families, own_stages, timed_on, p_values):
     """Per task one small table, one line per stage: what is best on dev of each. Below, every note once.
 
     Args: families: [(model, rows of tables.clue_rows)]. own_stages: records of stages that this project does not have.
-        timed_on: names of the machines that the speeds in the rows were measured on.
+        timed_on: names of the machines that the speeds in the rows were measured on. p_values: of significance.
     Returns: lines of Markdown, aligned to be read on a screen.
     """
-    found = {}  # title of a table: [(record, sentences per second or None)]
+    found = {}  # title and metric of a table: [(record, sentences per second or None)]
     for model, rows in families:
         for row in rows:
             for task, record in row["cells"].items():
                 title = task if len(families) == 1 else f"{task}, {model}"
-                found.setdefault(title, []).append((record, row["speeds"].get(task)))
+                found.setdefault((title, row["metric"]), []).append((record, row["speeds"].get(task)))
     for record in own_stages:
-        found.setdefault(f"{record['task']}, stages of your own", []).append((record, None))
+        title = f"{record['task']}, stages of your own"
+        found.setdefault((title, metric_of(record)), []).append((record, None))
     # A note is marked as far up as it is true: of every row, not at all; of every row of a table, in its head.
     of_all = shared_notes([record for rows in found.values() for record, _ in rows])
-    footnotes, lines = Footnotes(), []
-    for title, rows in found.items():
+    footnotes, lines, compared = Footnotes(), [], {}
+    for (title, metric), rows in found.items():
         of_table = [note for note in shared_notes([record for record, _ in rows]) if note not in of_all]
         cells = [head(title, footnotes.marks(of_table), rows[0][0])]
         for record, speed in rows:
             what, figure, _, params, _, size = row_of(record)
             marks = footnotes.marks([note for note in brief_notes(record) if note not in (*of_all, *of_table)])
-            figures = [figure and f"{figure} %", params, size and f"{size} MB", speed and f"{speed:,.0f}"]
+            p = p_values.get(record["path"])
+            compared[metric] = compared.get(metric, 0) + (p is not None)
+            figure = figure and f"{significance.mark(p)}{figure} %"
+            figures = [figure, params, size and f"{size} MB", speed and f"{speed:,.0f}"]
             cells.append([f"{what} {marks}".rstrip(), *figures])
         lines += [*aligned(cells), ""]
     notes = []
     if any(speed for rows in found.values() for _, speed in rows):
         notes.append(f"sentences/s: {', '.join(['dev end to end', 'tokenizing included', *timed_on])}.")
+    notes += [significance.legend(metric, count) for metric, count in compared.items() if count]
     notes += [f"Notes on all rows: {'; '.join(of_all)}."] if of_all else []
     notes = [line for note in notes + footnotes.lines() for line in textwrap.wrap(note, WIDTH, break_on_hyphens=False)]
     return lines + notes if notes else lines[:-1]

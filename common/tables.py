@@ -3,6 +3,7 @@
 import os
 from typing import NamedTuple, Optional
 
+from common import significance
 from common.objectives import shown
 from common.records import STAGES, constant_answer, descendants, graph_files, parameter_hashes, score
 
@@ -47,16 +48,17 @@ def remarks(record):
 
 
 def best_cells(roots):
-    """{task: the fine-tuned record with the best dev result}; of equal ones the first by path."""
+    """{(task, selecting metric): the fine-tuned record with the best dev result}; of equal ones the first by path."""
     best = {}
     for record in roots:
-        if rank(record) > rank(best.get(record["task"])):
-            best[record["task"]] = record
+        key = record["task"], metric_of(record)
+        if rank(record) > rank(best.get(key)):
+            best[key] = record
     return best
 
 
 def rank(record):
-    """Sort key of a record among those of its task: complete dev set, then size of the dev set, then accuracy."""
+    """Sort key of a record among those of its task and metric: complete dev set, then its size, then the figure."""
     if record is None:
         return (-1,)
     dev = record["data"].get("dev") or {}
@@ -89,9 +91,10 @@ def kind_of(record):
 
 
 def clue_rows(roots, children, speedups, speeds):
-    """The CLUE table of one model directory: [{row, cells: {task: record}, present: [record], average, ...}].
+    """The CLUE table of one model directory: [{row, metric, cells: {task: record}, present: [record], average, ...}].
 
-    Each cell holds the record that is best on dev.
+    Each cell holds the record that is best on dev. Models that another metric than accuracy selected have rows of their
+    own, behind, which are not those of the published table.
 
     Args: children: result of records.children_among. speedups: {row: speed-up}. speeds: {row, or hash of a parameter
         file: sentences per second}; those of a row are TNEWS's, as the benchmark is.
@@ -100,15 +103,16 @@ def clue_rows(roots, children, speedups, speeds):
     for root in roots:
         for record in [root, *descendants(root, children)]:
             kind = kind_of(record)
-            if not kind or (record["task"] in TASKS and metric_of(record) != "accuracy"):  # not what was published
+            if not kind:
                 continue
-            if rank(record) > rank(cells.setdefault(kind, {}).get(record["task"])):
-                cells[kind][record["task"]] = record
-    order = sorted(cells, key=lambda kind: ("quantized" in kind, "pruned" in kind, kind))
-    order.sort(key=lambda kind: kind == PRUNED_QUANTIZED)
+            row = cells.setdefault((metric_of(record), kind), {})
+            if rank(record) > rank(row.get(record["task"])):
+                row[record["task"]] = record
+    order = sorted(cells, key=lambda key: ("quantized" in key[1], "pruned" in key[1], key[1]))
+    order.sort(key=lambda key: (key[0] != "accuracy", key[0], key[1] == PRUNED_QUANTIZED))
     rows = []
-    for kind in order:
-        row = cells[kind]
+    for metric, kind in order:
+        row = cells[metric, kind]
         example = row.get("TNEWS") or next(iter(row.values()))
         present = [row[task] for task in TASKS if task in row]
         average = sum(map(score, present)) / len(TASKS) if len(present) == len(TASKS) else None
@@ -117,7 +121,7 @@ def clue_rows(roots, children, speedups, speeds):
         for task, record in row.items():
             timed.update((task, speeds[key]) for key in parameter_hashes(graph_files(record)) if key in speeds)
         figures = {"average": average, "speedup": speedups.get(kind), "speeds": timed}
-        rows.append({"row": kind, "cells": row, "present": present, **sizes, **figures})
+        rows.append({"row": kind, "metric": metric, "cells": row, "present": present, **sizes, **figures})
     return rows
 
 
@@ -213,14 +217,14 @@ def grid_tables_of(roots, metric, footnotes):
     names = ["task", f"dev {metric}, %", "learning rate", "batch size", "epochs", "max_seq_length", "best step"]
     names += ["cells", f"{constant}, %", "remarks"]
     lines += ["**Best of the grid**", "", f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
-    for task, record in best.items():
+    for (task, _), record in best.items():
         settings = [record["arguments"].get(name) for name in HYPER_PARAMETERS]  # adopt.py knows but the length
         settings = ["" if value is None else f"{value:g}" for value in settings]
         cells = sum(other["task"] == task for other in roots)
         row = [task, percent(score(record)), *settings, str(record["metrics"].get("step", "")), str(cells)]
         row += [percent(constant_answer(record["data"]["dev"])[1]), footnotes.marks(remarks(record))]
         lines.append(f"| {' | '.join(row)} |")
-    for task in best:
+    for task, _ in best:
         cells = {}
         trained = (r for r in roots if r["task"] == task and "learning_rate" in r["arguments"])
         for record in sorted(trained, key=rank):  # of equal settings the best stays
@@ -260,14 +264,15 @@ def long_rows(model, rows, roots):
     return flat_rows
 
 
-def family_rows(model, root, family):
-    """One flat dict per variant of a fine-tuned model."""
+def family_rows(model, root, family, p_values):
+    """One flat dict per variant of a fine-tuned model. Args: p_values: of significance.p_values."""
     flat_rows = []
     for record in (root, *family):
         row = row_of(record)
         if row:
             place = {"table": "models", "model": model, "row": row[0], "task": record["task"]}
-            flat_rows.append({**place, **flat(record, None), "agreement": record["metrics"].get("agreement")})
+            p = {"p_value": p_values[record["path"]]} if record["path"] in p_values else {}
+            flat_rows.append({**place, **flat(record, None), "agreement": record["metrics"].get("agreement"), **p})
     return flat_rows
 
 
@@ -276,7 +281,7 @@ COLUMNS = (
     "table model row task accuracy published difference majority_class params flops bytes speedup agreement".split()
 )
 COLUMNS += [*HYPER_PARAMETERS, "remarks"]
-COLUMNS_OF_OTHER_METRICS = ["metric", "value"]
+COLUMNS_IF_KNOWN = ("metric", "value", "p_value")
 
 
 def flat(record, published):
@@ -344,8 +349,8 @@ def table_of_own_stages(found, footnotes):
     return lines
 
 
-def family_table(root, family, footnotes):
-    """The Markdown lines of a table of a fine-tuned model and its descendants."""
+def family_table(root, family, footnotes, p_values):
+    """The Markdown lines of a table of a fine-tuned model and its descendants. Args: p_values: of significance."""
     rows = [(record, row_of(record)) for record in [root, *family]]
     rows = [(record, row) for record, row in rows if row]
     quantized = [record for record, _ in rows if record["stage"] == "quantize"]
@@ -356,12 +361,14 @@ def family_table(root, family, footnotes):
     lines += [f"| {' | '.join(names)} |", "| --- " * 7 + "|"]
     for record, row in rows:
         row[0] += " (best INT8)" if record is best else ""
+        row[1] = f"{row[1]} {significance.mark(p_values.get(record['path']))}".rstrip()
         lines.append(f"| {' | '.join(row)} | {footnotes.marks(remarks(record))} |")
     dev, (constant, reached) = root["data"]["dev"], constant_answer(root["data"]["dev"])
-    machine = root["machine"]
+    machine, compared = root["machine"], sum(record["path"] in p_values for record, _ in rows)
     return [
         *lines,
         "",
+        *([significance.legend(metric_of(root), compared)] if compared else []),
         f"{dev['examples']} dev records, {constant} {reached * 100:.1f} %. "
         f"Measured on {machine['cpu']} ({', '.join(machine['flags'])}), {machine['cores']} cores.",
     ]

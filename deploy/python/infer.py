@@ -15,7 +15,7 @@ import sys
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 sys.path.insert(0, ROOT)
 import data
-from common import UserError, batching, checkpoints, cli, engine, files, records, tensorrt, texts
+from common import UserError, batching, checkpoints, cli, engine, files, records, significance, tensorrt, texts
 
 
 def parse_args(argv=None):
@@ -169,14 +169,14 @@ def score_dev(args, models):
     """
     # dev has also chosen the checkpoint and the best quantized variant, so this figure is a little optimistic.
     dev = read_dev(args, models)
-    metric, scores, found = models[0].task.objective.metric, {}, {}
+    metric, targets, scores, decided, found = models[0].task.objective.metric, dev.targets(), {}, {}, {}
     for model in models:
         features, objective = model.convert(dev.examples), model.task.objective
         logits = model.logits(features)
         if args.save_logits:
             files.write_array(args.save_logits, logits)
-        found = objective.compared(logits, batching.targets(features))
-        scores[model.graph.prefix] = found[metric]
+        found = objective.compared(logits, targets)
+        scores[model.graph.prefix], decided[model.graph.prefix] = found[metric], objective.decide(logits)
     if len(models) == 1:
         result = {"task": models[0].task.name, "model": files.relative(models[0].graph.prefix)}
         print(json.dumps({**result, "precision": args.precision, **found, **dev.describe()}, ensure_ascii=False))
@@ -184,11 +184,15 @@ def score_dev(args, models):
             print(f"acc: {found[metric]:.6g}")
     else:
         best, shown = max(scores, key=scores.get), models[0].task.objective.shown
+        # A difference of a few records is noise: the records that only one of two models gets right tell.
+        marks, explained = significance.near(best, decided, models[0].task.objective, targets)
         print(f"| {models[0].task.name}, {args.precision}, {len(dev.examples)} dev records | {shown} |\n| --- | --- |")
         for prefix, score in scores.items():
             # The last two directories: tnews_quant_models/mse4.
             name = "/".join(os.path.abspath(prefix).split(os.sep)[-3:-1])
-            print(f"| {name} | {score:.4f}{' (best)' if prefix == best else ''} |")
+            print(f"| {name} | {score:.4f} {'(best)' if prefix == best else marks.get(prefix, '')}".rstrip() + " |")
+        if marks:
+            print(explained)
     return scores
 
 
