@@ -81,6 +81,10 @@ class Split:
         """Of the records, int64 or float32 [n, ...]."""
         return batching.targets(self.examples)
 
+    def record_ids(self):
+        """The ``id`` of each record in the file, by default its place, from 0: for CLUE's submission files."""
+        return [row.get("id", place) for place, (_, row) in enumerate(read_rows(self.path))]
+
     def describe(self):
         """What stage.json says about the split: its file by name (files.relative), its md5, its size."""
         targets = np.array([example.label for example in self.examples if example.label is not None])
@@ -368,8 +372,3 @@ def read_dev_if_local(task, args):
     except UserError as error:
         print(f"note: {error}; random tokens are compared instead", file=sys.stderr)
         return []
-
-
-def record_ids(split):
-    """The ``id`` of each record in a split's file, by default its place, from 0: for CLUE's submission files."""
-    return [row.get("id", place) for place, (_, row) in enumerate(read_rows(split.path))]

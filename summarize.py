@@ -10,6 +10,7 @@ fine-tuned model that was compressed, all variants made from it; what stages of 
     python summarize.py --format short
     python summarize.py --format csv > tables.csv
     python summarize.py --task_name TNEWS --json results/tnews.json --plot tnews.png
+    python summarize.py --task_name TNEWS --report tnews_report     # where the best models err, and where they differ
 """
 
 import collections
@@ -19,7 +20,8 @@ import os
 import sys
 from typing import NamedTuple
 
-from common import ROOT, UserError, cli, files, overview, plots, significance, tables
+import data
+from common import ROOT, UserError, cli, files, overview, plots, reports, significance, tables
 from common.records import STAGES, children_among, descendants, find_records, score
 
 DEFAULT_DIRECTORIES = ("general_distill", "finetuning", "pruning", "quantization")
@@ -37,8 +39,14 @@ def parse_args(argv=None):
     help = "perf.json of infer_perf.sh, or FILE of infer.py --perf_json; adds speed-ups, sentences/s; may be repeated"
     parser.add_argument("--perf", metavar="FILE", action="append", default=[], help=help)
     parser.add_argument("--plot", help="plot accuracy against size (and speed, with --perf) to this file")
+    reports.add_arguments(parser)
+    help = "where the texts of the report are (default: $CLUE_DATA_DIR, else it goes without texts)"
+    parser.add_argument("--data_dir", help=help)
     parser.add_argument("--cells", help="print a best.json, one tab-separated line per task, for launchers")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.data_dir and not args.report:
+        parser.error("--data_dir goes with --report, which shows texts")
+    return args
 
 
 def write_best(model):
@@ -110,6 +118,46 @@ def read_perf(paths):
     return found
 
 
+def write_reports(args, roots, records):
+    """--report: of each task the best fine-tuned model, and the best one of each kind that was made from it."""
+    best, children = tables.best_cells(roots), children_among(records)
+    families = []  # all of them, before the first is written
+    for root in best.values():
+        kinds = {}
+        for record in (root, *descendants(root, children)):
+            kind = tables.kind_of(record)
+            if kind and tables.rank(record) > tables.rank(kinds.get(kind)):
+                kinds[kind] = record
+        families.append((list(kinds.values()), dev_examples(args, root)))
+    for (task, metric), (family, examples) in zip(best, families):
+        several_metrics = sum(other == task for other, _ in best) > 1
+        name = f"{task}_{metric}" if several_metrics else task
+        directory = args.report if len(best) == 1 else os.path.join(args.report, name)
+        reports.write_kept(directory, family, records, examples, args.report_errors)
+
+
+def dev_examples(args, record):
+    """The dev records that a model was scored on; None, with a note, if they are not at hand.
+
+    Raises: UserError if --data_dir names other ones.
+    """
+    reason = "--data_dir DIR brings them"
+    if args.data_dir or os.environ.get("CLUE_DATA_DIR"):  # with neither, read_split would start a download
+        try:
+            limit = record["arguments"].get("max_eval_samples")
+            dev = data.read_split(data.task_of(record), "dev", args.data_dir, limit)
+            found, scored = dev.describe(), record["data"]["dev"]
+            if any(found[key] != scored[key] for key in ("md5", "examples")):
+                raise UserError(f"{dev.path}: not the records that {record['directory']} was scored on")
+            return dev.examples
+        except UserError as error:
+            if args.data_dir:
+                raise
+            reason = error
+    print(f"note: the report of {record['task']} has no texts: {reason}", file=sys.stderr)
+    return None
+
+
 def default_directories():
     """The directories of the stages in the repository: first this project's, then those of your own."""
     own = [
@@ -139,6 +187,8 @@ def main(argv=None):
     if args.plot and not os.path.isdir(os.path.dirname(os.path.abspath(args.plot))):
         raise UserError(f"--plot {args.plot}: no such directory")
     perf = read_perf(args.perf)
+    if args.report:
+        write_reports(args, roots, records)
     if perf.speedups and len({tables.model_directory(root) for root in roots}) > 1:
         raise UserError("--perf: the benchmark is of one model, but there are several here; name the directory of one")
     models, blocks, flat_rows, kept, footnotes = {}, [], [], [], tables.Footnotes()

@@ -399,6 +399,11 @@ class Graph(NamedTuple):
     def name(self):
         return os.path.basename(self.prefix)
 
+    @property
+    def recorded_as(self):
+        """The prefix as records and results have it."""
+        return files.relative(self.prefix)
+
     def tokenizer(self, use_faster_tokenizer=True):
         return tokenization.load_tokenizer(self.directory, use_faster_tokenizer)
 

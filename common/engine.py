@@ -48,8 +48,11 @@ SIMULATED = "simulated int8"
 
 
 def check_precision(prefix, device, precision):
-    """Raises: UserError for a precision that the device or the file cannot give."""
-    quantized = is_quantized(prefix)
+    """The precision to run a graph in: the given one, or default_precision for None.
+
+    Raises: UserError for a precision that the device or the file cannot give.
+    """
+    precision, quantized = precision or default_precision(prefix), is_quantized(prefix)
     if precision == SIMULATED and (not quantized or device != "cpu"):
         raise UserError(f"{prefix}: only a quantized model is simulated, on a CPU")
     if quantized and precision not in ("int8", SIMULATED):
@@ -65,6 +68,7 @@ def check_precision(prefix, device, precision):
         raise UserError("--precision bf16 is for --device cpu; on a GPU use fp16")
     if precision == "fp16" and device == "cpu":
         raise UserError("--precision fp16 is for a GPU; on a CPU use bf16")
+    return precision
 
 
 def preflight(precision):

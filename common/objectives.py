@@ -147,6 +147,9 @@ class Objective:
         """bool [n, outputs]: which labels a text should get."""
         return np.asarray(targets) > 0.5
 
+    def probabilities(self, logits):
+        """float64 [n, outputs] of the labels; None if the answers are of another kind."""
+
     # Answers
 
     def answer(self, logits, labels):
@@ -233,6 +236,9 @@ class Classification(Objective):
 
     def truth(self, targets, outputs):
         return np.asarray(targets)[:, None] == np.arange(outputs)
+
+    def probabilities(self, logits):
+        return softmax(logits)
 
     def metrics(self, logits, targets):
         """Accuracy; F1: macro, the mean over all labels, and weighted by their records; mean cross-entropy in nats."""
@@ -341,6 +347,9 @@ class MultiLabel(Objective):
 
     def decide(self, logits):
         return sigmoid(logits) >= self.threshold
+
+    def probabilities(self, logits):
+        return sigmoid(logits)
 
     def figures(self, decided, truth):
         """{metric: figure} of bool [n, labels]: the labels that texts get, and those that they should get."""

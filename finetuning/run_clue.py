@@ -21,7 +21,7 @@ import sys
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import data
 import scoring
-from common import checkpoints, cli, modeling, objectives, records, training
+from common import checkpoints, cli, modeling, objectives, records, reports, training
 from common.compat import paddle
 from common.runs import ResumableRun
 
@@ -41,6 +41,7 @@ def parse_args(argv=None):
     help = "train and evaluate (what happens if neither this nor --do_eval is given)"
     main.add_flag("--do_train", help, default=None)
     main.add_flag("--do_eval", "given alone: only score the model", default=None, without_effect=True)
+    reports.add_arguments(main)
     help = "write the best model's predictions for test.json, as CLUE takes them, into its directory as "
     help += "<task>_predict.json; given alone: only that"
     main.add_flag("--do_predict", help, default=None, without_effect=True)
@@ -50,6 +51,8 @@ def parse_args(argv=None):
     args.do_train = bool(args.do_train) or not (args.do_eval or args.do_predict)
     if args.do_train and not args.output_dir:
         parser.error("--output_dir is required for training")
+    if args.report and (args.do_train or not args.do_eval):
+        parser.error("--report goes with --do_eval alone, which scores a model that is fine-tuned already")
     return args
 
 

@@ -3,7 +3,7 @@
 import json
 
 import data
-from common import batching, checkpoints, modeling, records, texts
+from common import batching, checkpoints, modeling, records, reports, texts
 
 
 def read_split(args, directory, split, max_samples=None):
@@ -16,16 +16,19 @@ def read_split(args, directory, split, max_samples=None):
 
 
 def evaluate(args, directory):
-    """--do_eval alone: prints one JSON line with the dev metrics of a fine-tuned directory."""
+    """--do_eval alone: prints one JSON line with the dev metrics of a fine-tuned directory; --report writes more."""
     classifier, dev, features = read_split(args, directory, "dev", args.max_eval_samples)
     logits = modeling.predict(classifier.model, features, classifier.tokenizer.pad_id)
     metrics = classifier.objective.metrics(logits, batching.targets(features))
     print(json.dumps({"task": classifier.record["task"], **metrics, **dev.describe()}, ensure_ascii=False))
+    if args.report:
+        answered = [(directory, classifier.record, "fp32", logits)]
+        reports.write(args.report, answered, dev.describe(), dev.examples, args.report_errors)
 
 
 def predict_test(args, directory):
     """--do_predict: writes the predictions of a fine-tuned directory for test.json beside the model."""
     classifier, test, features = read_split(args, directory, "test")
     logits = modeling.predict(classifier.model, features, classifier.tokenizer.pad_id)
-    path = texts.write_submission(data.task_of(classifier.record), data.record_ids(test), logits, directory)
+    path = texts.write_submission(data.task_of(classifier.record), test.record_ids(), logits, directory)
     print(f"{len(features)} test records -> {path}")

@@ -196,7 +196,7 @@ def test_tables_of_pairs_and_without_labels(tmp_path):
     task = data.get_task("own", str(tmp_path))
     assert task.labels == ("1", "0")
     assert [e[:3] for e in data.read_split(task, "dev", str(tmp_path)).examples] == [("甲", "乙", 0), ("丙", "丁", 1)]
-    assert data.record_ids(data.read_split(task, "test", str(tmp_path))) == ["7"]
+    assert data.read_split(task, "test", str(tmp_path)).record_ids() == ["7"]
     (tmp_path / "labels.json").write_text('["1", "0"]')
     with pytest.raises(UserError, match=r"labels\.json and labels\.txt"):
         data.get_task("own", str(tmp_path))

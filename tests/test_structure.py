@@ -159,7 +159,7 @@ OF_DATA = {"task_name", "data_dir", "output_dir"}
 OF_TRAINING = {"logging_steps", "visualdl_dir", "overwrite"}
 DECLARED = {
     ("finetuning", "run_clue"): (
-        OF_DATA | OF_TRAINING | {"do_eval", "do_predict"},
+        OF_DATA | OF_TRAINING | {"do_eval", "do_predict", "report", "report_errors"},
         {"model_name_or_path", "init_config", "vocab_file", "output_dir", "data_dir", "visualdl_dir"},
         "--task_name t",
     ),

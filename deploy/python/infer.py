@@ -5,6 +5,8 @@ Reads a graph (its file prefix; tokenizer and stage.json lie beside it) and the 
     python infer.py --task_name tnews --model_path ../../quantization/tnews_quant_models/mse4/int8 --int8
     python infer.py --model_path ../../pruning/pruned_models/TNEWS/0.75/sub_static/float --precision bf16
     python infer.py --model_path ../../quantization/tnews_quant_models/* --int8       # one table
+    python infer.py --model_path ../../pruning/pruned_models/TNEWS/0.75/sub_static \\
+        ../../quantization/tnews_quant_models/mse4 --report ../../tnews_report        # a page about both
     python infer.py --model_path ../../quantization/tnews_quant_models/mse4/int8 --int8 --text "今年的高考作文题"
 """
 
@@ -15,7 +17,7 @@ import sys
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 sys.path.insert(0, ROOT)
 import data
-from common import UserError, batching, checkpoints, cli, engine, files, records, significance, tensorrt, texts
+from common import UserError, batching, checkpoints, cli, engine, files, records, reports, significance, tensorrt, texts
 
 
 def parse_args(argv=None):
@@ -30,6 +32,7 @@ def parse_args(argv=None):
     main.add_argument("--predict_test", metavar="DIR", help=help)
     help = "write the logits of dev, float32 [records, labels] in the order of the file, to compare engines"
     main.add_argument("--save_logits", metavar="FILE.npy", help=help)
+    reports.add_arguments(main)
     texts.add_text_arguments(parser.add_argument_group("your own texts, instead of dev"))
     group = parser.add_argument_group("engine")
     cli.add_device_argument(group)
@@ -60,15 +63,17 @@ def parse_args(argv=None):
     if args.save_logits and not args.save_logits.endswith(".npy"):
         parser.error(f"--save_logits {args.save_logits}: must end with .npy")
     others = args.text or args.input_file or args.predict_test or args.perf or args.collect_shape
-    if args.save_logits and others:
-        parser.error("--save_logits: scores dev, so it goes without --text, --input_file, --predict_test, --perf")
+    for name in ("save_logits", "report"):
+        if getattr(args, name) and others:
+            parser.error(f"--{name}: scores dev, so it goes without --text, --input_file, --predict_test, --perf")
     for name in ("save_logits", "perf_json"):  # before anything is computed
         path = getattr(args, name)
         if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             parser.error(f"--{name} {path}: no such directory")
     if args.perf_json and not args.perf:
         parser.error("--perf_json goes with --perf")
-    args.precision = "int8" if args.int8 else args.precision or "fp32"
+    # A report compares FP32 with INT8, so each of its models runs in its own precision, unless one is named.
+    args.precision = "int8" if args.int8 else args.precision or (None if args.report else "fp32")
     args.shapes = tensorrt.shapes_of(args)
     if args.shapes:
         args.max_seq_length = args.shapes[-1][1]  # which is compared with the positions that the model has
@@ -87,7 +92,7 @@ class Model:
         self.args, self.graph = args, checkpoints.open_graph(path)
         self.record = self.graph.record
         # A quantized graph runs in INT8 only: in another precision the engine would simulate it, slower than FP32.
-        engine.check_precision(self.graph.prefix, args.device, args.precision)
+        self.precision = engine.check_precision(self.graph.prefix, args.device, args.precision)
         if args.task_name:
             records.check_task(self.record, args.task_name, self.graph.prefix)
         self.tokenizer = self.graph.tokenizer(args.use_faster_tokenizer)
@@ -106,7 +111,7 @@ class Model:
         # batch wait for each other after every operator: 1.94 against 1.74 times a plain loop (results/README.md). None
         # lets the engine choose.
         streams = streams or args.streams
-        options = args.device, args.precision, args.threads, args.use_trt, args.batch_size
+        options = args.device, self.precision, args.threads, args.use_trt, args.batch_size
         return engine.open_engine(self.graph.prefix, features, *options, self.tokenizer.pad_id, streams)
 
     def logits(self, features):
@@ -135,7 +140,7 @@ def write_test_predictions(args, model):
     test = data.read_split(model.task, "test", args.data_dir)
     logits = model.logits(model.convert(test.examples))
     os.makedirs(args.predict_test, exist_ok=True)
-    path = texts.write_submission(model.task, data.record_ids(test), logits, args.predict_test)
+    path = texts.write_submission(model.task, test.record_ids(), logits, args.predict_test)
     print(f"{len(test.examples)} test records -> {path}")
 
 
@@ -169,35 +174,39 @@ def score_dev(args, models):
     """
     # dev has also chosen the checkpoint and the best quantized variant, so this figure is a little optimistic.
     dev = read_dev(args, models)
-    metric, targets, scores, decided, found = models[0].task.objective.metric, dev.targets(), {}, {}, {}
+    metric, targets, scores, decided, answered = models[0].task.objective.metric, dev.targets(), {}, {}, []
     for model in models:
         features, objective = model.convert(dev.examples), model.task.objective
         logits = model.logits(features)
         if args.save_logits:
             files.write_array(args.save_logits, logits)
+        answered.append((model.graph.prefix, model.record, model.precision, logits))
         found = objective.compared(logits, targets)
         scores[model.graph.prefix], decided[model.graph.prefix] = found[metric], objective.decide(logits)
     if len(models) == 1:
-        result = {"task": models[0].task.name, "model": files.relative(models[0].graph.prefix)}
-        print(json.dumps({**result, "precision": args.precision, **found, **dev.describe()}, ensure_ascii=False))
+        result = {"task": models[0].task.name, "model": models[0].graph.recorded_as}
+        print(json.dumps({**result, "precision": models[0].precision, **found, **dev.describe()}, ensure_ascii=False))
         if metric == "accuracy":  # the line that scripts written for the original example look for
             print(f"acc: {found[metric]:.6g}")
     else:
         best, shown = max(scores, key=scores.get), models[0].task.objective.shown
         # A difference of a few records is noise: the records that only one of two models gets right tell.
         marks, explained = significance.near(best, decided, models[0].task.objective, targets)
-        print(f"| {models[0].task.name}, {args.precision}, {len(dev.examples)} dev records | {shown} |\n| --- | --- |")
+        precision = ", ".join(dict.fromkeys(model.precision for model in models))
+        print(f"| {models[0].task.name}, {precision}, {len(dev.examples)} dev records | {shown} |\n| --- | --- |")
         for prefix, score in scores.items():
             # The last two directories: tnews_quant_models/mse4.
             name = "/".join(os.path.abspath(prefix).split(os.sep)[-3:-1])
             print(f"| {name} | {score:.4f} {'(best)' if prefix == best else marks.get(prefix, '')}".rstrip() + " |")
         if marks:
             print(explained)
+    if args.report:  # the first model is the one that the others are compared with
+        reports.write(args.report, answered, dev.describe(), dev.examples, args.report_errors)
     return scores
 
 
 def read_dev(args, models):
-    """The dev data of the task that all the models are of. Raises: UserError if they are of several tasks."""
+    """The dev data of the task that all the models are of. Raises: UserError if their tasks or labels differ."""
     task = models[0].task
     for model in models:
         if (model.task.name, model.task.objective.name) != (task.name, task.objective.name):
@@ -205,6 +214,8 @@ def read_dev(args, models):
                 f"--model_path {model.graph.prefix}: a model of {model.task.name} ({model.task.objective.name}); a "
                 f"table is of one task, {task.name} ({task.objective.name})"
             )
+        if model.task.labels != task.labels:  # the same number would mean another label
+            raise UserError(f"--model_path {model.graph.prefix}: other labels than those of {models[0].graph.prefix}")
     return data.read_split(task, "dev", args.data_dir, args.max_eval_samples)
 
 
@@ -215,9 +226,10 @@ def main(argv=None):
         print("--use_trt: no GPU here, oneDNN is used instead", file=sys.stderr)
     models = [Model(args, path) for path in args.model_path]
     # What to expect of the precision on this CPU, before any time is spent: INT8 without VNNI is slow and may saturate.
-    expectation = engine.preflight(args.precision) if args.device == "cpu" else None
-    if expectation:
-        print(expectation, file=sys.stderr)
+    for precision in dict.fromkeys(model.precision for model in models if args.device == "cpu"):
+        expectation = engine.preflight(precision)
+        if expectation:
+            print(expectation, file=sys.stderr)
     if args.text or args.input_file:
         return classify_texts(args, models)
     if args.predict_test:
