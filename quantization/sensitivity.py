@@ -248,7 +248,10 @@ def draw(path, rows, scores):
     figure, axes = pyplot.subplots(
         1, 2, figsize=(2 * max(6, len(layers) + 2.5), 0.45 * len(parts) + 2), sharey=True, layout="constrained"
     )
-    titles = ("one product in INT8: what it loses", "one product in floating point: what it wins back")
+    titles = (
+        "one product in INT8, the others in floating point: what it loses",
+        "one product in floating point, the others in INT8: what it wins back",
+    )
     for axis, side, sign, title in zip(axes, ("alone_int8", "alone_float"), (1, -1), titles):
         error = np.full((len(parts), len(layers)), np.nan)
         for row in found:
@@ -263,7 +266,8 @@ def draw(path, rows, scores):
         axis.set_title(title, fontsize=10)
         axis.set_xticks(range(len(layers)), ["after them" if n is None else f"layer {n}" for n in layers])
     axes[0].set_yticks(range(len(parts)), parts)
-    figure.suptitle(f"{scores.subject.name}, {scores.about['records']} records; figures: points of agreement with FP32")
+    about = f"{scores.subject.name}, {scores.about['records']} records of {scores.about['select_on']}"
+    figure.suptitle(f"{about}; color: logit error, figures: points of agreement with FP32", fontsize=11)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
