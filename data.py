@@ -295,11 +295,27 @@ def texts_of(task_name, row):
     else:
         keys = ", ".join(map(repr, row))[:60]
         raise ValueError(f"no sentence, and no sentence1 and sentence2, but {keys or 'nothing'}; see data.texts_of")
-    if not isinstance(pair[0], str) or not isinstance(pair[1], (str, type(None))):
+    return checked_texts(*pair)
+
+
+def checked_texts(text, text_pair):
+    """(text, text_pair). Raises: TypeError or ValueError for what is no text, and for an empty one."""
+    if not isinstance(text, str) or not isinstance(text_pair, (str, type(None))):
         raise TypeError("a text is not a string")
-    if not pair[0].strip() or (pair[1] is not None and not pair[1].strip()):
+    if not text.strip() or (text_pair is not None and not text_pair.strip()):
         raise ValueError("a text is empty")
-    return pair
+    return text, text_pair
+
+
+def own_texts_of(task_name, row):
+    """As texts_of, for texts to classify: besides the task's records also ``text`` and, of a pair, ``text_pair``."""
+    try:
+        return texts_of(task_name, row)
+    except (KeyError, TypeError, ValueError):
+        # A record of CLUEWSC2020 has a text, too; without its target, the spans are marked in the text already.
+        if "text" not in row or (task_name.lower() == "cluewsc2020" and "target" in row):
+            raise
+    return checked_texts(row["text"], row.get("text_pair"))
 
 
 def read_split(task, split, data_dir=None, max_samples=None, texts_of=texts_of):

@@ -140,6 +140,14 @@ class Streams:
         finally:
             together.abort()  # an interrupt may have left a stream waiting for the others
 
+    def reserve(self, tokenizer, max_seq_length, batch_size=32):
+        """Runs the largest batch once in every stream. What comes later then fits into the memory that this has taken;
+        where shorter batches come first, each length takes memory of its own (28 lengths, 4 layers x 256 in INT8, two
+        streams: 2.3 GB instead of 0.6).
+        """
+        longest = batching.Feature([tokenizer.cls_id] * max_seq_length, [0] * max_seq_length, None)
+        self.prepare([batching.collate([longest], [0] * batch_size, tokenizer.pad_id)])
+
     def predict(self, features, batch_size=32, pad_id=0):
         """Logits of a list of Feature: float32 [n, classes] in their order. They are computed sorted by length."""
         longest = max(len(feature.input_ids) for feature in features)
@@ -150,6 +158,32 @@ class Streams:
         """As predict, for a list of Example: one window of texts is tokenized while the one before is computed."""
         batches = window_batches(examples, tokenizer, max_seq_length, batch_size)
         return batching.gather(self.run_all(batches), len(examples))
+
+    def classify_windows(self, windows, tokenizer, max_seq_length, batch_size=32):
+        """Yields (what, logits) of each (list of Example, what) in ``windows``, in order; None of no examples.
+
+        While one window is computed, the next is taken from ``windows`` and tokenized: two are held at a time.
+        """
+        ahead = collections.deque()
+
+        def finished():
+            what, count, computed = ahead[0]
+            logits = batching.gather(((batch, future.result()) for batch, future in computed), count)
+            ahead.popleft()
+            return what, logits
+
+        try:
+            for examples, what in windows:
+                batches = window_batches(examples, tokenizer, max_seq_length, batch_size)
+                ahead.append((what, len(examples), [(batch, self.pool.submit(self.run, batch)) for batch in batches]))
+                if len(ahead) > 1:
+                    yield finished()
+            while ahead:
+                yield finished()
+        finally:  # as in run_all
+            for _, _, computed in ahead:
+                for _, future in computed:
+                    future.cancel()
 
 
 class FunctionRunner:

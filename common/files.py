@@ -12,6 +12,9 @@ import shutil
 
 from common import ROOT, UserError
 
+BOM = codecs.BOM_UTF8  # the byte order mark with which Windows editors begin a file
+BAD_ENCODING = NUL_BYTES, NOT_UTF_8 = "holds NUL bytes", "not UTF-8"  # how messages about the encoding begin
+
 
 def relative(path):
     """The name of a path in records: relative to the repository; outside of it, its last two components (only the
@@ -194,29 +197,40 @@ def read_json_object(path):
         raise UserError(f"{path}: not a JSON object ({error})") from error
 
 
+def decode_line(line, encoding="utf-8"):
+    """The text of a line of bytes, without the line end. Raises: ValueError if it is not UTF-8, or holds NUL bytes."""
+    if b"\0" in line:
+        raise ValueError(NUL_BYTES)
+    try:
+        return line.decode(encoding).rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{NOT_UTF_8} ({error.reason} at byte {error.start} of the line)") from error
+
+
+def encoding_advice(error, path):
+    """What mends a file with a line that decode_line refuses, to append to the message that it gave."""
+    if error == NUL_BYTES:
+        return f"; if the file is UTF-16, iconv -f UTF-16 -t UTF-8 {path} > NEW mends it"
+    return f"; if it is GBK, iconv -f GB18030 -t UTF-8 {path} > NEW mends it"
+
+
 def read_text_lines(path):
     """Yields (line number, text of the line without its end) of a UTF-8 file; a byte order mark and CRLF are read as
     what they are, habits of Windows editors. Raises: UserError naming file, line and the way out for another encoding.
     """
     with open(path, "rb") as file:  # in bytes: text mode would also end lines at a lone CR
         for number, line in enumerate(file, 1):
-            if b"\0" in line:
-                utf_16 = f"if the file is UTF-16, iconv -f UTF-16 -t UTF-8 {path} > NEW mends it"
-                raise UserError(f"{path}:{number}: holds NUL bytes; {utf_16}")
             try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                gbk = f"if it is GBK, iconv -f GB18030 -t UTF-8 {path} > NEW mends it"
-                raise UserError(
-                    f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start} of the line); {gbk}"
-                ) from error
+                yield number, decode_line(line, "utf-8-sig" if number == 1 else "utf-8")
+            except ValueError as error:
+                raise UserError(f"{path}:{number}: {error}{encoding_advice(str(error), path)}") from error
 
 
 def windows_form(path):
     """What a Windows editor has left in a text file, for a record; None if nothing."""
     with open(path, "rb") as file:
         first = file.readline()
-    found = [(first.startswith(codecs.BOM_UTF8), "a byte order mark"), (first.endswith(b"\r\n"), "CRLF line ends")]
+    found = [(first.startswith(BOM), "a byte order mark"), (first.endswith(b"\r\n"), "CRLF line ends")]
     return ", ".join(what for is_there, what in found if is_there) or None
 
 
@@ -228,18 +242,26 @@ def _without_repeated_keys(pairs):
     return row
 
 
+def parse_object(line):
+    """The JSON object in a line. Raises: ValueError if the line holds none."""
+    try:
+        row = json.loads(line, object_pairs_hook=_without_repeated_keys)
+    except ValueError as error:
+        raise ValueError(f"not a JSON object ({error})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"a JSON object is needed, not {type(row).__name__}")
+    return row
+
+
 def read_json_lines(path):
     """Yields (line number, JSON object) of a file with one object per line. Raises: UserError naming file and line."""
     for number, line in read_text_lines(path):
         if not line.strip():
             continue
         try:
-            row = json.loads(line, object_pairs_hook=_without_repeated_keys)
+            yield number, parse_object(line)
         except ValueError as error:
-            raise UserError(f"{path}:{number}: not a JSON object ({error})") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: a JSON object is needed, not {type(row).__name__}")
-        yield number, row
+            raise UserError(f"{path}:{number}: {error}") from error
 
 
 # Columns of tables, by the header: what they are in a JSON line.

@@ -156,6 +156,10 @@ class Objective:
         """What a user gets for one text, as JSON: a dict. Args: logits: [outputs]."""
         raise NotImplementedError
 
+    def answers(self, logits, labels):
+        """``answer`` to each of several texts: a list. Args: logits: [n, outputs]."""
+        return [self.answer(row, labels) for row in logits]
+
     def prediction(self, logits, labels):
         """What a file of predictions says about one text, beside its id: a dict."""
         return self.answer(logits, labels)
@@ -256,12 +260,15 @@ class Classification(Objective):
         return float((logits.argmax(-1) == reference.argmax(-1)).mean())
 
     def answer(self, logits, labels):
-        best, probabilities = int(logits.argmax()), softmax(logits)
-        return {
-            "label": labels[best],
-            "probability": round(float(probabilities[best]), 6),
-            "probabilities": {label: round(float(p), 6) for label, p in zip(labels, probabilities)},
-        }
+        return self.answers(logits[None], labels)[0]
+
+    def answers(self, logits, labels):
+        """All at once: for a million texts, row by row would take an eighth of the time of a small model."""
+        found = []
+        for best, probabilities in zip(logits.argmax(-1).tolist(), softmax(logits).round(6).tolist()):
+            fields = {"label": labels[best], "probability": probabilities[best]}
+            found.append({**fields, "probabilities": dict(zip(labels, probabilities))})
+        return found
 
     def prediction(self, logits, labels):
         return {"label": labels[logits.argmax()]}

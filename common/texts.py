@@ -70,22 +70,24 @@ def named(answer, labels, names):
     """
     if not names:
         return {}
-    name_of = dict(zip(labels, names))
 
     def of(label):
-        return [of(one) for one in label] if isinstance(label, list) else name_of[label]
+        return [of(one) for one in label] if isinstance(label, list) else names[labels.index(label)]
 
     return {key.replace("label", "label_name"): of(answer[key]) for key in ("label", "labels") if key in answer}
 
 
-def answer(example, objective, logits, labels, names=None):
-    """The JSON object that answers a text. Args: objective: of the model. logits: [outputs], of ``labels``. names: of
-    the labels."""
-    found = objective.answer(logits, labels)
+def with_texts(example, found, labels, names=None):
+    """The JSON object that answers a text. Args: found: what the objective answers. names: of the labels."""
     fields = {"text": example.text, **found, **named(found, labels, names)}
     if example.text_pair is not None:
         fields["text_pair"] = example.text_pair
     return fields
+
+
+def answer(example, objective, logits, labels, names=None):
+    """As with_texts. Args: objective: of the model. logits: [outputs], of ``labels``."""
+    return with_texts(example, objective.answer(logits, labels), labels, names)
 
 
 def submission_path(task_name, directory):

@@ -334,3 +334,46 @@ def test_full_and_read_only_disk(undisturbed, inputs, tmp_path, fault):
     fault(f"{name}: disk full", "a file system with random room left, less than the new result needs", FULL_DISKS,
           "one line, status 2; the result that was there is intact; with room again the same command succeeds")  # fmt: skip
     fault(f"{name}: output read-only", "file system mounted read-only", 1, "one line, status 2; the result is intact")
+
+
+def bulk_command(workspace, tuned, out):
+    """Bulk classification with a checkpoint after each of its windows, of which 300 lines make five."""
+    lines = [json.loads(line)["sentence"] for line in open(workspace / "data/topics/dev.json", encoding="utf-8")]
+    (out.parent / "titles.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    driver = out.parent / "driver.py"
+    directory = os.path.join(ROOT, "deploy/python")
+    driver.write_text(
+        f"import sys\nsys.path.insert(0, {directory!r})\nimport infer, outputs\nfrom common import cli\n"
+        "outputs.CHECKPOINT_SECONDS = 0\ncli.run(infer.main)\n"
+    )
+    options = ["--model_path", tuned, "--input_file", out.parent / "titles.txt", "--batch_size", "1"]
+    return [driver, *options, "--output", out / "answers.tsv.gz"]
+
+
+def test_bulk_killed(workspace, tuned, tmp_path, fault):
+    """As test_killed; the output is there when it is complete."""
+    directory, kills, rng = tmp_path / "killed", 0, random.Random(f"bulk {SEED}")
+    print(f"FAULTS_SEED={SEED}")
+    (tmp_path / "whole").mkdir()
+    done = start(bulk_command(workspace, tuned, tmp_path / "whole"), tmp_path / "whole").finish()
+    assert done.returncode == 0, done.stdout + done.stderr
+    changes, seconds = done.stdout.splitlines()[-1].split()
+    changes, output = int(changes), directory / "answers.tsv.gz"
+    expected = (tmp_path / "whole/answers.tsv.gz").read_bytes()
+    while kills < max(KILLS, 3):
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir()
+        command, turns = bulk_command(workspace, tuned, directory), min(4, max(KILLS, 3) - kills)
+        for turn in range(turns):
+            # For a second run it is to be in the midst of its work, as in test_killed.
+            number = rng.randint(1, changes) if turn else rng.randint(changes // 4, changes * 3 // 4)
+            delay = rng.choice((0.0, rng.uniform(0, 0.03), rng.uniform(0, float(seconds))))
+            if not kill(command, directory, number, delay, second=command if turn == 0 else None):
+                break
+            kills += 1
+            assert not output.exists() or output.read_bytes() == expected
+        run(command)
+        assert output.read_bytes() == expected
+        assert sorted(os.listdir(directory)) == ["answers.tsv.gz", "answers.tsv.gz.run.json"]
+    fault("bulk classification: kill -9", "at a random change of a file, up to 30 ms after one, or at any time; same "
+          "command again", kills, "output as if undisturbed, bit for bit; in between it was not there")  # fmt: skip

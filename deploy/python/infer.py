@@ -16,6 +16,7 @@ import sys
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 sys.path.insert(0, ROOT)
+import bulk
 import data
 from common import UserError, batching, checkpoints, cli, engine, files, records, reports, significance, tensorrt, texts
 
@@ -33,7 +34,7 @@ def parse_args(argv=None):
     help = "write the logits of dev, float32 [records, labels] in the order of the file, to compare engines"
     main.add_argument("--save_logits", metavar="FILE.npy", help=help)
     reports.add_arguments(main)
-    texts.add_text_arguments(parser.add_argument_group("your own texts, instead of dev"))
+    bulk.add_arguments(parser)
     group = parser.add_argument_group("engine")
     cli.add_device_argument(group)
     help = "bf16 on a CPU, fp16 on a GPU with --use_trt, int8 for quantized models (default: fp32)"
@@ -70,6 +71,7 @@ def parse_args(argv=None):
         path = getattr(args, name)
         if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             parser.error(f"--{name} {path}: no such directory")
+    bulk.check_arguments(args, parser)
     if args.perf_json and not args.perf:
         parser.error("--perf_json goes with --perf")
     # A report compares FP32 with INT8, so each of its models runs in its own precision, unless one is named.
@@ -122,16 +124,12 @@ class Model:
 
 
 def classify_texts(args, models):
-    """--text, --input_file: prints one JSON line per text, with label or labels, and probabilities."""
+    """--text, --input_file: one JSON line per text, with label or labels, and probabilities."""
     for model in models:
-        # Whether the task has sentence pairs is known from its dev data.
-        pairs = model.record["data"]["dev"].get("pairs")
-        examples = texts.read_texts(args, model.record["task"], pairs, data.texts_of)
         # The model gives logits. What they mean, its objective knows: a label with the probabilities of all (softmax),
-        # or each label above a threshold (sigmoid).
-        for example, row in zip(examples, model.logits(model.convert(examples))):
-            answer = texts.answer(example, model.task.objective, row, model.task.labels, model.task.label_names)
-            print(json.dumps(answer, ensure_ascii=False))
+        # or each label above a threshold (sigmoid). A file may be longer than memory: windows of it are read, computed
+        # and answered in turn, each sorted by length as above.
+        (bulk.classify_arguments if args.text else bulk.classify_file)(args, model)
 
 
 def write_test_predictions(args, model):
