@@ -319,7 +319,8 @@ def row_of(record):
         variant = record["variant"]
         what = f"{origin}, INT8 {variant['algorithm']}{variant['calib_samples']}"
         if variant.get("floating"):  # quant_post.py --max_drop
-            what += f" but for {len(variant['floating'])}"
+            count = len(variant["floating"])
+            what += f", {count} {'product' if count == 1 else 'products'} in FP32"
     elif stage not in STAGES:
         what = f"{stage}, {record['directory']}"
     else:

@@ -71,6 +71,8 @@ def check_input(args, graph):
     for_gpu = args.made_for == "gpu" or args.device != "cpu"
     if args.int8_embeddings is None:
         args.int8_embeddings = not for_gpu  # TensorRT takes no INT8 table of embeddings
+    if args.select_on == "train" and args.calib_split == "dev":
+        raise UserError("--select_on train: leaves dev unseen, so it does not go with --calib_split dev")
     if args.made_for == "gpu" and args.int8_embeddings:
         raise UserError("--int8_embeddings: TensorRT takes no INT8 embeddings; leave it out with --for gpu")
     if args.made_for == "gpu" and graph.record["export"].get("cls_only"):

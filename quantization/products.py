@@ -51,19 +51,20 @@ def quantized_products(block):
 def products_of(prefix, layers):
     """The quantized products of the graph ``prefix``, in its order: a list of Product.
 
-    A graph whose products are not those of an encoder of that many ``layers`` gets names with numbers.
+    Args: layers: number of the encoder's layers, or None. If the products are not those of such an encoder, they are
+        numbered.
     """
     with exporting.loaded_graph(prefix) as (program, *_):
         block = program.global_block()
         found = [maker.input("X")[0] for _, maker in quantized_products(block)]
         shapes = [tuple(block.var(name).shape) for name in found]
-    whole = [(part, layer, True) for layer in range(layers - 1) for part in OF_LAYER]
-    for per_token, last in ((True, OF_LAYER), (False, OF_LAST_LAYER)):
-        places = [*whole, *((part, layers - 1, per_token) for part in last), *((p, None, False) for p in AFTER_LAYERS)]
-        if len(places) == len(found):
-            break
-    else:
-        places = [(f"product {number}", None, True) for number in range(len(found))]
+    places = [(f"product {number}", None, True) for number in range(len(found))]
+    for per_token, last in ((True, OF_LAYER), (False, OF_LAST_LAYER)) if layers else ():
+        known = [(part, layer, True) for layer in range(layers - 1) for part in OF_LAYER]
+        known += [(part, layers - 1, per_token) for part in last]
+        known += [(part, None, False) for part in AFTER_LAYERS]
+        if len(known) == len(found):
+            places = known
     return [
         Product(part, layer, weight, shape, per_token)
         for (part, layer, per_token), weight, shape in zip(places, found, shapes)

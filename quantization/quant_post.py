@@ -104,21 +104,25 @@ def quantize_all(args):
         selection = reference
         if args.select_on == "train":
             others = features_of(order[max(args.calib_samples) :][: len(features)])
+            if not others:
+                raise UserError("--select_on train: all train records calibrate, none is left to choose")
             selection = calibration.reference(args, graph, others, tokenizer.pad_id)
-        best = make_variants(args, run, graph, tokenizer, calibrate, reference, selection)
+        best, succeeded = make_variants(args, run, graph, tokenizer, calibrate, reference, selection)
         # Where the whole variant loses too much, single products of it can stay in floating point.
-        with sensitivity.subject(args, graph, best, calibrate) as subject:
+        with sensitivity.subject(args, graph, best, succeeded, calibrate) as subject:
             if args.analyze:
                 sensitivity.report(subject, selection)
             if args.max_drop is not None:
-                hold_limit(args, run, graph, tokenizer, subject, reference, selection)
+                succeeded = hold_limit(args, run, graph, tokenizer, subject, reference, selection, succeeded)
+    if not succeeded:
+        sys.exit(1)
 
 
 def make_variants(args, run, graph, tokenizer, calibrate, dev, selection):
-    """Makes the variants that are not there, and prints a row for each. Ends with status 1 if none is good enough.
+    """Makes the variants that are not there, and prints a row for each.
 
     Args: calibrate: function (algorithm, count, directory) that writes one. dev, selection: calibration.Reference.
-    Returns: (algorithm, count) of the variant that is best on the selection.
+    Returns: (algorithm, count) of the variant that is best on the selection; whether it was good enough to be kept.
     """
     # To change if INT8 loses too much: --max_drop 0.002, more samples (--calib_samples 32), --int8_embeddings False.
     objective = graph.objective
@@ -139,18 +143,18 @@ def make_variants(args, run, graph, tokenizer, calibrate, dev, selection):
         print(f"| {name} | {metrics[objective.metric]:.4f} | {metrics['agreement']:.4f} | {size} |", flush=True)
         scores[algorithm, count] = metrics
     kept = {variant: metrics for variant, metrics in scores.items() if metrics["agreement"] >= args.min_agreement}
-    if not kept and args.max_drop is None:
+    if not kept:
         print(
             f"quant_post.py: no variant agrees with FP32 on {args.min_agreement:g} of dev (--min_agreement); nothing "
             "was written",
             file=sys.stderr,
         )
-        sys.exit(1)
-    if left_out:
+    elif left_out:
         print(f"below --min_agreement {args.min_agreement:g} and left out: {', '.join(left_out)}")
     if kept and selection is not dev:
         kept = calibration.scores_on(args, objective, kept, selection)
     # The eight lie close together, and the best of them on dev is a little optimistic, like every choice made on dev.
+    # If none was kept, the best one on dev is what --analyze and --max_drop look into.
     chosen_from = kept or scores
     best = max(sorted(chosen_from), key=lambda variant: chosen_from[variant][objective.metric])
     if kept:
@@ -159,7 +163,7 @@ def make_variants(args, run, graph, tokenizer, calibrate, dev, selection):
             f"{run.fields['task']}: best {name}, INT8 {objective.shown} {scores[best][objective.metric]:.4f} (FP32 "
             f"{scores[best][f'fp32_{objective.metric}']:.4f}) -> {os.path.join(args.output_dir, name)}"
         )
-    return best
+    return best, bool(kept)
 
 
 class BelowAgreement(Exception):
@@ -193,34 +197,48 @@ def make_variant(args, run, graph, tokenizer, variant, write, target, dev):
     return metrics
 
 
-def hold_limit(args, run, graph, tokenizer, subject, dev, selection):
-    """--max_drop: writes the best variant once more, with as few products in floating point as the limit takes.
+def hold_limit(args, run, graph, tokenizer, subject, dev, selection, is_kept):
+    """--max_drop: writes the best variant once more, with a few products in floating point.
 
-    Args: subject: sensitivity.Subject, the best variant. dev, selection: calibration.Reference.
+    Args: subject: sensitivity.Subject, the best variant. dev, selection: calibration.Reference. is_kept: whether the
+        variant as it is was good enough. Returns: whether there is a model now that holds the limit.
     """
     target = os.path.join(args.output_dir, f"{subject.name}_max_drop_{args.max_drop:g}")
-    if not (run.has_finished(target) and records.read_record(target)["variant"]["select_on"] == args.select_on):
+    # What decides the choice beside the run: it is recorded, and a rerun with the same finds the choice there.
+    chosen_by = {name: getattr(args, name) for name in ("max_drop", "min_agreement", "select_on", "analyze_records")}
+    if run.has_finished(target):
+        before = records.read_record(target)["variant"]["chosen_by"]
+        if before != chosen_by:
+            raise UserError(f"{target}: was chosen by {before}, not {chosen_by}; --overwrite chooses anew")
+    else:
         floating = sensitivity.products_to_return(subject, selection)
-        if not floating:  # the limit holds without, or cannot be held at all: both were said
-            return
+        if not floating and os.path.isdir(target):
+            print(f"{target}: one made before is still there")
+        if not floating:
+            return floating is not None and is_kept
         # The choice is in the graph itself, so whatever runs it needs no option: infer.py, the service, ONNX.
-        variant = {**subject.variant, "floating": subject.names(floating), "max_drop": args.max_drop}
-        variant.update(select_on=args.select_on, speed=subject.speed_left(floating, selection))
+        variant = {**subject.variant, "floating": subject.names(floating), "chosen_by": chosen_by}
+        variant["speed"] = subject.speed_left(floating, selection)
         metrics = make_variant(args, run, graph, tokenizer, variant, partial(subject.write, floating), target, dev)
         if metrics["agreement"] < args.min_agreement:
             why = f"agrees with FP32 on {metrics['agreement']:.4f} of dev only"
             print(f"{os.path.basename(target)}: {why} (--min_agreement), not written")
-            return
+            return False
     # From the record, so that a rerun, which finds the result there, says the same.
     record = records.read_record(target)
     metrics, variant, shown = record["metrics"], record["variant"], graph.objective.shown
     score, fp32 = (metrics[name] for name in (graph.objective.metric, f"fp32_{graph.objective.metric}"))
+    speed = ""
+    if variant["speed"]:
+        speed = (
+            f"; speed {variant['speed']['of_int8']:.2f} of {subject.name}, {variant['speed']['of_fp32']:.2f} of FP32"
+        )
     print(f"{os.path.basename(target)}: in floating point {', '.join(variant['floating'])}")
     print(
-        f"{record['task']}: INT8 {shown} {score:.4f} (FP32 {fp32:.4f}); chosen on {variant['select_on']}; "
-        f"{metrics['bytes'] / 1e6:.1f} MB; speed {variant['speed']['of_int8']:.2f} of {subject.name}, "
-        f"{variant['speed']['of_fp32']:.2f} of FP32 -> {target}"
+        f"{record['task']}: INT8 {shown} {score:.4f} (FP32 {fp32:.4f}); chosen on {args.select_on}; "
+        f"{metrics['bytes'] / 1e6:.1f} MB{speed} -> {target}"
     )
+    return True
 
 
 def main(argv=None):

@@ -1,4 +1,4 @@
-"""Which products lose accuracy in INT8 (--analyze), and the fewest that have to stay in floating point (--max_drop).
+"""Which products lose accuracy in INT8 (--analyze), and the few that have to stay in floating point (--max_drop).
 
 Both ask the same question again and again: how good is a variant with these of its products in floating point? The
 variant is calibrated once. Its graph is rewritten for each question (products.py) and scored in the engine that will
@@ -7,6 +7,7 @@ serve it, so an answer takes as long as a scoring. Answers are kept in a file: a
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import statistics
@@ -28,11 +29,12 @@ def add_arguments(parser):
     group.add_flag("--analyze", help, without_effect=True)
     help = "number of records for that, chosen by --seed among those of --select_on"
     group.add_argument("--analyze_records", type=int, default=1000, help=help, positive=True, without_effect=True)
-    help = "write the best variant once more, with the fewest products in floating point that keep its accuracy (or "
-    help += "other metric) within this of FP32's, such as 0.002; to <output_dir>/<variant>_max_drop_<limit>"
+    help = "write the best variant once more, with a few products in floating point, so that its accuracy (or other "
+    help += "metric) is within this of FP32's, such as 0.002, and its agreement at least --min_agreement; to "
+    help += "<output_dir>/<variant>_max_drop_<limit>"
     group.add_argument("--max_drop", type=share, help=help, without_effect=True)
-    help = "which records choose the best variant and the products of --max_drop; train leaves dev unseen, but the "
-    help += "model has learnt it"
+    help = "which records choose the best variant and the products of --max_drop; with train, dev only checks "
+    help += "--min_agreement, but the model has learnt the records that choose"
     group.add_argument("--select_on", choices=("dev", "train"), default="dev", help=help, without_effect=True)
 
 
@@ -54,7 +56,9 @@ class Subject:
         self.args, self.fp32, self.quantized, self.directory = args, fp32.prefix, quantized, directory
         self.name, self.variant = f"{algorithm}{count}", {"algorithm": algorithm, "calib_samples": count}
         self.objective = fp32.objective
-        self.products = products.products_of(quantized, fp32.record["model"]["architecture"]["num_hidden_layers"])
+        # Of a graph that was adopted, the number of layers is not known.
+        layers = fp32.record["model"]["architecture"].get("num_hidden_layers")
+        self.products = products.products_of(quantized, layers)
         self.originals = products.original_weights(fp32.prefix, self.products)
 
     def write(self, floating, directory):
@@ -82,9 +86,12 @@ class Subject:
         """Speeds with the products of these numbers in floating point, as ratios; the graphs take turns.
 
         Args: reference: calibration.Reference; its texts are timed, sorted by length and already tokenized.
-        Returns: {"of_int8": the variant's is 1, "of_fp32": FP32's is 1, "rounds": ROUNDS}, medians over the rounds.
+        Returns: {"of_int8": the variant's is 1, "of_fp32": FP32's is 1, "rounds": ROUNDS}, medians over the rounds;
+            None for a simulation, whose speed says nothing.
         """
         precision = calibration.precision_of(self.args)
+        if precision == engine.SIMULATED:
+            return None
         with self.written(floating) as prefix:
             kinds = ((prefix, precision), (self.quantized, precision), (self.fp32, "fp32"))
             engines = [
@@ -103,26 +110,34 @@ class Subject:
 
 
 @contextlib.contextmanager
-def subject(args, fp32, best, calibrate):
+def subject(args, fp32, best, is_kept, calibrate):
     """The best variant as a Subject. One that agreed too rarely to be kept is made again for the time of the block.
 
-    Args: fp32: checkpoints.Graph. best: (algorithm, count). calibrate: function (algorithm, count, directory).
+    Args: fp32: checkpoints.Graph. best: (algorithm, count). is_kept: whether it lies in the output directory.
+        calibrate: function (algorithm, count, directory).
     """
     if not args.analyze and args.max_drop is None:
         yield None
         return
     algorithm, count = best
-    kept = os.path.join(args.output_dir, f"{algorithm}{count}")
     directory = os.path.join(f"{os.path.normpath(args.output_dir)}_sensitivity", f"{algorithm}{count}")
     os.makedirs(directory, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        if os.path.isdir(kept):
-            prefix = checkpoints.open_graph(kept).prefix
+        if is_kept:
+            prefix = checkpoints.open_graph(os.path.join(args.output_dir, f"{algorithm}{count}")).prefix
         else:
             scratch = stack.enter_context(files.empty_directory(os.path.join(directory, ".variant")))
             calibrate(algorithm, count, scratch)
             prefix = os.path.join(scratch, os.path.splitext(args.save_model_filename)[0])
         yield Subject(args, fp32, prefix, algorithm, count, directory)
+
+
+def hash_of(reference):
+    """sha256 of what a calibration.Reference is made of, so that kept answers are of the same records and lengths."""
+    digest = hashlib.sha256(np.ascontiguousarray(reference.logits).tobytes())
+    for feature in reference.features:
+        digest.update(json.dumps([feature.input_ids, feature.token_type_ids]).encode())
+    return digest.hexdigest()
 
 
 class Scores:
@@ -140,16 +155,19 @@ class Scores:
             "fp32": files.file_hash(f"{subject.fp32}.pdiparams"),
             "select_on": subject.args.select_on,
             "records": len(reference.features),
-            "seed": subject.args.seed,
+            "features": hash_of(reference),
+            "device": subject.args.device,
+            "precision": calibration.precision_of(subject.args),
+            "code": files.file_hash(products.__file__),
             "metric": subject.objective.metric,
             "fp32_score": reference.score(subject.objective, reference.logits),
             "products": [product._asdict() for product in subject.products],
         }
         self.about, self.answers = json.loads(json.dumps(about)), {}  # as it is read again: lists for tuples
         if os.path.isfile(self.path):
-            kept = files.read_json(self.path, advice="; remove it")
+            kept = files.read_json_object(self.path)
             if {key: kept.get(key) for key in self.about} == self.about:
-                self.answers = {tuple(answer["floating"]): answer for answer in kept["answers"]}
+                self.answers = {tuple(answer["floating"]): answer for answer in kept.get("answers", ())}
 
     def of(self, floating):
         """{metric, loss, agreement, logit_error, ...} with the products of these numbers in floating point.
@@ -212,7 +230,8 @@ def table(rows, scores):
         f"| in INT8 | {shown}, % | agreement with FP32, % | logit error |",
         "| --- | --- | --- | --- |",
     ]
-    for name, score in (("nothing (FP32)", None), ("word embeddings alone", all_), ("everything", none)):
+    few = "word embeddings alone" if scores.subject.args.int8_embeddings else "no product"
+    for name, score in (("nothing (FP32)", None), (few, all_), ("everything", none)):
         score = score or {metric: scores.about["fp32_score"][metric], "agreement": 1.0, "logit_error": 0.0}
         figures = f"{score[metric] * 100:.2f} | {score['agreement'] * 100:.2f} | {score['logit_error']:.4f}"
         lines.append(f"| {name} | {figures} |")
@@ -277,7 +296,7 @@ def sample_of(subject, selection):
     count = min(subject.args.analyze_records, len(selection.features))
     chosen = np.sort(np.random.default_rng(subject.args.seed).permutation(len(selection.features))[:count])
     features = [selection.features[number] for number in chosen]
-    return Scores(subject, selection._replace(features=features, logits=selection.logits[chosen]), "answers")
+    return Scores(subject, selection._replace(features=features, logits=selection.logits[chosen]), f"answers_{count}")
 
 
 def report(subject, selection):
@@ -295,51 +314,50 @@ def report(subject, selection):
 
 
 def products_to_return(subject, selection):
-    """The fewest products that have to be in floating point for --max_drop and --min_agreement to hold.
+    """The products that have to be in floating point for --max_drop and --min_agreement to hold.
 
     Products are taken in the order of their gain per cost: what each takes off the squared logit error when it alone is
-    in floating point, per multiply-add. When enough are taken, each of them is tried in INT8 once more.
+    in floating point, per multiply-add. When enough are taken, each of them is tried in INT8 once more. That is greedy:
+    another choice may do with fewer.
 
     Args: selection: calibration.Reference on which the limit has to hold.
-    Returns: numbers of products; none if the limit holds without, or if it cannot be held, which is printed.
+    Returns: numbers of products, none if the limit holds without; None if it cannot be held. Either is printed.
     """
-    args, sample, whole = subject.args, sample_of(subject, selection), Scores(subject, selection, "limit")
-    metric, fp32 = subject.objective.metric, whole.about["fp32_score"]
+    args, sample = subject.args, sample_of(subject, selection)
+    whole = Scores(subject, selection, f"answers_{len(selection.features)}")
+    metric, shown, fp32 = subject.objective.metric, subject.objective.shown, whole.about["fp32_score"]
     everything = range(len(subject.products))
-
-    def drop(floating):
-        return fp32[metric] - whole.of(floating)[metric]
 
     def holds(floating):
         found = whole.of(floating)
+        change_of_metric = found[metric] - fp32[metric]
         print(
-            f"{len(floating)} of {len(everything)} products in floating point: {subject.objective.shown} "
-            f"{found[metric]:.4f} ({-drop(floating):+.4f}), agreement {found['agreement']:.4f}",
+            f"{len(floating)} of {len(everything)} products in floating point: {shown} {found[metric]:.4f} "
+            f"({change_of_metric:+.4f}), agreement {found['agreement']:.4f}",
             flush=True,
         )
         # 0.002 is no binary fraction; the metrics have six digits.
-        return drop(floating) <= args.max_drop + 1e-9 and found["agreement"] >= args.min_agreement
+        return -change_of_metric <= args.max_drop + 1e-9 and found["agreement"] >= args.min_agreement
 
-    print(f"\n{subject.name}, --max_drop {args.max_drop:g} on {len(selection.features)} records of {args.select_on}:")
+    limits = f"--max_drop {args.max_drop:g} and --min_agreement {args.min_agreement:g}"
+    print(f"\n{subject.name}, {limits} on {len(selection.features)} records of {args.select_on}:")
     if holds(()):
-        print("the limit holds as it is, with every product in INT8")
+        print("both hold as it is, with every product in INT8")
         return []
     costs, gains = subject.costs(selection.features), []
     for number in tqdm(everything, "gain of each product", mininterval=1, disable=None):
         gains.append(-change(sample.of(()), sample.of((number,)), metric)["squared_error"])
-    taken = []
-    for number in sorted(everything, key=lambda number: gains[number] / costs[number], reverse=True):
-        taken.append(number)
-        if holds(taken):
+    order = sorted(everything, key=lambda number: gains[number] / costs[number], reverse=True)
+    for count in range(1, len(order)):  # with all of them it would be no INT8 model
+        if holds(order[:count]):
             break
     else:
-        hint = ", and the word embeddings too (--int8_embeddings False)" if args.int8_embeddings else ""
-        print(
-            f"--max_drop {args.max_drop:g} cannot be held: with every product in floating point the drop is "
-            f"{drop(everything):.4f}; deploy FP32 or BF16{hint}"
-        )
-        return []
-    for number in reversed(taken[:-1]):
+        holds(everything)
+        hint = "; --int8_embeddings False may help" if args.int8_embeddings else ""
+        print(f"{limits} cannot be held by leaving products in floating point: deploy FP32 or BF16{hint}")
+        return None
+    taken = order[:count]
+    for number in reversed(order[: count - 1]):
         fewer = [other for other in taken if other != number]
         if holds(fewer):
             taken = fewer

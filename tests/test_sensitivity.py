@@ -11,7 +11,7 @@ from conftest import load_script, record
 import calibration
 import products
 import sensitivity
-from common import checkpoints, engine, exporting, files, modeling, records
+from common import UserError, checkpoints, engine, exporting, files, modeling, records, tables
 
 PLANTED = "layer 0 FFN out"
 
@@ -46,6 +46,13 @@ def planted(workspace, tuned, tmp_path_factory):
     export = load_script("finetuning", "export_model").main
     export(["--task_name", "topics", "--model_path", str(directory), "--data_dir", str(workspace / "data")])
     return directory
+
+
+@pytest.fixture
+def layer_0(monkeypatch):
+    """Only layer 0 and one product more are asked about, which saves time."""
+    found = products.products_of
+    monkeypatch.setattr(products, "products_of", lambda prefix, layers: found(prefix, layers)[:7])
 
 
 def quantize(workspace, source, output, *more):
@@ -108,7 +115,7 @@ def test_all_products_in_float_are_the_fp32_model(tuned, tmp_path):
     assert b"op_callstack" not in graph and b".py" not in graph
 
 
-def test_a_planted_outlier_is_found_and_left_in_float(workspace, planted, tmp_path, capsys, monkeypatch):
+def test_a_planted_outlier_is_found_and_left_in_float(workspace, planted, layer_0, tmp_path, capsys, monkeypatch):
     limits = ["--max_drop", "0.002", "--min_agreement", "0.98", "--analyze_records", "100"]
     quantize(workspace, planted, tmp_path / "q", "--analyze", *limits)
     out = capsys.readouterr().out
@@ -118,20 +125,21 @@ def test_a_planted_outlier_is_found_and_left_in_float(workspace, planted, tmp_pa
     alone = {name: row for name, row in rows.items() if len(row["products"]) == 1}
     for side, worst in (("alone_int8", max), ("alone_float", min)):
         assert worst(alone, key=lambda name: alone[name][side]["squared_error"]) == PLANTED
-    assert rows["layer 0"]["alone_int8"]["agreement"] < -0.05 < rows["layer 1"]["alone_int8"]["agreement"]
+    assert rows["layer 0"]["alone_int8"]["agreement"] < -0.5 < rows["layer 1"]["alone_int8"]["agreement"]
     assert (place / "sensitivity.png").stat().st_size > 10000 and PLANTED in (place / "sensitivity.md").read_text()
     # The whole variant agrees too rarely, and is not written. With that one product in floating point it is as FP32.
     assert not (tmp_path / "q/abs_max8").exists()
     written = record(tmp_path / "q/abs_max8_max_drop_0.002")
-    assert written["variant"]["floating"] == [PLANTED] and written["variant"]["select_on"] == "dev"
+    assert written["variant"]["floating"] == [PLANTED] and written["variant"]["chosen_by"]["select_on"] == "dev"
     metrics = written["metrics"]
     assert metrics["fp32_accuracy"] - metrics["accuracy"] <= 0.002 and metrics["agreement"] >= 0.98
-    assert 0 < written["variant"]["speed"]["of_int8"] < 3
     # Whatever runs the graph finds the choice in it.
-    infer = load_script("deploy/python", "infer").main
-    arguments = ["--model_path", str(tmp_path / "q/abs_max8_max_drop_0.002"), "--int8"]
-    scores = infer([*arguments, "--data_dir", str(workspace / "data")])
-    assert f'"accuracy": {metrics["accuracy"]}' in capsys.readouterr().out, scores
+    arguments = ["--model_path", str(tmp_path / "q/abs_max8_max_drop_0.002"), "--data_dir", str(workspace / "data")]
+    load_script("deploy/python", "infer").main([*arguments, "--int8"])
+    assert f'"accuracy": {metrics["accuracy"]}' in capsys.readouterr().out
+    load_script("deploy/onnx", "export_onnx").main([*arguments, "--output_dir", str(tmp_path / "onnx")])
+    assert record(tmp_path / "onnx")["metrics"]["agreement"] >= 0.98
+    assert "INT8 abs_max8, 1 product in FP32" in tables.row_of(written)[0]
     # A rerun finds the choice, and asks nothing again; after a kill before it was written, the answers are still there.
     asked = []
     monkeypatch.setattr(
@@ -142,23 +150,45 @@ def test_a_planted_outlier_is_found_and_left_in_float(workspace, planted, tmp_pa
     shutil.rmtree(tmp_path / "q/abs_max8_max_drop_0.002")
     quantize(workspace, planted, tmp_path / "q", *limits)
     assert len(asked) == 2  # to time it, and to write it
+    with pytest.raises(UserError, match="was chosen by .*--overwrite chooses anew"):
+        quantize(workspace, planted, tmp_path / "q", *limits[:2], "--min_agreement", "0.97")
     # PaddleSlim writes the operators of a variant that is made again in another order (tests/README.md).
     again = record(tmp_path / "q/abs_max8_max_drop_0.002")["weights"]
     assert again["int8.pdiparams"] == written["weights"]["int8.pdiparams"]
 
 
-def test_a_limit_that_cannot_be_held_or_needs_nothing(workspace, tuned, tmp_path, capsys, monkeypatch):
-    quantize(workspace, tuned, tmp_path / "q", "--max_drop", "0.1", "--select_on", "train", "--max_eval_samples", "60")
+def test_limits_that_hold_anyway_or_never(workspace, tuned, layer_0, tmp_path, capsys, monkeypatch):
+    """Status 1 says that there is no model within the limits; a smaller drop and a better agreement are both needed."""
+    few = ["--max_eval_samples", "60", "--analyze_records", "20"]
+    quantize(workspace, tuned, tmp_path / "q", "--max_drop", "0.1", "--select_on", "train", *few)
     out = capsys.readouterr().out
-    assert "on 60 records of train" in out and "the limit holds as it is" in out
-    assert os.listdir(tmp_path / "q") == ["abs_max8"]
+    assert "on 60 records of train" in out and "both hold as it is" in out
+    # A model that answers one record in three differently, whatever is in floating point.
     predict = calibration.Reference.predict
-    monkeypatch.setattr(calibration.Reference, "predict", lambda *arguments: -predict(*arguments))
-    quantize(
-        workspace, tuned, tmp_path / "q", "--max_drop", "0.01", "--max_eval_samples", "60", "--analyze_records", "20"
-    )
-    assert "--max_drop 0.01 cannot be held: with every product in floating point the drop is" in capsys.readouterr().out
+    signs = np.where(np.arange(60) % 3 == 0, -1, 1)[:, None]
+    monkeypatch.setattr(calibration.Reference, "predict", lambda *a: predict(*a) * signs[: len(a[0].features)])
+    quantize(workspace, tuned, tmp_path / "q", "--max_drop", "0.4", "--min_agreement", "0.6", *few)
+    assert "both hold as it is" in capsys.readouterr().out
+    for limits in (["--max_drop", "0.3", "--min_agreement", "0.6"], ["--max_drop", "0.4", "--min_agreement", "0.7"]):
+        with pytest.raises(SystemExit) as stopped:
+            quantize(workspace, tuned, tmp_path / "q", *limits, *few)
+        assert stopped.value.code == 1 and "cannot be held by leaving products" in capsys.readouterr().out
     assert os.listdir(tmp_path / "q") == ["abs_max8"]
+    # Nothing that agrees well enough: that is what --analyze is for, and the stage has failed nevertheless.
+    with pytest.raises(SystemExit) as stopped:
+        quantize(workspace, tuned, tmp_path / "none", "--min_agreement", "0.9", "--analyze", *few)
+    assert stopped.value.code == 1 and not (tmp_path / "none").exists()
+    assert (tmp_path / "none_sensitivity/abs_max8/sensitivity.md").exists()
+
+
+def test_mistakes_with_limits_are_refused(workspace, tuned, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         quantize(workspace, tuned, tmp_path / "q", "--max_drop", "20")
     assert stopped.value.code == 2 and "is no share of 1" in capsys.readouterr().err
+    for arguments, message in (
+        (["--select_on", "train", "--calib_split", "dev"], "does not go with --calib_split dev"),
+        (["--select_on", "train", "--max_train_samples", "8"], "none is left to choose"),
+    ):
+        with pytest.raises(UserError, match=message):
+            quantize(workspace, tuned, tmp_path / "q", "--max_drop", "0.1", *arguments)
+    assert not (tmp_path / "q").exists()

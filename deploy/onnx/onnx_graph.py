@@ -256,6 +256,9 @@ class _Graph:
             raise UserError("dropout that scales at inference: not known here")
         self.same(operator)
 
+    def _assign(self, operator):
+        self.same(operator)
+
     def _lookup_table_v2(self, operator):
         (table,), (ids,), (output,) = operator.input("W"), operator.input("Ids"), operator.output("Out")
         padding = operator.attr("padding_idx")
