@@ -118,22 +118,35 @@ def read_perf(paths):
     return found
 
 
-def write_reports(args, roots, records):
-    """--report: of each task the best fine-tuned model, and the best one of each kind that was made from it."""
-    best, children = tables.best_cells(roots), children_among(records)
-    families = []  # all of them, before the first is written
-    for root in best.values():
+def report_pages(args, roots, records):
+    """--report: {directory: Page}, of each task the best fine-tuned model, and the best one of each kind that was made
+    from it. Nothing is written yet. A task whose models have kept no answers is left out, with a note.
+
+    Raises: UserError if no task is left.
+    """
+    if not roots:
+        raise UserError(
+            "--report: is about fine-tuned models and what was made from them; here are stages of your own only"
+        )
+    best, children, pages = tables.best_cells(roots), children_among(records), {}
+    for (task, metric), root in best.items():
         kinds = {}
         for record in (root, *descendants(root, children)):
             kind = tables.kind_of(record)
             if kind and tables.rank(record) > tables.rank(kinds.get(kind)):
                 kinds[kind] = record
-        families.append((list(kinds.values()), dev_examples(args, root)))
-    for (task, metric), (family, examples) in zip(best, families):
+        kept = reports.kept(list(kinds.values()), records)
+        if not kept.models:
+            print(f"note: no report of {task}: none of its models has readable answers on dev", file=sys.stderr)
+            continue
         several_metrics = sum(other == task for other, _ in best) > 1
         name = f"{task}_{metric}" if several_metrics else task
         directory = args.report if len(best) == 1 else os.path.join(args.report, name)
-        reports.write_kept(directory, family, records, examples, args.report_errors)
+        dev, examples = root["data"]["dev"], dev_examples(args, root)
+        pages[directory] = reports.page_of(kept.models, dev, examples, args.report_errors, kept.targets, kept.missing)
+    if not pages:
+        raise UserError("--report: no model here has kept its answers on dev; see the notes above")
+    return pages
 
 
 def dev_examples(args, record):
@@ -187,10 +200,10 @@ def main(argv=None):
     if args.plot and not os.path.isdir(os.path.dirname(os.path.abspath(args.plot))):
         raise UserError(f"--plot {args.plot}: no such directory")
     perf = read_perf(args.perf)
-    if args.report:
-        write_reports(args, roots, records)
     if perf.speedups and len({tables.model_directory(root) for root in roots}) > 1:
         raise UserError("--perf: the benchmark is of one model, but there are several here; name the directory of one")
+    # The pages are made first and written last: of a mistake there is one line, and nothing is half written.
+    pages = report_pages(args, roots, records) if args.report else {}
     models, blocks, flat_rows, kept, footnotes = {}, [], [], [], tables.Footnotes()
     for root in roots:
         models.setdefault(tables.model_directory(root), []).append(root)
@@ -237,6 +250,8 @@ def main(argv=None):
         files.write_whole(args.json, json.dumps(kept, ensure_ascii=False, indent=1) + "\n")
     if args.plot:
         plots.draw(args.plot, families, children)
+    for directory, page in pages.items():
+        reports.save(directory, page)
 
 
 if __name__ == "__main__":

@@ -19,18 +19,19 @@ import numpy as np
 from common import UserError, batching, cli, files, objectives, predictions, records, significance, tables
 
 HTML, JSON, TEMPLATE = "report.html", "report.json", "report.html"
-WHOLE_MATRIX = 30  # classes; of more, the matrix shows those with the most errors
-SHOWN_CLASSES = 20
+WHOLE_MATRIX = 30  # classes; of more, the matrix shows those with the most errors, and tables scroll
+SHOWN_CLASSES = 20  # in such a matrix
 BINS = 10  # of margins, from 0 to 1
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-KINDS = ("right_to_wrong", "wrong_to_right", "other_wrong")  # of flipped answers
+KINDS = ("correct_to_wrong", "wrong_to_correct", "both_wrong_different")  # of different predictions
 
 
 def add_arguments(group):
     help = "write DIR/report.html, a page with figures per class, confusion matrix, errors with their texts, and what "
     help += "differs between several models; and the figures as DIR/report.json"
     group.add_argument("--report", metavar="DIR", type=report_directory, help=help, without_effect=True)
-    help = "texts per list of the report: the most confident errors, the answers that differ"
+    help = "rows per list of the report: the most confident errors, the predictions that differ, the pairs of classes "
+    help += "that are confused most often"
     options = {"positive": True, "without_effect": True}
     group.add_argument("--report_errors", type=int, metavar="N", default=20, help=help, **options)
 
@@ -53,6 +54,7 @@ class Scored(NamedTuple):
     path: str
     record: dict  # its stage.json
     precision: str  # that the logits were computed in
+    max_seq_length: int  # that the texts were cut at, tokens
     logits: np.ndarray  # float32 [records, outputs]
     machine: dict  # of records.describe_machine, on which they were computed
 
@@ -61,7 +63,7 @@ class Answers(NamedTuple):
     """What the logits of a model say about each record."""
 
     truth: np.ndarray  # bool [n, labels]: which labels it has
-    decided: np.ndarray  # bool [n, labels]: which labels it is given
+    decided: np.ndarray  # bool [n, labels]: which labels are predicted
     correct: np.ndarray  # bool [n]: that these are the same
     probabilities: np.ndarray  # float [n, labels]
     confidence: np.ndarray  # float [n], see answers_of
@@ -72,7 +74,7 @@ def answers_of(objective, logits, targets):
     """Answers; None for an objective that has no classes.
 
     One label: the confidence is the largest probability, the margin its distance to the second largest. Several: the
-    confidence of a wrong answer is the largest probability with which a single label was wrongly given or left out,
+    confidence of a wrong answer is the largest probability with which a single label was wrongly predicted or left out,
     the margin the smallest distance of a label's probability from the threshold.
     """
     decided, probabilities = objective.decide(logits), objective.probabilities(logits)
@@ -120,17 +122,11 @@ class Report:
             "objective": self.objectives[0].name,
             "classes": [{"label": label, "name": name} for label, name in zip(self.labels, names)],
             "dev": {**dev, "examples": len(targets)},
-            "most_frequent": self.most_frequent() if self.one_label else None,
             "texts": examples is not None,
             "missing": list(missing),
             "models": described,
             "comparisons": [self.comparison(models, number) for number in range(1, len(models))],
         }
-
-    def most_frequent(self):
-        """The accuracy of always giving the most frequent class, which a model has to surpass."""
-        counts = self.answers[0].truth.sum(0)
-        return {"label": self.labels[counts.argmax()], "share": rounded(counts.max() / len(self.targets))}
 
     def model(self, scored, name, objective, answers):
         """What is said about one model."""
@@ -140,7 +136,7 @@ class Report:
             "directory": files.relative(scored.path),
             "stage": record["stage"],
             "precision": scored.precision,
-            "max_seq_length": record["arguments"]["max_seq_length"],
+            "max_seq_length": scored.max_seq_length,
             "params": record["params"],
             "bytes": tables.size_of(record),
             "weights": export.get("weights") or record["weights"],
@@ -165,16 +161,16 @@ class Report:
             for label, p, r, f, s in zip(self.labels, *found)
         ]
         for row, times in zip(classes, answers.decided.sum(0)):
-            row["given"] = int(times)
+            row["predicted"] = int(times)
         averages = {}
         for average in ("macro", "weighted"):  # over all labels, as common/objectives.py has it
             figures = precision_recall_fscore_support(answers.truth, answers.decided, average=average, **options)
             averages[average] = dict(zip(("precision", "recall", "f1"), map(rounded, figures[:3])))
-        wrong, right = np.flatnonzero(~answers.correct), int(answers.correct.sum())
+        wrong, correct = np.flatnonzero(~answers.correct), int(answers.correct.sum())
         wrong = wrong[np.argsort(-answers.confidence[wrong], kind="stable")]
         return {
-            "correct": right,
-            "interval": [rounded(bound) for bound in wilson_interval(right, len(answers.correct))],
+            "correct": correct,
+            "interval": [rounded(bound) for bound in wilson_interval(correct, len(answers.correct))],
             "averages": averages,
             "classes": classes,
             **(self.confusion(answers) if self.one_label else {}),
@@ -183,19 +179,19 @@ class Report:
         }
 
     def confusion(self, answers):
-        """The confusion matrix (right classes down, given classes across), and which classes are taken for which."""
+        """The confusion matrix (true classes down, predicted classes across), and which classes are taken for which."""
         matrix = answers.truth.T.astype(int) @ answers.decided
         errors = matrix - np.diag(np.diag(matrix))
-        order = np.argsort(-errors, axis=None, kind="stable")[:SHOWN_CLASSES]
+        order = np.argsort(-errors, axis=None, kind="stable")[: self.count]
         pairs = [
             {
-                "right": self.labels[right],
-                "given": self.labels[given],
-                "count": int(errors[right, given]),
-                "share": rounded(errors[right, given] / matrix[right].sum()),
+                "true": self.labels[true],
+                "predicted": self.labels[predicted],
+                "count": int(errors[true, predicted]),
+                "share": rounded(errors[true, predicted] / matrix[true].sum()),
             }
-            for right, given in zip(*np.unravel_index(order, errors.shape))
-            if errors[right, given]
+            for true, predicted in zip(*np.unravel_index(order, errors.shape))
+            if errors[true, predicted]
         ]
         # The classes of the picture: all of them, or those with the most errors, in their order.
         shown = np.arange(len(matrix))
@@ -219,10 +215,10 @@ class Report:
 
     def error(self, answers, i):
         """A record whose answer is wrong."""
-        row = {"right": self.shown_label(answers.truth[i]), "given": self.shown_label(answers.decided[i])}
+        row = {"true": self.shown_label(answers.truth[i]), "predicted": self.shown_label(answers.decided[i])}
         row["probability"] = rounded(answers.confidence[i])
         if self.one_label:
-            row["probability_of_right"] = rounded(answers.probabilities[i][answers.truth[i]][0])
+            row["probability_of_true"] = rounded(answers.probabilities[i][answers.truth[i]][0])
         return {**self.place(int(i)), **row}
 
     def comparison(self, models, number):
@@ -234,19 +230,19 @@ class Report:
             return {**names, "agreement": rounded(figure)}
         differs = (first.decided != other.decided).any(-1)
         kinds = {
-            "both_right": first.correct & other.correct,
-            "right_to_wrong": first.correct & ~other.correct,
-            "wrong_to_right": ~first.correct & other.correct,
-            "same_wrong": ~first.correct & ~differs,
-            "other_wrong": ~first.correct & ~other.correct & differs,
+            "both_correct": first.correct & other.correct,
+            "correct_to_wrong": first.correct & ~other.correct,
+            "wrong_to_correct": ~first.correct & other.correct,
+            "both_wrong_same": ~first.correct & ~differs,
+            "both_wrong_different": ~first.correct & ~other.correct & differs,
         }
         flips = [self.flip(kind, first, other, i) for kind in KINDS for i in by_margin(kinds[kind], first.margin)]
         bins = np.minimum((first.margin * BINS).astype(int), BINS - 1)
-        in_bins = [(k / BINS, bins == k) for k in range(BINS)]
+        in_bins = [(k / BINS, (k + 1) / BINS, bins == k) for k in range(BINS)]
         margins = {
             "bins": [
-                {"from": low, "records": int(inside.sum()), "different": int((differs & inside).sum())}
-                for low, inside in in_bins
+                {"from": low, "to": high, "records": int(inside.sum()), "different": int((differs & inside).sum())}
+                for low, high, inside in in_bins
             ],
             "quantiles": list(QUANTILES),
             "reference": quantiles_of(first.margin),
@@ -258,19 +254,19 @@ class Report:
         return {**found, "tests": self.tests(first, other), "margins": margins, "flips": flips}
 
     def tests(self, first, other):
-        """Whether the difference in the share of right answers, and in the metric that selects, may be chance."""
+        """The p-values of the difference in the share of correct answers, and in the metric that selects."""
         rows = []
         for metric in dict.fromkeys(("accuracy" if self.one_label else "exact_match", self.objectives[0].metric)):
             p = significance.p_value(metric, first.decided, other.decided, first.truth)
             if p is not None:
-                rows.append({"metric": metric, "test": significance.test_of(metric), "p": rounded(p)})
+                rows.append({"metric": metric, "test": significance.test_of(metric), "p": float(f"{p:.4g}")})
         return rows
 
     def flip(self, kind, first, other, i):
         """A record that the two answer differently."""
-        row = {"kind": kind, **self.place(int(i)), "right": self.shown_label(first.truth[i])}
+        row = {"kind": kind, **self.place(int(i)), "true": self.shown_label(first.truth[i])}
         for name, answers in (("reference", first), ("model", other)):
-            row[name] = {"given": self.shown_label(answers.decided[i]), "margin": rounded(answers.margin[i])}
+            row[name] = {"predicted": self.shown_label(answers.decided[i]), "margin": rounded(answers.margin[i])}
         return row
 
 
@@ -343,8 +339,9 @@ def render(content, count):
     options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(directory), **options)
     environment.filters.update(shown=objectives.shown, clipped=clipped, width=width_of, percent=percent)
-    template = environment.get_template(TEMPLATE)
-    return template.render(content, count=count, kinds=KINDS, level=significance.LEVEL, picture_of=picture_of).lstrip()
+    constant, reached = records.constant_answer(content["dev"])  # which a model has to surpass
+    options = {"kinds": KINDS, "whole_matrix": WHOLE_MATRIX, "constant": constant, "reached": reached}
+    return environment.get_template(TEMPLATE).render(content, count=count, picture_of=picture_of, **options).lstrip()
 
 
 def percent(share):
@@ -354,47 +351,72 @@ def percent(share):
 # Writing
 
 
-def write(directory, models, dev, examples, count, targets=None, missing=()):
-    """Writes report.json and report.html, each whole, and says so.
+class Page(NamedTuple):
+    content: dict  # of report.json
+    html: str
 
-    Args: models: (path, record, precision, logits) of each, computed by this process, or Scored; all of one task, the
-        reference first. dev: as data.Split describes itself. examples: list of batching.Example of its records; None if
-        the texts are not at hand. count: how many errors and flips the page shows. targets: [n, ...] (default: those
+
+def page_of(models, dev, examples, count, targets=None, missing=()):
+    """The Page of some models, which ``save`` writes.
+
+    Args: models: (path, record, precision, max_seq_length, logits) of each, computed by this process, or Scored; all of
+        one task, the reference first. dev: as data.Split describes itself. examples: list of batching.Example of its
+        records; None if the texts are not at hand. count: rows per list of the page. targets: [n, ...] (default: those
         of the examples). missing: lines about models that are left out.
     """
     models = [row if isinstance(row, Scored) else Scored(*row, records.describe_machine()) for row in models]
     targets = batching.targets(examples) if targets is None else targets
     content = Report(models, dev, targets, examples, count, missing).content
-    page = render(content, count)
+    return Page(content, render(content, count))
+
+
+def save(directory, page):
+    """Writes report.json and report.html, each whole, and says so."""
     os.makedirs(directory, exist_ok=True)
-    files.write_json(os.path.join(directory, JSON), content)
-    files.write_whole(os.path.join(directory, HTML), page)
+    files.write_json(os.path.join(directory, JSON), page.content)
+    files.write_whole(os.path.join(directory, HTML), page.html)
     print(f"report -> {os.path.join(directory, HTML)}", file=sys.stderr)
 
 
-def write_kept(directory, family, found, examples, count):
-    """As write, of models whose stages have kept what they answer on dev (common/predictions.py).
+def write(directory, models, dev, examples, count):
+    """Writes the report on some models. Args: as of page_of."""
+    save(directory, page_of(models, dev, examples, count))
+
+
+class Kept(NamedTuple):
+    """What the stages of some models have kept of their answers on dev (common/predictions.py)."""
+
+    models: list  # of Scored
+    targets: np.ndarray  # [n, ...]; None without models
+    missing: list  # lines about the models that are left out
+
+
+def kept(family, found):
+    """Kept of those models that can be compared; a line on stderr about each of the others.
 
     Args: family: records of one task, the reference first. found: all records, as records.find_records gives them.
-        examples: list of batching.Example of the reference's dev data, or None.
-    Raises: UserError if none of the family has kept its answers.
     """
     models, targets, missing = [], None, []
     for record in family:
         source = significance.answering(record, found)  # of an export, what was exported
-        kept = predictions.read(source) if source else None
-        if kept is None:
+        try:
+            answers = predictions.read(source) if source else None
+        except UserError:  # its message has a path, which is not for the page
+            why = f"{predictions.FILE} is damaged or another model's, so not in this report"
+            missing.append(f"{record['directory']}: {why}; repeat the stage that wrote it, with --overwrite")
+            continue
+        if answers is None:
             missing.append(f"{record['directory']}: no {predictions.FILE}, so not in this report; {scoring_of(record)}")
         elif significance.dev_data(record) != significance.dev_data(family[0]):
             missing.append(f"{record['directory']}: scored on other dev data, so not in this report")
         else:
-            precision, targets = "int8" if record["stage"] == "quantize" else "fp32", kept.targets
-            models.append(Scored(record["path"], record, precision, kept.logits, source["machine"]))
+            precision = (record.get("variant") or {}).get("scored_in") or "int8"  # of records that do not say it
+            precision = precision if record["stage"] == "quantize" else "fp32"
+            length, targets = source["arguments"]["max_seq_length"], answers.targets
+            models.append(Scored(record["path"], record, precision, length, answers.logits, source["machine"]))
     for line in missing:
         print(f"note: {line}", file=sys.stderr)
-    if not models:
-        raise UserError(f"--report: no model of {family[0]['task']} has a {predictions.FILE}; see the notes above")
-    write(directory, models, family[0]["data"]["dev"], examples, count, targets, missing)
+    return Kept(models, targets, missing)
 
 
 def scoring_of(record):

@@ -5,6 +5,7 @@ records that only one of two models gets right, which predictions.py keeps besid
 """
 
 import contextlib
+import sys
 
 import numpy as np
 
@@ -37,9 +38,11 @@ def mcnemar(one, other):
 def bootstrap(metric, one, other, truth, seed=0):
     """The two-sided p-value of a paired bootstrap, for metrics that are no means over records.
 
-    Records are drawn with replacement, as many as there are, the same for both models. p is twice the share of the
-    RESAMPLES in which the difference is zero or has the rarer sign (Efron and Tibshirani, An Introduction to the
-    Bootstrap (1993), chapter 16; paired in this way: Koehn, EMNLP 2004, p. 388).
+    Records are drawn with replacement, as many as there are, the same for both models. In k of the RESAMPLES the
+    difference is zero or has the rarer sign; p is twice (k + 1) / (RESAMPLES + 1), at most 1 (Efron and Tibshirani, An
+    Introduction to the Bootstrap (1993), chapter 16; paired in this way: Koehn, EMNLP 2004, p. 388). Without the added
+    ones p could be 0, which no finite number of resamples shows (Davison and Hinkley, Bootstrap Methods and their
+    Application (1997), section 4.2; North et al., American Journal of Human Genetics 71 (2002), p. 439).
 
     Args: metric: one of OF_RESAMPLES. one, other, truth: bool [n, labels], what each model gives and what is right.
     """
@@ -54,7 +57,8 @@ def bootstrap(metric, one, other, truth, seed=0):
         figure = objectives.f1_averages(hits, given, there)[metric]
         differences.append(figure - objectives.f1_averages(hits_other, given_other, there)[metric])
     differences = np.concatenate(differences)
-    return float(min(1.0, 2 * min((differences <= 0).mean(), (differences >= 0).mean())))
+    rarer = min((differences <= 0).sum(), (differences >= 0).sum())
+    return float(min(1.0, 2 * (rarer + 1) / (RESAMPLES + 1)))
 
 
 def p_value(metric, one, other, truth):
@@ -104,24 +108,37 @@ def reference_of(record, found):
 def p_values(wanted, found):
     """{path of a record: p-value of its difference from the model that it was made from; INT8's from FP32}.
 
-    Left out is what has no answers, or answers to other dev data, or no such model in ``found``.
+    Left out is what has no answers, or answers to other dev data, or no such model in ``found``. Damaged
+    answers are one line on stderr.
 
     Args: wanted: records. found: all records, as records.find_records gives them.
     """
-    known = {}
+    known, damaged = {}, {}
     for record in wanted:
         model = answering(record, found) if record["stage"] not in WITHOUT_PARENT else None
         if model and model["path"] not in known:
             reference = reference_of(model, found)
-            known[model["path"]] = p_value_of(model, reference) if reference else None
+            known[model["path"]] = p_value_of(model, reference, damaged) if reference else None
         if model and known[model["path"]] is not None:
             known[record["path"]] = known[model["path"]]
+    for error in damaged.values():
+        print(f"warning: {error}; until then, no comparison with it, and no {MARK}", file=sys.stderr)
     return {path: p for path, p in known.items() if p is not None}
 
 
-def p_value_of(record, reference):
-    """The p-value of the difference between two records; None if they cannot be compared."""
-    mine, theirs = predictions.read(record), predictions.read(reference)
+def p_value_of(record, reference, damaged):
+    """The p-value of the difference between two records; None if they cannot be compared.
+
+    Args: damaged: {path of a record: the error}, of answers that cannot be read; new ones are added.
+    """
+    answers = []
+    for model in (record, reference):
+        try:
+            answers.append(predictions.read(model))
+        except UserError as error:
+            damaged[model["path"]] = error
+            answers.append(None)
+    mine, theirs = answers
     if mine is None or theirs is None or dev_data(record) != dev_data(reference):
         return None
     with contextlib.suppress(UserError):  # an objective of the user's own that $OBJECTIVES does not name now

@@ -22,7 +22,8 @@ def evaluate(args, directory):
     metrics = classifier.objective.metrics(logits, batching.targets(features))
     print(json.dumps({"task": classifier.record["task"], **metrics, **dev.describe()}, ensure_ascii=False))
     if args.report:
-        answered = [(directory, classifier.record, "fp32", logits)]
+        length = records.sequence_length(args, classifier.record)
+        answered = [(directory, classifier.record, "fp32", length, logits)]
         reports.write(args.report, answered, dev.describe(), dev.examples, args.report_errors)
 
 

@@ -12,7 +12,9 @@ import pytest
 from conftest import load_script, refused, write_rows
 
 import summarize
-from common import batching, objectives, predictions, records, reports
+from common import batching, engine, objectives, predictions, records, reports
+from test_significance import family
+from test_tables import write
 
 LABELS = ["108", "109", "110"]
 NAMES = ["教育", "科技", "<b>军事</b>"]
@@ -35,7 +37,9 @@ def examples_of(targets, text="文本 {}", pair=None):
 
 def written(directory, models, examples, **options):
     """(report.json, report.html) of models: (record, logits)."""
-    rows = [(f"place/{i}", record, "fp32", np.array(logits, "float32")) for i, (record, logits) in enumerate(models)]
+    rows = [
+        (f"place/{i}", record, "fp32", 48, np.array(logits, "float32")) for i, (record, logits) in enumerate(models)
+    ]
     dev = {"file": "x/dev.json", "md5": "5e", "majority_class": 0.5, "partial": None}
     reports.write(str(directory), rows, dev, examples, options.pop("count", 20), **options)
     assert sorted(path.name for path in directory.iterdir()) == ["report.html", "report.json"]
@@ -55,7 +59,13 @@ def test_figures_are_those_of_counting(tmp_path):
         hits, times, there = pairs.count((k, k)), given.count(k), sum(target == k for target in targets)
         f1s.append(2 * hits / (times + there))
         supports.append(there)
-        expected = {"precision": hits / times, "recall": hits / there, "f1": f1s[-1], "support": there, "given": times}
+        expected = {
+            "precision": hits / times,
+            "recall": hits / there,
+            "f1": f1s[-1],
+            "support": there,
+            "predicted": times,
+        }
         assert {key: row[key] for key in expected} == pytest.approx(expected, abs=1e-6)
     assert found["averages"]["macro"]["f1"] == pytest.approx(sum(f1s) / 3, abs=1e-6)
     weighted = sum(f1 * n for f1, n in zip(f1s, supports)) / 200
@@ -71,8 +81,8 @@ def test_figures_are_those_of_counting(tmp_path):
     assert [(row["probability"], row["line"]) for row in found["errors"]] == [(pytest.approx(p, abs=1e-5), line) for p, line in wrong]  # fmt: skip
     for row in found["errors"]:
         i = row["line"] - 1
-        assert (row["right"], row["given"]) == (LABELS[targets[i]], LABELS[given[i]])
-        assert row["probability_of_right"] == pytest.approx(probabilities[i][targets[i]], abs=1e-5)
+        assert (row["true"], row["predicted"]) == (LABELS[targets[i]], LABELS[given[i]])
+        assert row["probability_of_true"] == pytest.approx(probabilities[i][targets[i]], abs=1e-5)
 
 
 @pytest.mark.parametrize("hits, count", [(0, 10), (1, 10), (4812, 10000), (20, 20)])
@@ -92,23 +102,26 @@ def test_planted_flips_are_found(tmp_path):
     assert (pair["reference"], pair["model"]) == ("fine-tuned, FP32", "fine-tuned, INT8 mse4")
     assert pair["agreement"] == 0.2
     assert pair["counts"] == {
-        "both_right": 1, "right_to_wrong": 2, "wrong_to_right": 1, "same_wrong": 0, "other_wrong": 1,
+        "both_correct": 1, "correct_to_wrong": 2, "wrong_to_correct": 1, "both_wrong_same": 0, "both_wrong_different": 1,
     }  # fmt: skip
-    kinds = [(row["kind"], row["line"], row["reference"]["given"], row["model"]["given"]) for row in pair["flips"]]
+    kinds = [
+        (row["kind"], row["line"], row["reference"]["predicted"], row["model"]["predicted"]) for row in pair["flips"]
+    ]
     assert kinds == [
-        ("right_to_wrong", 2, "108", "110"),  # the larger margin first
-        ("right_to_wrong", 3, "108", "109"),
-        ("wrong_to_right", 4, "109", "108"),
-        ("other_wrong", 5, "109", "110"),
+        ("correct_to_wrong", 2, "108", "110"),  # the larger margin first
+        ("correct_to_wrong", 3, "108", "109"),
+        ("wrong_to_correct", 4, "109", "108"),
+        ("both_wrong_different", 5, "109", "110"),
     ]
     e = math.exp
     assert pair["flips"][0]["reference"]["margin"] == pytest.approx((e(2) - 1) / (e(2) + 2), abs=1e-6)
     assert pair["flips"][0]["model"]["margin"] == pytest.approx((e(3) - 1) / (e(3) + 2), abs=1e-6)
     bins = pair["margins"]["bins"]
     assert sum(row["records"] for row in bins) == 5 and sum(row["different"] for row in bins) == 4
-    assert bins[0] == {"from": 0, "records": 1, "different": 1}  # record 3: 0.04
+    assert bins[0] == {"from": 0, "to": 0.1, "records": 1, "different": 1}  # record 3: 0.04
     assert pair["tests"] == [{"metric": "accuracy", "test": "McNemar's exact test", "p": 1.0}]  # 2 against 1
-    for text in ("Only fine-tuned, FP32 is right: 2 records", "Both are wrong, with different answers: 1 records"):
+    assert "Difference in accuracy: p = 1.000 (McNemar&#39;s exact test)." in page
+    for text in ("Only fine-tuned, FP32 is correct: 2 records", "Both are wrong, with different answers: 1 records"):
         assert text in page
     assert not written(tmp_path, [(record_of(), first)] * 2, examples_of([0] * 5))[0]["comparisons"][0]["flips"]
 
@@ -124,10 +137,12 @@ def test_a_page_is_one_safe_file_with_the_names_of_the_labels(tmp_path):
     picture = re.search(r"<svg class=\"matrix\".*?</svg>", page, re.S).group()
     assert (
         "教育</text>" in re.sub("<title>.*?</title>", "", picture)
-        and "right: 科技, given: 教育: 1 (100.00 %" in picture
+        and "true: 科技, predicted: 教育: 1 (100.00 %" in picture
     )
     assert page.startswith("<!DOCTYPE html>") and not re.search(r"(?:src|href)=\"(?!#)|url\(|@import", page)
-    for words in ("note:</span> random weights", "3 of 9 records", "md5 5e", "place/0"):
+    assert "Baseline that ignores the text: majority class, accuracy 50.00 %." in page
+    assert content["models"][0]["max_seq_length"] == 48  # used, not that of fine-tuning
+    for words in ("note:</span> random weights", "3 of 9 records", "md5 5e", "place/0", "at most 48 tokens"):
         assert words in page
 
 
@@ -140,7 +155,7 @@ def test_of_many_classes_the_worst_are_drawn(tmp_path):
     content, page = written(tmp_path, [(record, np.eye(40)[given])], examples_of(targets.tolist()), count=3)
     model = content["models"][0]
     assert model["confusion_shown"] == ["0", *labels[21:]]  # in all rows 0 is given; then those with the most errors
-    assert [(row["right"], row["count"]) for row in model["confused_pairs"][:3]] == [("39", 39), ("38", 38), ("37", 37)]
+    assert [(row["true"], row["count"]) for row in model["confused_pairs"][:3]] == [("39", 39), ("38", 38), ("37", 37)]
     assert model["confused_pairs"][0]["share"] == 0.78
     picture = reports.picture_of(model)
     assert picture["labels"][-1] is None and "20 other classes" in page
@@ -159,16 +174,16 @@ def test_several_labels(tmp_path):
     first, second = content["models"]
     assert [row["correct"] for row in content["models"]] == [1, 1] and "confusion" not in first
     assert [first["classes"][k]["f1"] for k in range(3)] == pytest.approx([1, 0, 2 / 3], abs=1e-6)
-    assert [(row["support"], row["given"]) for row in first["classes"]] == [(2, 2), (1, 0), (1, 2)]
+    assert [(row["support"], row["predicted"]) for row in first["classes"]] == [(2, 2), (1, 0), (1, 2)]
     assert first["metrics"]["exact_match"] == pytest.approx(1 / 3, abs=1e-6)
     assert (first["settings"], second["settings"]) == ({"threshold": 0.5}, {"threshold": 0.8})
     sigmoid = [1 / (1 + math.exp(-z)) for z in (1.2, 1.0)]  # given wrongly with 0.77; left out with 1 - 0.27 = 0.73
-    assert [(row["line"], row["right"], row["given"]) for row in first["errors"]] == [(2, [], ["110"]), (3, ["108", "109"], ["108"])]  # fmt: skip
+    assert [(row["line"], row["true"], row["predicted"]) for row in first["errors"]] == [(2, [], ["110"]), (3, ["108", "109"], ["108"])]  # fmt: skip
     assert [row["probability"] for row in first["errors"]] == pytest.approx(sigmoid, abs=1e-6)
     flips = content["comparisons"][0]["flips"]
-    assert [(row["kind"], row["line"]) for row in flips] == [("right_to_wrong", 1), ("wrong_to_right", 2)]
+    assert [(row["kind"], row["line"]) for row in flips] == [("correct_to_wrong", 1), ("wrong_to_correct", 2)]
     assert flips[0]["reference"]["margin"] == pytest.approx(sigmoid[1] - 0.5, abs=1e-6)
-    assert flips[0]["model"] == {"given": ["108"], "margin": pytest.approx(0.8 - sigmoid[1], abs=1e-6)}
+    assert flips[0]["model"] == {"predicted": ["108"], "margin": pytest.approx(0.8 - sigmoid[1], abs=1e-6)}
     assert (
         "exact match <b>33.33 %</b>" in page
         and "none of the labels" in page
@@ -177,7 +192,7 @@ def test_several_labels(tmp_path):
     one = record_of(several, ["x"], None)
     content, _ = written(tmp_path, [(one, [[1], [1], [-1]])], examples_of([(1.0,), (0.0,), (0.0,)]))
     row = content["models"][0]["classes"]
-    assert row == [{"label": "x", "precision": 0.5, "recall": 1, "f1": 0.666667, "support": 1, "given": 2}]
+    assert row == [{"label": "x", "precision": 0.5, "recall": 1, "f1": 0.666667, "support": 1, "predicted": 2}]
     assert content["models"][0]["averages"]["macro"]["f1"] == 0.666667
 
 
@@ -268,12 +283,19 @@ def test_one_command_of_each_tool(tmp_path, tuned, models, workspace, capsys):
     fp32 = content["models"][0]
     assert fp32["error_count"] < 20 and {*planted} <= {row["line"] for row in fp32["errors"]}
     for row in fp32["errors"]:
-        assert (row["text"], row["right"]) == (rows[row["line"] - 1]["sentence"], rows[row["line"] - 1]["label"])
+        assert (row["text"], row["true"]) == (rows[row["line"] - 1]["sentence"], rows[row["line"] - 1]["label"])
     arguments = ["--model_name_or_path", str(tuned), "--do_eval", "--report", str(tmp_path / "b")]
     load_script("finetuning", "run_clue").main([*of_data, *arguments])
     own = read(tmp_path / "b")
     assert own["models"][0]["confusion"] == fp32["confusion"] and own["dev"] == content["dev"]
+    assert own["models"][0]["max_seq_length"] == fp32["max_seq_length"] > 8
     assert [row["line"] for row in own["models"][0]["errors"]] == [row["line"] for row in fp32["errors"]]
+    load_script("finetuning", "run_clue").main([*of_data, *arguments, "--max_seq_length", "8"])
+    shorter = ["--max_seq_length", "8", "--report", str(tmp_path / "new/a")]
+    load_script("deploy/python", "infer").main([*of_data, "--model_path", str(tuned), *shorter])
+    for place in ("b", "new/a"):
+        assert read(tmp_path / place)["models"][0]["max_seq_length"] == 8
+    capsys.readouterr()
 
     summarize.main([str(workspace), "--task_name", "topics", "--report", str(tmp_path / "c")])
     assert "the report of topics has no texts: --data_dir DIR" in capsys.readouterr().err
@@ -299,9 +321,41 @@ def test_one_command_of_each_tool(tmp_path, tuned, models, workspace, capsys):
 
 def test_a_model_without_answers_is_named_with_the_command(tmp_path, tuned, capsys):
     record = {**records.read_record(str(tuned)), "path": str(tmp_path), "directory": "models/topics"}
-    refused(capsys, tmp_path / "out", ["no model of topics"], reports.write_kept, str(tmp_path / "out"), [record], [record], None, 5)  # fmt: skip
-    other = {**record, "path": str(tuned), "directory": "others/topics"}
-    reports.write_kept(str(tmp_path / "out"), [record, other], [record, other], None, 5)
+    assert not reports.kept([record], [record]).models
     line = f"models/topics: no {predictions.FILE}, so not in this report; deploy/python/infer.py --model_path models/topics"
-    assert line in capsys.readouterr().err and line in (tmp_path / "out/report.html").read_text()
-    assert len(read(tmp_path / "out")["models"]) == 1
+    assert line in capsys.readouterr().err
+    other = {**record, "path": str(tuned), "directory": "others/topics"}
+    models, targets, missing = reports.kept([record, other], [record, other])
+    assert len(models) == 1 and line in capsys.readouterr().err
+    page = reports.page_of(models, record["data"]["dev"], None, 5, targets, missing)
+    assert line in page.html and len(page.content["models"]) == 1
+    # For a GPU, INT8 was simulated.
+    for variant, precision in (({}, "int8"), ({"scored_in": engine.SIMULATED}, engine.SIMULATED)):
+        int8 = {**other, "stage": "quantize", "variant": {"algorithm": "mse", "calib_samples": 4, **variant}}
+        assert reports.kept([int8], [int8]).models[0].precision == precision
+
+
+def test_reports_of_several_tasks_are_all_or_nothing(tmp_path, capsys):
+    """summarize.py --report: a task without answers is left out with a note; what is refused has written nothing."""
+    family(tmp_path / "kept")
+    write(tmp_path / "kept/m/models/AFQMC/1", "finetune", "AFQMC", 0.7, "f")
+    write(tmp_path / "none/AFQMC", "finetune", "AFQMC", 0.7, "f")
+    write(tmp_path / "own/x", "consistent", "TNEWS", 0.7, "o")
+    out = tmp_path / "out"
+    call, report = [str(tmp_path / "kept"), "--report", str(out)], ["--report", str(out)]
+    (tmp_path / "perf.json").write_text("{}")
+    refused(capsys, out, ["not a benchmark's JSON"], summarize.main, [*call, "--perf", str(tmp_path / "perf.json")])
+    (tmp_path / "perf.json").write_text('{"rows": [{"row": "quantized", "speedup": 2.0}]}')
+    two_models = [str(tmp_path / "none"), *call, "--perf", str(tmp_path / "perf.json")]
+    refused(capsys, out, ["the benchmark is of one model"], summarize.main, two_models)
+    refused(capsys, out, ["no model here has kept"], summarize.main, [str(tmp_path / "none"), *report])
+    refused(capsys, out, ["stages of your own only"], summarize.main, [str(tmp_path / "own"), *report])
+    (tmp_path / "kept/q/bad" / predictions.FILE).write_bytes(b"broken")
+    summarize.main(call)
+    said = capsys.readouterr()
+    assert "note: no report of AFQMC" in said.err and "| fine-tuned, FP32 |" in said.out
+    assert sorted(path.name for path in out.iterdir()) == ["TNEWS"]
+    content = read(out / "TNEWS")
+    assert content["models"][0]["name"] == "fine-tuned, FP32" and len(content["models"]) == 3
+    assert len(content["missing"]) == 1 and "q/bad: dev_logits.npz is damaged" in content["missing"][0]
+    assert str(tmp_path) not in (out / "TNEWS/report.html").read_text()

@@ -28,7 +28,7 @@ def write(directory, stage, task, accuracy, weights, parent=None, width=1.0, rat
     fields = records.make_record(
         stage, args, 0, task=task, labels=["0", "1"],
         data={"train": {"md5": "0", "partial": partial, "examples": 9},
-              "dev": {"md5": "1", "partial": None, "examples": 10, "majority_class": 0.6, "pairs": False}},
+              "dev": {"file": "dev.json", "md5": "1", "partial": None, "examples": 10, "majority_class": 0.6, "pairs": False}},
         model={"model_type": "ppminilm", "architecture": ARCHITECTURE, "width_mult": width,
                "initialized_from": "random weights"},
         objective=more.pop("objective", {"name": "classification", "metric": "accuracy"}), params=int(1e6 * width), flops=int(2e9 * width), weights={"model_state.pdparams": weights}, notes=["random weights"],

@@ -178,7 +178,7 @@ def score_dev(args, models):
         logits = model.logits(features)
         if args.save_logits:
             files.write_array(args.save_logits, logits)
-        answered.append((model.graph.prefix, model.record, model.precision, logits))
+        answered.append((model.graph.prefix, model.record, model.precision, model.max_seq_length, logits))
         found = objective.compared(logits, targets)
         scores[model.graph.prefix], decided[model.graph.prefix] = found[metric], objective.decide(logits)
     if len(models) == 1:
