@@ -1,5 +1,7 @@
 """The documents show the same commands and figures in both languages, and each command is one that the scripts accept."""
 
+import hashlib
+import json
 import os
 import re
 import shlex
@@ -18,14 +20,14 @@ def commands(name):
     """(directory, words) of every command in the sh blocks; a block begins at the root of the repository."""
     found = []
     for block in blocks(name):
-        directory, variables = ".", {}
+        directory, variables = ".", {"CLUE_DATA_DIR": "clue"}
         for line in block.splitlines():
             words = shlex.split(
                 string.Template(line.replace("$!", "PID").replace("$(", "$$(")).substitute(variables), comments=True
             )
             while len(words) > 1 and re.match(r"[A-Z_]+=", words[0]):  # settings of a launcher
                 words = words[1:]
-            if words[0] in ("mkdir", "curl", "kill"):
+            if words[0] in ("mkdir", "cp", "sed", "curl", "kill"):
                 continue
             words = words[:-1] if words[-1] == "&" else words
             if words[0] == "cd":
@@ -40,7 +42,15 @@ def commands(name):
 # Documents with a Chinese block and an English one, each below a heading of the first level.
 IN_BOTH_LANGUAGES = [
     f"{directory}/README.md"
-    for directory in ("results", "general_distill", "deploy/python", "deploy/onnx", "deploy/serving", "tests")
+    for directory in (
+        "results",
+        "general_distill",
+        "finetuning",
+        "deploy/python",
+        "deploy/onnx",
+        "deploy/serving",
+        "tests",
+    )
 ]
 TYPED = "deploy/serving/OPERATION.md"  # test_serving_run.py runs its blocks as they stand there
 IN_BOTH_LANGUAGES.append(TYPED)
@@ -86,6 +96,45 @@ def test_both_readmes_show_the_same():
     results = open(os.path.join(ROOT, "results/README.md"), encoding="utf-8").read()
     named, there = re.findall(r"`([\w.]+\.jsonl?)`", results), os.listdir(os.path.join(ROOT, "results"))
     assert set(named) == {name for name in there if name.endswith((".json", ".jsonl"))}
+
+
+CLUE = os.environ.get("CLUE_DATA_DIR")  # read here: a fixture hides it from the tests
+
+
+def two_classes(place, clue):
+    """[train, dev]: the files that the commands of finetuning/README.md make of TNEWS below ``clue``."""
+    block = next(block for block in blocks("finetuning/README.md") if "sed " in block)
+    lines = [line for line in block.splitlines() if line.startswith(("mkdir ", "cp ", "sed "))]
+    environment = {**os.environ, "CLUE_DATA_DIR": str(clue)}
+    subprocess.run(["sh", "-e", "-c", "\n".join(lines)], cwd=place, env=environment, check=True)
+    return [(place / "military" / name).read_text(encoding="utf-8") for name in ("train.json", "dev.json")]
+
+
+def test_the_two_classes_of_the_rare_class_experiment(tmp_path):
+    sentences = ["军事", '他说"好"', 'a\\ {"label": "110"}, "keywords": "x', ""]
+    rows = [
+        {"label": label, "label_desc": "news", "sentence": sentence, **more}
+        for sentence in sentences
+        for label in ("110", "101", "116")
+        for more in ({}, {"keywords": '110,"label": "110"}'})
+    ]
+    (tmp_path / "tnews_public").mkdir()
+    for name in ("train.json", "dev.json"):
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (tmp_path / "tnews_public" / name).write_text(lines, encoding="utf-8")
+    expected = [
+        {"sentence": row["sentence"], "label": "military" if row["label"] == "110" else "other"} for row in rows
+    ]
+    for text in two_classes(tmp_path, tmp_path):
+        assert [json.loads(line) for line in text.splitlines()] == expected
+
+
+@pytest.mark.skipif(not CLUE, reason="CLUE_DATA_DIR is not set")
+def test_the_rare_class_experiment_is_of_these_data(tmp_path):
+    found = [hashlib.md5(text.encode("utf-8")).hexdigest() for text in two_classes(tmp_path, CLUE)]
+    with open(os.path.join(ROOT, "results/rare_class.json"), encoding="utf-8") as file:
+        for run in json.load(file):
+            assert [run["data"][split]["md5"] for split in ("train", "dev")] == found
 
 
 @pytest.mark.parametrize("name", IN_BOTH_LANGUAGES)
