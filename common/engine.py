@@ -57,8 +57,8 @@ def check_precision(prefix, device, precision):
         raise UserError(f"{prefix}: only a quantized model is simulated, on a CPU")
     if quantized and precision not in ("int8", SIMULATED):
         raise UserError(
-            f"{prefix}: a quantized model, which runs in int8 (in {precision} the engine would simulate it in "
-            "floating point, several times slower than FP32)"
+            f"{prefix}: a quantized model, which runs in int8: add --int8 (in {precision} the engine would simulate it "
+            "in floating point, several times slower than FP32)"
         )
     if precision == "int8" and not quantized:
         raise UserError(

@@ -320,7 +320,7 @@ def row_of(record):
         what = f"{origin}, INT8 {variant['algorithm']}{variant['calib_samples']}"
         if variant.get("floating"):  # quant_post.py --max_drop
             count = len(variant["floating"])
-            what += f", {count} {'product' if count == 1 else 'products'} in FP32"
+            what += f", {count} {'product' if count == 1 else 'products'} in floating point"
     elif stage not in STAGES:
         what = f"{stage}, {record['directory']}"
     else:

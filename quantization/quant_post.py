@@ -139,14 +139,14 @@ def make_variants(args, run, graph, tokenizer, calibrate, dev, selection):
         size = f"{metrics['bytes'] / 1e6:.1f}"
         if metrics["agreement"] < args.min_agreement:
             left_out.append(name)
-            size = "left out, one made before is still there" if os.path.isdir(target) else "not written"
+            size = "left out; the one that was there stays" if os.path.isdir(target) else "not written"
         print(f"| {name} | {metrics[objective.metric]:.4f} | {metrics['agreement']:.4f} | {size} |", flush=True)
         scores[algorithm, count] = metrics
     kept = {variant: metrics for variant, metrics in scores.items() if metrics["agreement"] >= args.min_agreement}
     if not kept:
         print(
             f"quant_post.py: no variant agrees with FP32 on {args.min_agreement:g} of dev (--min_agreement); nothing "
-            "was written",
+            f"was written{'' if args.max_drop is None else ' so far, single products may help'}",
             file=sys.stderr,
         )
     elif left_out:
@@ -208,8 +208,9 @@ def hold_limit(args, run, graph, tokenizer, subject, dev, selection, is_kept):
     chosen_by = {name: getattr(args, name) for name in ("max_drop", "min_agreement", "select_on", "analyze_records")}
     if run.has_finished(target):
         before = records.read_record(target)["variant"]["chosen_by"]
-        if before != chosen_by:
-            raise UserError(f"{target}: was chosen by {before}, not {chosen_by}; --overwrite chooses anew")
+        changed = [f"{name} {before[name]} -> {now}" for name, now in chosen_by.items() if before[name] != now]
+        if changed:
+            raise UserError(f"{target}: was chosen by other limits ({', '.join(changed)}); --overwrite chooses anew")
     else:
         floating = sensitivity.products_to_return(subject, selection)
         if not floating and os.path.isdir(target):

@@ -27,7 +27,8 @@ def add_arguments(parser):
     help = "score each product, layer and kind of product of the best variant, alone in INT8 and alone in floating "
     help += "point: table, JSON and picture in <output_dir>_sensitivity"
     group.add_flag("--analyze", help, without_effect=True)
-    help = "number of records for that, chosen by --seed among those of --select_on"
+    help = "number of records for that, and for the order in which --max_drop takes products; chosen by --seed among "
+    help += "those of --select_on"
     group.add_argument("--analyze_records", type=int, default=1000, help=help, positive=True, without_effect=True)
     help = "write the best variant once more, with a few products in floating point, so that its accuracy (or other "
     help += "metric) is within this of FP32's, such as 0.002, and its agreement at least --min_agreement; to "
@@ -192,6 +193,8 @@ def analyze(scores):
     """
     found, everything = scores.subject.products, range(len(scores.subject.products))
     groups = products.groups_of(found)
+    graphs = 2 * len(groups) + 2
+    print(f"analyzing {scores.subject.name}: {graphs} graphs, {len(scores.answers)} of them scored before", flush=True)
     costs = scores.subject.costs(scores.reference.features)
     none, all_ = scores.of(()), scores.of(everything)
     rows = []
@@ -328,20 +331,25 @@ def products_to_return(subject, selection):
     metric, shown, fp32 = subject.objective.metric, subject.objective.shown, whole.about["fp32_score"]
     everything = range(len(subject.products))
 
-    def holds(floating):
+    def holds(floating, step):
         found = whole.of(floating)
         change_of_metric = found[metric] - fp32[metric]
+        # 0.002 is no binary fraction; the metrics have six digits.
+        within = {
+            shown: -change_of_metric <= args.max_drop + 1e-9,
+            "agreement": found["agreement"] >= args.min_agreement,
+        }
+        too_low = " and ".join(name for name, holds in within.items() if not holds)
         print(
-            f"{len(floating)} of {len(everything)} products in floating point: {shown} {found[metric]:.4f} "
-            f"({change_of_metric:+.4f}), agreement {found['agreement']:.4f}",
+            f"{len(floating)} of {len(everything)} products in floating point ({step}): {shown} {found[metric]:.4f} "
+            f"({change_of_metric:+.4f}), agreement {found['agreement']:.4f}{f'; {too_low} too low' if too_low else ''}",
             flush=True,
         )
-        # 0.002 is no binary fraction; the metrics have six digits.
-        return -change_of_metric <= args.max_drop + 1e-9 and found["agreement"] >= args.min_agreement
+        return not too_low
 
     limits = f"--max_drop {args.max_drop:g} and --min_agreement {args.min_agreement:g}"
     print(f"\n{subject.name}, {limits} on {len(selection.features)} records of {args.select_on}:")
-    if holds(()):
+    if holds((), "as it is"):
         print("both hold as it is, with every product in INT8")
         return []
     costs, gains = subject.costs(selection.features), []
@@ -349,16 +357,16 @@ def products_to_return(subject, selection):
         gains.append(-change(sample.of(()), sample.of((number,)), metric)["squared_error"])
     order = sorted(everything, key=lambda number: gains[number] / costs[number], reverse=True)
     for count in range(1, len(order)):  # with all of them it would be no INT8 model
-        if holds(order[:count]):
+        if holds(order[:count], f"+ {subject.products[order[count - 1]].name}"):
             break
     else:
-        holds(everything)
+        holds(everything, "all")
         hint = "; --int8_embeddings False may help" if args.int8_embeddings else ""
         print(f"{limits} cannot be held by leaving products in floating point: deploy FP32 or BF16{hint}")
         return None
     taken = order[:count]
     for number in reversed(order[: count - 1]):
         fewer = [other for other in taken if other != number]
-        if holds(fewer):
+        if holds(fewer, f"without {subject.products[number].name}"):
             taken = fewer
     return sorted(taken)
