@@ -108,7 +108,7 @@ def quantize(
     params_filename="int8.pdiparams",
     for_gpu=False,
 ):
-    """Writes the quantized graph of ``prefix`` into ``directory``.
+    """Writes the quantized graph of ``prefix`` into ``directory``. Returns: its file prefix.
 
     Args: features: what calibrates, in one batch. algorithm: how the activation scales are chosen. int8_embeddings:
         whether the word embeddings are stored in INT8, too. for_gpu: leave all scales of weights per column, as
@@ -147,17 +147,18 @@ def quantize(
                 )
         finally:
             paddle.disable_static()
+        written = os.path.join(directory, os.path.splitext(model_filename)[0])
         if not for_gpu:
-            written = os.path.join(directory, os.path.splitext(model_filename)[0])
             weights.scale_square_weights_by_rows(prefix, written)
     exporting.remove_call_stacks(os.path.join(directory, model_filename))
+    return written
 
 
 def quantize_for(args, graph, features, pad_id, algorithm, directory):
     """As quantize, for the arguments of quant_post.py. Args: graph: checkpoints.Graph of FP32."""
     names = args.save_model_filename, args.save_params_filename
     for_gpu = (args.made_for or args.device) != "cpu"
-    quantize(graph.prefix, features, pad_id, algorithm, directory, args.int8_embeddings, *names, for_gpu)
+    return quantize(graph.prefix, features, pad_id, algorithm, directory, args.int8_embeddings, *names, for_gpu)
 
 
 def describe(args):

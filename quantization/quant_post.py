@@ -91,7 +91,8 @@ def quantize_all(args):
     def calibrate(algorithm, count, directory):
         # Weights get one scale per channel, from their largest value. Activations get one scale per tensor, which the
         # algorithm chooses from what the calibration batch shows.
-        calibration.quantize_for(args, graph, features_of(order[:count]), tokenizer.pad_id, algorithm, directory)
+        chosen = features_of(order[:count])
+        return calibration.quantize_for(args, graph, chosen, tokenizer.pad_id, algorithm, directory)
 
     # Two runs into one directory would each make every variant.
     with files.Lock(args.output_dir):
@@ -174,18 +175,17 @@ def make_variant(args, run, graph, tokenizer, variant, write, target, dev):
     """Writes a variant into ``target``, scored on dev in the INT8 engine, with what it is. Returns: its metrics.
 
     Args: variant: for stage.json, what makes it. write: function (directory) that puts the quantized graph
-        there. dev: calibration.Reference.
+        there, and gives its file prefix. dev: calibration.Reference.
     """
     variant.update(calibration.describe(args))
     weights = [args.save_model_filename, args.save_params_filename]
     metrics = {}
     try:
         with run.output(target, weights, metrics=metrics, variant=variant) as directory:
-            write(directory)
+            prefix = write(directory)
             # Scored by the engine that will serve it. A simulation of INT8 in floating point scores higher than what
             # the user gets: ten points, when oneDNN chose the operators itself. So --for gpu, which has nothing else,
             # is marked in stage.json.
-            prefix = os.path.join(directory, os.path.splitext(args.save_model_filename)[0])
             metrics.update(dev.compare(graph.objective, dev.predict(args, prefix), directory))
             metrics["bytes"] = os.path.getsize(f"{prefix}.pdiparams")
             # Agreement sees damage that accuracy hides: as many answers may become right as become wrong.

@@ -115,7 +115,7 @@ def subject(args, fp32, best, is_kept, calibrate):
     """The best variant as a Subject. One that agreed too rarely to be kept is made again for the time of the block.
 
     Args: fp32: checkpoints.Graph. best: (algorithm, count). is_kept: whether it lies in the output directory.
-        calibrate: function (algorithm, count, directory).
+        calibrate: function (algorithm, count, directory) that writes a variant and gives its file prefix.
     """
     if not args.analyze and args.max_drop is None:
         yield None
@@ -128,8 +128,7 @@ def subject(args, fp32, best, is_kept, calibrate):
             prefix = checkpoints.open_graph(os.path.join(args.output_dir, f"{algorithm}{count}")).prefix
         else:
             scratch = stack.enter_context(files.empty_directory(os.path.join(directory, ".variant")))
-            calibrate(algorithm, count, scratch)
-            prefix = os.path.join(scratch, os.path.splitext(args.save_model_filename)[0])
+            prefix = calibrate(algorithm, count, scratch)
         yield Subject(args, fp32, prefix, algorithm, count, directory)
 
 
@@ -294,9 +293,9 @@ def draw(path, rows, scores):
     pyplot.close(figure)
 
 
-def sample_of(subject, selection):
-    """Scores on --analyze_records records of a calibration.Reference, chosen by --seed."""
-    count = min(subject.args.analyze_records, len(selection.features))
+def sample_of(subject, selection, count=None):
+    """Scores on ``count`` (default: --analyze_records) records of a calibration.Reference, chosen by --seed."""
+    count = min(count or subject.args.analyze_records, len(selection.features))
     chosen = np.sort(np.random.default_rng(subject.args.seed).permutation(len(selection.features))[:count])
     features = [selection.features[number] for number in chosen]
     return Scores(subject, selection._replace(features=features, logits=selection.logits[chosen]), f"answers_{count}")
@@ -326,8 +325,9 @@ def products_to_return(subject, selection):
     Args: selection: calibration.Reference on which the limit has to hold.
     Returns: numbers of products, none if the limit holds without; None if it cannot be held. Either is printed.
     """
-    args, sample = subject.args, sample_of(subject, selection)
-    whole = Scores(subject, selection, f"answers_{len(selection.features)}")
+    args, whole = subject.args, sample_of(subject, selection, len(selection.features))
+    # Of few records the sample is all of them: one and the same Scores, which asks nothing twice.
+    sample = whole if args.analyze_records >= len(selection.features) else sample_of(subject, selection)
     metric, shown, fp32 = subject.objective.metric, subject.objective.shown, whole.about["fp32_score"]
     everything = range(len(subject.products))
 
