@@ -16,14 +16,15 @@ from common import UserError, files, gpu
 LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec a child must not load anything
 
 
+AT_END = []  # functions that run calls when the script ends: with None, or the message about what went wrong
+
+
 def run(main):
     """Runs a script's ``main``: a mistake of the user becomes one clear line and exit status 2, not a stack trace."""
-    script = os.path.basename(sys.argv[0])
     try:
         main()
     except UserError as error:
-        print(f"{script}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(f"error: {error}", 2)
     except BrokenPipeError:  # `... | head`: the reader has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -31,11 +32,21 @@ def run(main):
         if error.errno is None:  # not from the file system, so the user cannot mend it
             raise
         advice = "; make room, then rerun the same command" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        print(f"{script}: error: {error.filename or 'the output'}: {error.strerror}{advice}", file=sys.stderr)
-        sys.exit(2)
+        _fail(f"error: {error.filename or 'the output'}: {error.strerror}{advice}", 2)
     except KeyboardInterrupt:
-        print(f"{script}: interrupted; rerun the same command to resume from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        _fail("interrupted; rerun the same command to resume from the last checkpoint", 130)
+    _tell_end(None)
+
+
+def _fail(message, status):
+    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+    _tell_end(message)
+    sys.exit(status)
+
+
+def _tell_end(message):
+    for tell in AT_END:
+        tell(message)
 
 
 # Parsing

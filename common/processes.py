@@ -1,19 +1,58 @@
 """Several processes that train one model: ``python -m paddle.distributed.launch``, on GPUs, or on CPUs through gloo.
 
-Every function also works in a single process, where it does nothing or returns its input.
+Every function also works in a single process, where it does nothing or returns its input. The first process alone reads
+and writes the output directory, so machines need no common disk. Each process has a companion (watch.py) that ends it
+when another one is lost: Paddle itself would wait, on GPUs for ever.
 """
 
+import contextlib
 import os
+import subprocess
+import sys
+import time
 
-from common import cli
+from common import UserError, cli, watch
 from common.compat import paddle
+
+_companions = []  # the process of watch.py, if there is one
 
 
 def start():
     """Joins the processes that paddle.distributed.launch started, if it did."""
     if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1:
-        with cli.quiet():
+        _watch()
+        with cli.quiet(), _together():
             paddle.distributed.init_parallel_env()
+
+
+def _watch():
+    """Starts the companion. It learns by its standard input how this process ends: cli.run tells it."""
+    endpoints = os.environ["PADDLE_TRAINER_ENDPOINTS"].split(",")
+    script = os.path.basename(sys.argv[0])
+    arguments = [os.environ["PADDLE_TRAINER_ID"], str(os.getpid()), str(os.getppid()), script, *endpoints]
+    # -I -S: it needs nothing but the standard library, and must not find the modules beside it.
+    command = [sys.executable, "-I", "-S", watch.__file__, *arguments]
+    companion = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    _companions.append(companion)
+
+    def end(message):
+        with contextlib.suppress(OSError):  # the companion may have ended
+            companion.stdin.write(" ".join((message or watch.DONE).split()).encode() + b"\n")
+            companion.stdin.close()
+
+    cli.AT_END.append(end)
+
+
+@contextlib.contextmanager
+def _together():
+    """Around what all processes do together, which fails in all of them if one is lost."""
+    try:
+        yield
+    except Exception:
+        # A connection broke. The companion is about to say whose it was, and to end this process.
+        if _companions and _companions[0].poll() is None:
+            time.sleep(watch.SILENCE + watch.BEAT)
+        raise
 
 
 def rank():
@@ -25,13 +64,77 @@ def world_size():
 
 
 def is_first():
-    """Whether this is the process that logs, evaluates and writes."""
+    """Whether this is the process that logs, evaluates, reads and writes the output."""
     return rank() == 0
 
 
 def wait_for_all():
     if world_size() > 1:
-        paddle.distributed.barrier()
+        with _together():
+            paddle.distributed.barrier()
+
+
+def gather(value):
+    """The values of all processes, in the order of their ranks. Args: value: what pickle can hold, small."""
+    if world_size() == 1:
+        return [value]
+    values = []
+    with _together():
+        paddle.distributed.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value):
+    """The value of the first process. Args: value: what pickle can hold, small; of the others it does not count."""
+    if world_size() == 1:
+        return value
+    values = [value if is_first() else None]
+    with _together():
+        paddle.distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def broadcast_arrays(arrays):
+    """The arrays of the first process as tensors. Args: arrays: {name: array}; of the others they do not count."""
+    shapes = broadcast({name: (array.shape, str(array.dtype)) for name, array in (arrays or {}).items()})
+    tensors = {}
+    for name, (shape, dtype) in shapes.items():
+        tensors[name] = paddle.to_tensor(arrays[name]) if is_first() else paddle.zeros(shape, dtype)
+        if world_size() > 1:
+            with _together():
+                paddle.distributed.broadcast(tensors[name], src=0)
+    return tensors
+
+
+def equal_parameters(model):
+    """Gives the model of each process the weights of the first one."""
+    if world_size() > 1:
+        model.set_state_dict(broadcast_arrays({name: value.numpy() for name, value in model.state_dict().items()}))
+
+
+def on_first(function):
+    """What a function gives in the first process, the only one that calls it. Raises: its UserError, in all."""
+    value, refused = None, None
+    if is_first():
+        try:
+            value = function()
+        except UserError as error:
+            refused = str(error)
+    value, refused = broadcast((value, refused))
+    if refused is not None:
+        raise UserError(refused)
+    return value
+
+
+def check_same(made_from):
+    """Raises: UserError, in all processes, if one of them has something else. Args: made_from: {what: value}."""
+    first, *others = gather(made_from)
+    for other, theirs in enumerate(others, 1):
+        names = [name for name in sorted({*first, *theirs}) if first.get(name) != theirs.get(name)]
+        if names:
+            found = "; ".join(f"{name}: {theirs.get(name)} instead of {first.get(name)}" for name in names)
+            host = os.environ["PADDLE_TRAINER_ENDPOINTS"].split(",")[other].rpartition(":")[0]
+            raise UserError(f"rank {other} (on {host}) differs from rank 0: {found}; all need the same files and code")
 
 
 def sum_over_processes(*numbers):
@@ -39,7 +142,8 @@ def sum_over_processes(*numbers):
     if world_size() == 1:
         return list(numbers)
     total = paddle.to_tensor(numbers, dtype="float64")
-    paddle.distributed.all_reduce(total)
+    with _together():
+        paddle.distributed.all_reduce(total)
     return total.tolist()
 
 
@@ -55,6 +159,7 @@ def sum_gradients(parameters, factor=1.0):
                 continue
             parameter.grad = paddle.zeros_like(parameter)
         if several:
-            paddle.distributed.all_reduce(parameter.grad)
+            with _together():
+                paddle.distributed.all_reduce(parameter.grad)
         if factor != 1.0:
             parameter.grad.scale_(factor)

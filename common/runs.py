@@ -13,6 +13,7 @@ Run is the same for short work, which has no state to save.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -29,7 +30,7 @@ from common.compat import paddle
 
 
 # Results from before these arguments were there stay valid: they are those of these values.
-VALUES_BEFORE = {"gradient_accumulation_steps": 1, "metric": None, "class_weight": None}
+VALUES_BEFORE = {"gradient_accumulation_steps": 1, "metric": None, "class_weight": None, "shard_corpus": False}
 
 
 def identity(arguments, parent, data, without_effect, objective=None):
@@ -209,25 +210,16 @@ class ResumableRun(Run):
         self.outputs, self.written = outputs, set()
         self.work = os.path.abspath(args.output_dir) + ".unfinished"
         self.identity_file = os.path.join(self.work, "identity.json")
-        self.finished, self.lock = False, None
+        self.finished, self.resumes, self.lock = False, False, None  # of several processes, the first one has the lock
         self.code_notes = []  # which code changed while the run was unfinished
         self.seconds_before, self.started = 0.0, time.time()
 
     def __enter__(self):
-        # Of several processes the first one holds the lock and writes.
-        if self.is_first:
-            self.lock = files.Lock(self.work, os.path.join(self.work, "lock"))
         try:
-            processes.wait_for_all()
-            # All outputs are looked at, also after one that is missing: each look clears leftovers or refuses.
-            have_finished = [self.has_finished(directory) for directory in self.outputs]
-            self.finished = all(have_finished)
-            if self.finished:
-                self._forget()
-                if self.is_first:
-                    print(f"{', '.join(self.outputs)}: already finished with these arguments, nothing to do")
-            else:
-                self._begin()
+            code = {name: digest[:12] for name, digest in self.fields["code"].items()}
+            versions = {"Paddle": paddle.__version__, "Python": "{}.{}".format(*sys.version_info)}
+            processes.check_same({**self.identity, **code, **versions, "model": self.fields.get("model")})
+            self.finished, self.resumes = processes.on_first(self._look)
         except BaseException:
             self._leave()
             raise
@@ -247,20 +239,30 @@ class ResumableRun(Run):
             self._remove()
         self.lock.release()
 
+    def _look(self):
+        """(whether all outputs are finished, whether there is a state to go on from)"""
+        self.lock = files.Lock(self.work, os.path.join(self.work, "lock"))
+        # All outputs are looked at, also after one that is missing: each look clears leftovers or refuses.
+        have_finished = [self.has_finished(directory) for directory in self.outputs]
+        if all(have_finished):
+            self._forget()
+            print(f"{', '.join(self.outputs)}: already finished with these arguments, nothing to do")
+            return True, False
+        self._begin()
+        return False, self.newest_state() is not None
+
     def _begin(self):
         """Makes sure that what lies in the working directory is of this very run. Raises: UserError if it is not."""
-        if self.lock:
-            before = self._read_identity()
-            changed = difference(before, self.identity) if before is not None else ""
-            if changed and not self.overwrite and self.newest_state() is not None:
-                raise UserError(
-                    f"{self.work}: an unfinished run of something else ({changed}); repeat its "
-                    "command, remove the directory, or pass --overwrite"
-                )
-            if before is None or changed:
-                self._remove_all_but([])
-            files.write_whole(self.identity_file, json.dumps(self.identity, ensure_ascii=False))
-        processes.wait_for_all()  # before the others look for a state
+        before = self._read_identity()
+        changed = difference(before, self.identity) if before is not None else ""
+        if changed and not self.overwrite and self.newest_state() is not None:
+            raise UserError(
+                f"{self.work}: an unfinished run of something else ({changed}); repeat its "
+                "command, remove the directory, or pass --overwrite"
+            )
+        if before is None or changed:
+            self._remove_all_but([])
+        files.write_whole(self.identity_file, json.dumps(self.identity, ensure_ascii=False))
 
     def _read_identity(self):
         if not os.path.isfile(self.identity_file):
@@ -274,7 +276,7 @@ class ResumableRun(Run):
     def _forget(self):
         """Removes the working directory of a finished run that was killed before it could do so itself."""
         with contextlib.suppress(UserError):  # a damaged identity is not this run's
-            if self.lock and self._read_identity() == self.identity:
+            if self._read_identity() == self.identity:
                 self._remove()
 
     def _remove_all_but(self, kept):
@@ -293,6 +295,11 @@ class ResumableRun(Run):
         os.rename(self.work, gone)
         shutil.rmtree(gone)
         self.lock.release()
+
+    def check_vocabulary(self, tokenizer):
+        """Raises: UserError if the processes of this run have different vocabularies: ids differ."""
+        vocabulary = repr([tokenizer.vocab, tokenizer.lower_case, tokenizer.split_symbols])
+        processes.check_same({"md5 of the vocabulary": hashlib.md5(vocabulary.encode()).hexdigest()})
 
     @contextlib.contextmanager
     def output(self, directory, weights=(WEIGHTS,), checkpoint=None, evaluations=None, **fields):
@@ -346,28 +353,43 @@ class ResumableRun(Run):
         self._remove_all_but({f"state-{step}", *checkpoints})
 
     def restore(self, model, optimizer, schedule, **initial):
-        """Loads the newest state into model, optimizer and schedule.
+        """Loads the newest state into model, optimizer and schedule. Several processes get that of the first one.
 
         Returns: its ``state``, with ``step``; ``initial`` with step 0 if there is none.
         Raises: UserError if the state is damaged.
         """
         self.started = time.time()  # loading models and data does not count as training
-        directory = self.newest_state()
-        if directory is None:
-            return {"step": 0, **initial}
-        names, entries = {place: parameter.name for place, parameter in model.named_parameters()}, {}
-        try:
-            with open(os.path.join(directory, "state.json"), encoding="utf-8") as file:
-                state = json.load(file)
-            with np.load(os.path.join(directory, "model.npz")) as arrays:
-                parameters = {key: paddle.to_tensor(arrays[key]) for key in arrays.files}
-            with np.load(os.path.join(directory, "optimizer.npz")) as arrays:
-                for key in arrays.files:
-                    place, kind = key.rsplit("/", 1)
-                    entries[f"{names[place]}_{kind}"] = paddle.to_tensor(arrays[key])
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{directory}: damaged ({error}); remove {self.work}, and training begins anew") from error
-        model.set_state_dict(parameters)
+        places = {place: parameter.name for place, parameter in model.named_parameters()}
+        arrays = {}  # of the first process
+
+        def read():
+            directory = self.newest_state()
+            if directory is None:
+                return {"step": 0, **initial}
+            try:
+                with open(os.path.join(directory, "state.json"), encoding="utf-8") as file:
+                    state = json.load(file)
+                for name in ("model", "optimizer"):
+                    with np.load(os.path.join(directory, f"{name}.npz")) as stored:
+                        arrays[name] = {key: stored[key] for key in stored.files}
+                unknown = {key.rsplit("/", 1)[0] for key in arrays["optimizer"]} - set(places)
+                if unknown:
+                    raise ValueError(f"it holds {min(unknown)}, which this model lacks")
+            except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                advice = f"remove {self.work}, and training begins anew"
+                raise UserError(f"{directory}: damaged ({error}); {advice}") from error
+            return state
+
+        state = processes.on_first(read)
+        if not state["step"]:
+            # Machines of different kinds may draw other random numbers from the same seed.
+            processes.equal_parameters(model)
+            return state
+        model.set_state_dict(processes.broadcast_arrays(arrays.get("model")))
+        entries = {}
+        for key, tensor in processes.broadcast_arrays(arrays.get("optimizer")).items():
+            place, kind = key.rsplit("/", 1)
+            entries[f"{places[place]}_{kind}"] = tensor
         schedule.step(state["step"])
         optimizer.set_state_dict({**entries, "LR_Scheduler": schedule.state_dict()})
         self.seconds_before = state["seconds"]

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from common import UserError, batching, files
+from common import UserError, batching, files, processes
 from common.training import group_by_length as sort_into_batches
 
 BLOCK = 50_000  # lines that are held in memory and shuffled together
@@ -19,21 +19,60 @@ def make_batch(texts, tokenizer, max_seq_length):
     return batch, sum(len(feature.input_ids) for feature in features)
 
 
+def deal(listings):
+    """Deals files to processes, as evenly as their bytes allow: the largest first, to the one with the least so far
+    among those that have it. What has the same name and content is the same file, and goes to one of them.
+
+    Args: listings: for each process, descriptions ``{"file", "sha256", "bytes"}`` of the files that it can read.
+    Returns: for each process, the descriptions of the files that it is to read, in the order of their names.
+    """
+    holders = {}
+    for rank, listing in enumerate(listings):
+        for described in listing:
+            holders.setdefault((-described["bytes"], described["file"], described["sha256"]), []).append(rank)
+    shares, loads = [[] for _ in listings], [0] * len(listings)
+    for (size, name, digest), ranks in sorted(holders.items()):
+        rank = min(ranks, key=lambda rank: (loads[rank], rank))
+        shares[rank].append({"file": name, "sha256": digest, "bytes": -size})
+        loads[rank] -= size
+    return [sorted(share, key=lambda described: (described["file"], described["sha256"])) for share in shares]
+
+
 class Corpus:
     """The sentences in all files of a directory.
 
     An epoch contains every non-blank line once. Seed and epoch determine the order of the files, and the order of the
     lines within each block of 50,000.
+
+    Args: is_dealt: whether each process reads only some of the files, those that ``deal`` gives it. Its epochs are then
+        its own: they contain its lines once. The directories of the machines may hold different files.
     """
 
-    def __init__(self, directory, seed):
+    def __init__(self, directory, seed, is_dealt=False):
         if not os.path.isdir(directory):
             raise UserError(f"--input_dir {directory}: no such directory; it holds text files, one sentence per line")
         names = sorted(n for n in os.listdir(directory) if os.path.isfile(os.path.join(directory, n)) and n[0] != ".")
         self.shards = [os.path.join(directory, name) for name in names]
-        self.seed = seed
+        self.seed, self.is_dealt = seed, is_dealt
+        self.described = [{"file": os.path.basename(path), "sha256": files.file_hash(path)} for path in self.shards]
+        if is_dealt:
+            self._take_share(directory)
         if next(self.lines(0), None) is None:
             raise UserError(f"--input_dir {directory}: no line of text in its {len(self.shards)} files")
+
+    def _take_share(self, directory):
+        """Leaves the files of this process; the description becomes that of all processes."""
+        listing = [{**row, "bytes": os.path.getsize(path)} for row, path in zip(self.described, self.shards)]
+        shares = deal(processes.gather(listing))
+        if [] in shares:
+            found = f"rank {shares.index([])} gets no file: {sum(map(len, shares))} files for {len(shares)} processes"
+            raise UserError(f"--shard_corpus: {found}; split the text into more files")
+        self.shards = [os.path.join(directory, row["file"]) for row in shares[processes.rank()]]
+        self.described = [
+            {"file": row["file"], "sha256": row["sha256"], "rank": rank}
+            for rank, share in enumerate(shares)
+            for row in share
+        ]
 
     def lines(self, epoch):
         """Yields the lines in the epoch's order of shards. Raises: UserError for a line that is not UTF-8."""
@@ -65,7 +104,21 @@ class Corpus:
         batching.show_samples(examples, batching.convert(examples, tokenizer, max_seq_length), tokenizer)
 
     def batches_per_epoch(self, batch_size):
-        return -(-sum(1 for _ in self.lines(0)) // batch_size)
+        """Of all processes together."""
+        batches = -(-sum(1 for _ in self.lines(0)) // batch_size)
+        return round(processes.sum_over_processes(batches)[0]) if self.is_dealt else batches
+
+    def batches_of_process(self, batch_size, skip=0, group_by_length=False):
+        """As ``batches``, those of this process: of its own files, or every world-th one of all.
+
+        Without dealt files, batches are numbered over all processes. So any division of them among processes is the
+        same training. Args: skip: batches of this process.
+        """
+        if self.is_dealt:
+            return self.batches(batch_size, skip, group_by_length)
+        world = processes.world_size()
+        joint = self.batches(batch_size, skip * world, group_by_length)
+        return itertools.islice(joint, processes.rank(), None, world)
 
     def batches(self, batch_size, skip=0, group_by_length=False):
         """Yields (epoch, list of batch_size sentences) endlessly, after skipping the first ``skip`` batches.
@@ -91,6 +144,5 @@ class Corpus:
             epoch += 1
 
     def describe(self):
-        """The description for stage.json: name and sha256 of each file, and one md5 over all of them."""
-        shards = [{"file": os.path.basename(path), "sha256": files.file_hash(path)} for path in self.shards]
-        return {"md5": hashlib.md5(str(shards).encode()).hexdigest(), "shards": shards}
+        """The description for stage.json: name and sha256 of each file (and who reads it), one md5 over all of them."""
+        return {"md5": hashlib.md5(str(self.described).encode()).hexdigest(), "shards": self.described}

@@ -52,6 +52,9 @@ def parse_args(argv=None):
     inputs = parser.add_argument_group("data")
     help = "directory of text files, one sentence per line"
     inputs.add_argument("--input_dir", type=cli.PathArgument, required=True, help=help, without_effect=True)
+    help = "deal the files to the processes, instead of letting each read all of them: for a corpus that lies on the "
+    help += "disks of several machines, a part on each"
+    inputs.add_flag("--shard_corpus", help)
     cli.add_output_argument(inputs, "where model_<step> directories go", required=True)
     cli.add_tokenizer_arguments(inputs)
     args = parser.parse_args(argv)
@@ -87,7 +90,7 @@ def load_pair(args):
 def train(args, run, corpus, teacher, student):
     """Trains the student, and writes <output_dir>/model_<step> every --save_steps steps and at the end."""
     model, tokenizer = student.model, student.tokenizer
-    rank, world, accumulation = processes.rank(), processes.world_size(), args.gradient_accumulation_steps
+    world, accumulation = processes.world_size(), args.gradient_accumulation_steps
     progress = training.Progress(args, 0)
     # run.sh: 400,000 steps of 1,024 sentences = 410 million sentences. The learning rate rises for 1 % of them, 4,000
     # steps, and falls linearly to 0 over the rest.
@@ -102,9 +105,9 @@ def train(args, run, corpus, teacher, student):
     student_layer = relations.CapturedQKV(model, args.student_layer_index)
     teacher.model.eval()
     model.train()
-    # Micro-batches are numbered over all processes, so that any division of them among processes is the same training.
-    # Another --batch_size is not: a sample relates to the others of its micro-batch only (--beta).
-    micro_batches = corpus.batches(args.batch_size, state["step"] * accumulation * world, args.group_by_length)
+    # Any division of the same micro-batches among processes is the same training. Another --batch_size is not: a sample
+    # relates to the others of its micro-batch only (--beta).
+    micro_batches = corpus.batches_of_process(args.batch_size, state["step"] * accumulation, args.group_by_length)
     # The loss is a sum over rows (heads x tokens x sentences), divided by their number. That number is known only when
     # all micro-batches of the step have been seen, so the sum is first divided by an estimate, which keeps it near 1
     # (FP16 would overflow), and the gradients are corrected at the end.
@@ -117,10 +120,8 @@ def train(args, run, corpus, teacher, student):
         # Dropout of the student is a function of seed and step, so a resumed run repeats it exactly.
         training.seed_step(args.seed, step)
         loss_sum, rows_sum = 0.0, 0.0
-        for number in range(accumulation * world):
+        for _ in range(accumulation):
             _, texts = next(micro_batches)
-            if number % world != rank:
-                continue
             # Tokenized here, not beforehand: the corpus may be larger than memory.
             batch, count = make_batch(texts, tokenizer, args.max_seq_length)
             inputs = modeling.tensors(batch)
@@ -177,7 +178,7 @@ def main(argv=None):
     training.start(args)
     if args.use_amp and args.device == "cpu":
         raise UserError("--use_amp: FP16 is for a GPU; on a CPU leave it out")
-    corpus = Corpus(args.input_dir, args.seed)
+    corpus = Corpus(args.input_dir, args.seed, args.shard_corpus)
     # One step takes as many micro-batches as all processes accumulate.
     per_step = args.gradient_accumulation_steps * processes.world_size()
     if args.max_steps <= 0:
@@ -191,6 +192,7 @@ def main(argv=None):
     with ResumableRun("distill", args, [final], student.parent, {"corpus": corpus.describe()}, **fields) as run:
         if run.finished:
             return
+        run.check_vocabulary(teacher.tokenizer)
         if run.is_first:
             corpus.show_samples(teacher.tokenizer, args.max_seq_length)
             print(

@@ -78,7 +78,7 @@ def rank_and_make_supernet(args, run, teacher, student, features):
     """The student as a supernet: every layer can compute with its first heads and neurons alone."""
     # After a kill, the weights that are going to be restored are in order already. A run that was killed before its
     # first saved state ranks again, with the same result.
-    if run.newest_state() is not None:
+    if run.resumes:
         return dynabert.make_supernet(student, args.width_mult_list)
     # A width keeps the FIRST heads and neurons, so the important ones are moved to the front. The published recipe
     # ranks them on dev, which also selects the checkpoint; ranking on train keeps dev unseen. The importance of a head

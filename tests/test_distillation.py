@@ -254,34 +254,6 @@ def test_a_later_stage_takes_the_student(distilled, workspace):
     assert "student: random weights, no pre-training" in start.notes
 
 
-def test_two_processes_equal_one_that_accumulates(distillation, tmp_path):
-    """No dropout; a step small enough that Adam does not magnify the last bit of gradients that are nearly zero."""
-    _root, arguments = distillation
-    arguments = [
-        *arguments,
-        "--learning_rate",
-        "5e-4",
-        "--adam_epsilon",
-        "1e-6",
-        "--max_steps",
-        "12",
-        "--logging_steps",
-        "1",
-    ]
-    one = start([*arguments, "--output_dir", tmp_path / "one", "--gradient_accumulation_steps", "2"])
-    assert one.wait() == 0, one.stdout.read().decode()
-    two = start([*arguments, "--output_dir", tmp_path / "two"], "-m", "paddle.distributed.launch", "--nproc_per_node", "2",
-                "--log_dir", str(tmp_path / "log"), PADDLE_DISTRI_BACKEND="gloo")  # fmt: skip
-    output = two.communicate()[0].decode()
-    assert two.returncode == 0, output + "".join(f.read_text() for f in (tmp_path / "log").glob("worker*"))
-    one, two = (tmp_path / name / "model_12" for name in ("one", "two"))
-    before, after, other = weights(tmp_path / "one/model_10"), weights(one), weights(two)
-    assert max(np.abs(after[name] - other[name]).max() for name in after) < 1e-5
-    assert max(np.abs(after[name] - before[name]).max() for name in after) > 1e-4  # they did move
-    losses = [np.array(record(directory)["losses"]) for directory in (one, two)]
-    assert len(losses[0]) == 12 and np.abs(losses[0] - losses[1]).max() < 1e-5
-
-
 def test_an_epoch_sees_each_line_once(distillation):
     root, _ = distillation
     corpus = Corpus(str(root / "corpus"), 1)

@@ -369,13 +369,6 @@ def test_damaged_weights_are_refused(tuned, tmp_path):
         checkpoints.load_classifier(str(tmp_path / "m"))
 
 
-def run_on_two_processes(command, log_dir):
-    launched = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", str(log_dir)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PADDLE_DISTRI_BACKEND": "gloo"}
-    done = subprocess.run([*launched, *map(str, command)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr + "".join(f.read_text() for f in log_dir.glob("worker*"))
-
-
 @pytest.fixture(scope="module")
 def without_dropout(workspace, tuned, tmp_path_factory):
     """tiny.json and the fine-tuned model with dropout 0, and 57 train records: the last joint batch has one part only."""
@@ -395,32 +388,6 @@ def without_dropout(workspace, tuned, tmp_path_factory):
     del changed["files"]  # hashed anew
     records.write_record(str(root / "tuned"), changed)
     return root
-
-
-@pytest.mark.parametrize("stage", ["finetune", "prune"])
-def test_two_processes_or_accumulation_equal_one_on_the_joint_batch(workspace, without_dropout, tmp_path, stage):
-    """57 records in joint batches of 24: the last one, of 9, is divided unevenly, 5 + 4 records in accumulation."""
-    common = ["--task_name", "topics", "--data_dir", workspace / "data", "--num_train_epochs", "2", "--save_steps", "4",
-              "--max_train_samples", "57", "--max_eval_samples", "60", "--learning_rate", "5e-4", "--adam_epsilon", "1e-6",
-              "--max_seq_length", "48", "--logging_steps", "1"]  # fmt: skip
-    if stage == "finetune":
-        common = [os.path.join(ROOT, "finetuning/run_clue.py"), "--init_config", without_dropout / "tiny.json",
-                  "--vocab_file", workspace / "vocab.txt", *common]  # fmt: skip
-    else:
-        common = [os.path.join(ROOT, "pruning/prune.py"), "--model_name_or_path", without_dropout / "tuned",
-                  "--width_mult_list", "0.5", "--importance_samples", "20", *common]  # fmt: skip
-    one, two = tmp_path / "one", tmp_path / "two"
-    finish([*map(str, common), "--batch_size", "24", "--output_dir", str(one)])
-    run_on_two_processes([*common, "--batch_size", "12", "--output_dir", two], tmp_path / "log")
-    # Only the first of them speaks.
-    first, second = ((tmp_path / f"log/workerlog.{rank}").read_text() for rank in (0, 1))
-    words = ("taken over", "starting from", "ranking", "before training", "plan:", "step ", "loss", "->")
-    assert [word for word in words if word in first] and not [word for word in words if word in second], second
-    if stage == "prune":
-        one, two = (directory / "0.5/best_model" for directory in (one, two))
-    a, b = (paddle.load(str(d / "model_state.pdparams")) for d in (one, two))
-    assert max(np.abs(a[k].numpy() - b[k].numpy()).max() for k in a) < 1e-5
-    assert record(one)["metrics"]["loss"] == pytest.approx(record(two)["metrics"]["loss"], abs=1e-5)
 
 
 @pytest.mark.parametrize("stage", ["finetune", "prune"])
