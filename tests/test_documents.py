@@ -53,7 +53,7 @@ IN_BOTH_LANGUAGES = [
     )
 ]
 TYPED = "deploy/serving/OPERATION.md"  # test_serving_run.py runs its blocks as they stand there
-IN_BOTH_LANGUAGES.append(TYPED)
+IN_BOTH_LANGUAGES += [TYPED, "general_distill/MACHINES.md"]
 DOCUMENTS = ["README.md", "README_en.md", *IN_BOTH_LANGUAGES]
 
 
