@@ -2,7 +2,7 @@
 
 Every function also works in a single process, where it does nothing or returns its input. The first process alone reads
 and writes the output directory, so machines need no common disk. Each process has a companion (watch.py) that ends it
-when another one is lost: Paddle itself would wait, on GPUs for ever.
+when another one is lost, for which Paddle itself would wait.
 """
 
 import contextlib

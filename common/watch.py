@@ -1,9 +1,9 @@
 """The companion of each process of a training with several: ends it as soon as another one is lost.
 
-A process that is killed, or a machine that loses its power, would leave the others waiting: Paddle on CPUs for up to
-half an hour, on GPUs for ever. The companions keep connections of their own. The first one listens; the others send a
-sign of life every two seconds and get one. Whoever notices a loss tells all, each prints the same line and kills its
-process. A companion is a process and not a thread, because Paddle waits in C++ code that lets no thread run.
+Otherwise the others would wait: at the start for 15 minutes, later on CPUs for 30 if a machine has gone silent, on GPUs
+for ever (NCCL's default). The companions keep connections of their own. The first one listens; the others send a sign
+of life every two seconds and get one. Whoever notices a loss tells all, each prints the same line and kills its
+process. A companion is a process and not a thread, because Paddle starts in C++ code that lets no thread run.
 
     python -I -S watch.py RANK PROCESS LAUNCHER SCRIPT HOST:PORT ...  # of all ranks; the first one listens at its own
 

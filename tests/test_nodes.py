@@ -3,6 +3,7 @@
 Once; FAULTS=long kills 20 times in each of the three trainings.
 """
 
+import json
 import os
 import random
 import re
@@ -307,3 +308,18 @@ def test_a_port_in_use_is_named(pair):
         alone = Beside(0, taken.getsockname()[1])
         assert f"cannot listen at port {taken.getsockname()[1]} (Address already in use)" in alone.said()
         assert alone.is_killed()
+
+
+@pytest.mark.skipif(FAULTS != "long", reason="a minute: bash tests/faults.sh")
+def test_what_two_processes_send(tmp_path):
+    """deploy/benchmark/scaling.py counts it: each sends the gradient, 4 bytes x parameters, once per step."""
+    config = os.path.join(ROOT, "configs/student-2l-128h.json")
+    few = ["--rounds", "1", "--steps", "3", "--configs", config, "--teacher_layers", "2", "--output_dir", str(tmp_path)]
+    load_script("deploy/benchmark", "scaling").main(few)
+    rows = json.loads((tmp_path / "scaling.json").read_text())["rows"]
+    assert [row["processes"] for row in rows] == [1, 2] * 2
+    parameters = 3.173e6  # of that student with the benchmark's vocabulary
+    for row in rows:
+        assert row["megabytes_per_step"] == pytest.approx(
+            2 * 4 * parameters / 1e6 * (row["processes"] - 1), rel=0.02, abs=0.1
+        )
