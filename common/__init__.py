@@ -14,6 +14,8 @@ import os
 import re
 import warnings
 
+from common import watchdog
+
 
 def _paddle_version():
     """The version of the Paddle that is installed, such as (2, 6, 2); (0,) if there is none. Does not import it."""
@@ -42,6 +44,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 class UserError(Exception):
     """A mistake of the user. cli.run prints its message as one line and ends the script with exit status 2."""
 
+
+# Before Paddle is imported, which may take a minute from a slow disk: the processes of a training wait for each other.
+watchdog.start()
 
 # Importing Paddle sets OMP_NUM_THREADS=1, which would train on one core. Processes that paddle.distributed.launch
 # starts on one machine (PADDLE_LOCAL_SIZE of them) share its cores.

@@ -11,12 +11,9 @@ import signal
 import sys
 import tempfile
 
-from common import UserError, files, gpu
+from common import UserError, files, gpu, watchdog
 
 LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec a child must not load anything
-
-
-AT_END = []  # functions that run calls when the script ends: with None, or the message about what went wrong
 
 
 def run(main):
@@ -24,29 +21,25 @@ def run(main):
     try:
         main()
     except UserError as error:
-        _fail(f"error: {error}", 2)
+        _fail(error, 2)
     except BrokenPipeError:  # `... | head`: the reader has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        watchdog.tell("the reader of its output has ended")
         sys.exit(141)
     except OSError as error:
         if error.errno is None:  # not from the file system, so the user cannot mend it
             raise
         advice = "; make room, then rerun the same command" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        _fail(f"error: {error.filename or 'the output'}: {error.strerror}{advice}", 2)
+        _fail(f"{error.filename or 'the output'}: {error.strerror}{advice}", 2)
     except KeyboardInterrupt:
-        _fail("interrupted; rerun the same command to resume from the last checkpoint", 130)
-    _tell_end(None)
+        _fail("interrupted; rerun the same command to resume from the last checkpoint", 130, kind="")
+    watchdog.tell(None)
 
 
-def _fail(message, status):
-    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
-    _tell_end(message)
+def _fail(message, status, kind="error: "):
+    print(f"{os.path.basename(sys.argv[0])}: {kind}{message}", file=sys.stderr)
+    watchdog.tell(str(message))
     sys.exit(status)
-
-
-def _tell_end(message):
-    for tell in AT_END:
-        tell(message)
 
 
 # Parsing

@@ -1,5 +1,6 @@
 """Encoders with a classification head: families, architectures, sizes, predictions. checkpoints.py loads them."""
 
+import hashlib
 import math
 import os
 import sys
@@ -134,6 +135,14 @@ def count(model):
 def tensors(batch):
     """(input_ids, token_type_ids) of a Batch as Paddle's int64 tensors [batch_size, tokens]."""
     return paddle.to_tensor(batch.input_ids), paddle.to_tensor(batch.token_type_ids)
+
+
+def fingerprint(model):
+    """md5 of all parameters."""
+    digest = hashlib.md5()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode() + value.numpy().tobytes())
+    return digest.hexdigest()
 
 
 @paddle.no_grad()

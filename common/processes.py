@@ -1,46 +1,22 @@
 """Several processes that train one model: ``python -m paddle.distributed.launch``, on GPUs, or on CPUs through gloo.
 
 Every function also works in a single process, where it does nothing or returns its input. The first process alone reads
-and writes the output directory, so machines need no common disk. Each process has a companion (watch.py) that ends it
+and writes the output directory, so machines need no common disk. Each process has a watchdog (watchdog.py) that ends it
 when another one is lost, for which Paddle itself would wait.
 """
 
 import contextlib
 import os
-import subprocess
-import sys
-import time
 
-from common import UserError, cli, watch
+from common import UserError, cli, watchdog
 from common.compat import paddle
-
-_companions = []  # the process of watch.py, if there is one
 
 
 def start():
     """Joins the processes that paddle.distributed.launch started, if it did."""
     if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1:
-        _watch()
         with cli.quiet(), _together():
             paddle.distributed.init_parallel_env()
-
-
-def _watch():
-    """Starts the companion. It learns by its standard input how this process ends: cli.run tells it."""
-    endpoints = os.environ["PADDLE_TRAINER_ENDPOINTS"].split(",")
-    script = os.path.basename(sys.argv[0])
-    arguments = [os.environ["PADDLE_TRAINER_ID"], str(os.getpid()), str(os.getppid()), script, *endpoints]
-    # -I -S: it needs nothing but the standard library, and must not find the modules beside it.
-    command = [sys.executable, "-I", "-S", watch.__file__, *arguments]
-    companion = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    _companions.append(companion)
-
-    def end(message):
-        with contextlib.suppress(OSError):  # the companion may have ended
-            companion.stdin.write(" ".join((message or watch.DONE).split()).encode() + b"\n")
-            companion.stdin.close()
-
-    cli.AT_END.append(end)
 
 
 @contextlib.contextmanager
@@ -49,9 +25,8 @@ def _together():
     try:
         yield
     except Exception:
-        # A connection broke. The companion is about to say whose it was, and to end this process.
-        if _companions and _companions[0].poll() is None:
-            time.sleep(watch.SILENCE + watch.BEAT)
+        # A connection broke. The watchdog is about to say whose it was, and to end this process.
+        watchdog.wait_for_verdict()
         raise
 
 
@@ -85,7 +60,7 @@ def gather(value):
 
 
 def broadcast(value):
-    """The value of the first process. Args: value: what pickle can hold, small; of the others it does not count."""
+    """The value of the first process. Args: value: what pickle can hold, small; ignored in the others."""
     if world_size() == 1:
         return value
     values = [value if is_first() else None]
@@ -95,7 +70,7 @@ def broadcast(value):
 
 
 def broadcast_arrays(arrays):
-    """The arrays of the first process as tensors. Args: arrays: {name: array}; of the others they do not count."""
+    """The arrays of the first process as tensors. Args: arrays: {name: array}; ignored in the others."""
     shapes = broadcast({name: (array.shape, str(array.dtype)) for name, array in (arrays or {}).items()})
     tensors = {}
     for name, (shape, dtype) in shapes.items():
@@ -106,7 +81,7 @@ def broadcast_arrays(arrays):
     return tensors
 
 
-def equal_parameters(model):
+def broadcast_parameters(model):
     """Gives the model of each process the weights of the first one."""
     if world_size() > 1:
         model.set_state_dict(broadcast_arrays({name: value.numpy() for name, value in model.state_dict().items()}))
@@ -127,7 +102,7 @@ def on_first(function):
 
 
 def check_same(made_from):
-    """Raises: UserError, in all processes, if one of them has something else. Args: made_from: {what: value}."""
+    """Raises: UserError, in all processes, if one of them has something else. Args: made_from: {what it is: value}."""
     first, *others = gather(made_from)
     for other, theirs in enumerate(others, 1):
         names = [name for name in sorted({*first, *theirs}) if first.get(name) != theirs.get(name)]

@@ -13,7 +13,6 @@ Run is the same for short work, which has no state to save.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -77,6 +76,13 @@ def code_of(shared):
     return {files.relative(path): files.file_hash(path) for path in sorted(paths)}
 
 
+def code_of_common():
+    """{file: sha256} of all modules beside this one."""
+    common = os.path.dirname(os.path.abspath(__file__))
+    paths = [os.path.join(common, name) for name in sorted(os.listdir(common)) if name.endswith(".py")]
+    return {files.relative(path): files.file_hash(path) for path in paths}
+
+
 def changed_code(before, now):
     """The files that are in both and differ, as a text; "" if there is none. Args: as code_of gives them."""
     return ", ".join(name for name in before if now.get(name, before[name]) != before[name])
@@ -123,12 +129,17 @@ class Run:
         self.fields = {"parent": parent, "data": data or {}, **fields}
         partial = {name: split["partial"] for name, split in self.fields["data"].items() if split.get("partial")}
         self.notes = [*notes, *(f"{noted_by}partial {name} data: {why}" for name, why in partial.items())]
-        self.identity = identity(self.arguments, parent, data, self.without_effect, fields.get("objective"))
+        if processes.world_size() > 1:  # each takes --batch_size records, so another number is another training
+            self.fields["processes"] = processes.world_size()
+        self.identity = self.identity_of({"arguments": self.arguments, **self.fields})
         self.fields["code"] = code_of(self.shared_code)
 
     def identity_of(self, record):
         parts = (record[name] for name in ("arguments", "parent", "data"))
-        return identity(*parts, self.without_effect, record.get("objective"))
+        made_from = identity(*parts, self.without_effect, record.get("objective"))
+        if "processes" in record:
+            made_from["number of processes"] = record["processes"]
+        return made_from
 
     def has_made(self, record, ignoring=()):
         """Whether a record is that of exactly this run. Args: ignoring: names of arguments that may differ."""
@@ -158,7 +169,7 @@ class Run:
             )
         records.check_files(directory, record)
         changed = changed_code(record.get("code") or {}, self.fields["code"])
-        if changed and processes.is_first():
+        if changed:
             print(f"warning: {directory}: made before {changed} changed; --overwrite makes it anew", file=sys.stderr)
         files.clear_leftovers(directory)
         return True
@@ -216,7 +227,8 @@ class ResumableRun(Run):
 
     def __enter__(self):
         try:
-            code = {name: digest[:12] for name, digest in self.fields["code"].items()}
+            # Also the code that does not change the results of one process: it decides who waits for whom.
+            code = {name: digest[:12] for name, digest in {**self.fields["code"], **code_of_common()}.items()}
             versions = {"Paddle": paddle.__version__, "Python": "{}.{}".format(*sys.version_info)}
             processes.check_same({**self.identity, **code, **versions, "model": self.fields.get("model")})
             self.finished, self.resumes = processes.on_first(self._look)
@@ -295,11 +307,6 @@ class ResumableRun(Run):
         os.rename(self.work, gone)
         shutil.rmtree(gone)
         self.lock.release()
-
-    def check_vocabulary(self, tokenizer):
-        """Raises: UserError if the processes of this run have different vocabularies: ids differ."""
-        vocabulary = repr([tokenizer.vocab, tokenizer.lower_case, tokenizer.split_symbols])
-        processes.check_same({"md5 of the vocabulary": hashlib.md5(vocabulary.encode()).hexdigest()})
 
     @contextlib.contextmanager
     def output(self, directory, weights=(WEIGHTS,), checkpoint=None, evaluations=None, **fields):
@@ -383,7 +390,7 @@ class ResumableRun(Run):
         state = processes.on_first(read)
         if not state["step"]:
             # Machines of different kinds may draw other random numbers from the same seed.
-            processes.equal_parameters(model)
+            processes.broadcast_parameters(model)
             return state
         model.set_state_dict(processes.broadcast_arrays(arrays.get("model")))
         entries = {}

@@ -4,6 +4,7 @@ load_tokenizer(directory).encode(["股市收盘上涨"])
 -> [([101, 5500, 2356, 3119, 4669, 677, 3885, 102], [0, 0, 0, 0, 0, 0, 0, 0])]     # [CLS] 股 市 收 盘 上 涨 [SEP]
 """
 
+import hashlib
 import json
 import os
 import re
@@ -142,6 +143,10 @@ class _Tokenizer:
             raise UserError(f"the vocabulary lacks {', '.join(missing)}: it is not that of a Chinese BERT")
         self.pad_id, self.cls_id, self.sep_id = ids["[PAD]"], ids["[CLS]"], ids["[SEP]"]
         self.unk_id = ids["[UNK]"]
+
+    def fingerprint(self):
+        """md5 of the vocabulary and the settings: what decides which ids a text gets."""
+        return hashlib.md5(repr([self.vocab, self.lower_case, self.split_symbols]).encode()).hexdigest()
 
     def save(self, directory):
         """Writes ``vocab.txt`` and ``tokenizer_config.json``, which PaddleNLP's tokenizers load as well."""

@@ -154,6 +154,7 @@ def main(argv=None):
     if args.do_train:
         fine_tune(args)
         return
+    scoring.check_alone()
     # Both can be asked for. "" is no directory either, and gets the same message as one that is not there.
     if args.do_eval:
         scoring.evaluate(args, args.model_name_or_path or "")

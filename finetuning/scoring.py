@@ -3,7 +3,7 @@
 import json
 
 import data
-from common import batching, checkpoints, modeling, records, reports, texts
+from common import UserError, batching, checkpoints, modeling, processes, records, reports, texts
 
 
 def read_split(args, directory, split, max_samples=None):
@@ -13,6 +13,12 @@ def read_split(args, directory, split, max_samples=None):
     loaded = data.read_split(data.task_of(classifier.record), split, args.data_dir, max_samples)
     length = records.sequence_length(args, classifier.record)
     return classifier, loaded, batching.convert(loaded.examples, classifier.tokenizer, length)
+
+
+def check_alone():
+    """Raises: UserError if several processes are to do what is the work of one."""
+    if processes.world_size() > 1:
+        raise UserError("--do_eval or --do_predict alone take one process: run them without paddle.distributed.launch")
 
 
 def evaluate(args, directory):

@@ -19,9 +19,9 @@ def make_batch(texts, tokenizer, max_seq_length):
     return batch, sum(len(feature.input_ids) for feature in features)
 
 
-def deal(listings):
-    """Deals files to processes, as evenly as their bytes allow: the largest first, to the one with the least so far
-    among those that have it. What has the same name and content is the same file, and goes to one of them.
+def assign_files(listings):
+    """Assigns files to processes, about evenly in bytes: first those that the fewest have, of these the largest first,
+    each to the one with the least so far. What has the same name and content is the same file, and goes to one of them.
 
     Args: listings: for each process, descriptions ``{"file", "sha256", "bytes"}`` of the files that it can read.
     Returns: for each process, the descriptions of the files that it is to read, in the order of their names.
@@ -31,7 +31,7 @@ def deal(listings):
         for described in listing:
             holders.setdefault((-described["bytes"], described["file"], described["sha256"]), []).append(rank)
     shares, loads = [[] for _ in listings], [0] * len(listings)
-    for (size, name, digest), ranks in sorted(holders.items()):
+    for (size, name, digest), ranks in sorted(holders.items(), key=lambda item: (len(item[1]), item[0])):
         rank = min(ranks, key=lambda rank: (loads[rank], rank))
         shares[rank].append({"file": name, "sha256": digest, "bytes": -size})
         loads[rank] -= size
@@ -44,18 +44,18 @@ class Corpus:
     An epoch contains every non-blank line once. Seed and epoch determine the order of the files, and the order of the
     lines within each block of 50,000.
 
-    Args: is_dealt: whether each process reads only some of the files, those that ``deal`` gives it. Its epochs are then
-        its own: they contain its lines once. The directories of the machines may hold different files.
+    Args: is_sharded: whether each process reads only some of the files, those that ``assign_files`` gives it. Its
+        epochs are then its own: they contain its lines once. The directories of the machines may hold different files.
     """
 
-    def __init__(self, directory, seed, is_dealt=False):
+    def __init__(self, directory, seed, is_sharded=False):
         if not os.path.isdir(directory):
             raise UserError(f"--input_dir {directory}: no such directory; it holds text files, one sentence per line")
         names = sorted(n for n in os.listdir(directory) if os.path.isfile(os.path.join(directory, n)) and n[0] != ".")
         self.shards = [os.path.join(directory, name) for name in names]
-        self.seed, self.is_dealt = seed, is_dealt
+        self.seed, self.is_sharded = seed, is_sharded
         self.described = [{"file": os.path.basename(path), "sha256": files.file_hash(path)} for path in self.shards]
-        if is_dealt:
+        if is_sharded:
             self._take_share(directory)
         if next(self.lines(0), None) is None:
             raise UserError(f"--input_dir {directory}: no line of text in its {len(self.shards)} files")
@@ -63,7 +63,7 @@ class Corpus:
     def _take_share(self, directory):
         """Leaves the files of this process; the description becomes that of all processes."""
         listing = [{**row, "bytes": os.path.getsize(path)} for row, path in zip(self.described, self.shards)]
-        shares = deal(processes.gather(listing))
+        shares = assign_files(processes.gather(listing))
         if [] in shares:
             found = f"rank {shares.index([])} gets no file: {sum(map(len, shares))} files for {len(shares)} processes"
             raise UserError(f"--shard_corpus: {found}; split the text into more files")
@@ -106,15 +106,15 @@ class Corpus:
     def batches_per_epoch(self, batch_size):
         """Of all processes together."""
         batches = -(-sum(1 for _ in self.lines(0)) // batch_size)
-        return round(processes.sum_over_processes(batches)[0]) if self.is_dealt else batches
+        return round(processes.sum_over_processes(batches)[0]) if self.is_sharded else batches
 
     def batches_of_process(self, batch_size, skip=0, group_by_length=False):
         """As ``batches``, those of this process: of its own files, or every world-th one of all.
 
-        Without dealt files, batches are numbered over all processes. So any division of them among processes is the
+        Without --shard_corpus, batches are numbered over all processes. So any division of them among processes is the
         same training. Args: skip: batches of this process.
         """
-        if self.is_dealt:
+        if self.is_sharded:
             return self.batches(batch_size, skip, group_by_length)
         world = processes.world_size()
         joint = self.batches(batch_size, skip * world, group_by_length)

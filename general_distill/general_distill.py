@@ -52,8 +52,8 @@ def parse_args(argv=None):
     inputs = parser.add_argument_group("data")
     help = "directory of text files, one sentence per line"
     inputs.add_argument("--input_dir", type=cli.PathArgument, required=True, help=help, without_effect=True)
-    help = "deal the files to the processes, instead of letting each read all of them: for a corpus that lies on the "
-    help += "disks of several machines, a part on each"
+    help = "each process reads only its share of the files: for a corpus that lies on the disks of several machines, a "
+    help += "part on each"
     inputs.add_flag("--shard_corpus", help)
     cli.add_output_argument(inputs, "where model_<step> directories go", required=True)
     cli.add_tokenizer_arguments(inputs)
@@ -192,7 +192,9 @@ def main(argv=None):
     with ResumableRun("distill", args, [final], student.parent, {"corpus": corpus.describe()}, **fields) as run:
         if run.finished:
             return
-        run.check_vocabulary(teacher.tokenizer)
+        # What the student learns from is not among the weights that it starts from, which a run compares itself.
+        fingerprints = {"vocabulary": teacher.tokenizer.fingerprint(), "teacher": modeling.fingerprint(teacher.model)}
+        processes.check_same(fingerprints)
         if run.is_first:
             corpus.show_samples(teacher.tokenizer, args.max_seq_length)
             print(

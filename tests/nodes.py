@@ -18,9 +18,10 @@ def free_port():
 
 
 class Nodes:
-    """Args: command: path of the script and its arguments. directory: of the logs, new. of_node: more arguments of each."""
+    """Args: command: path of the script and its arguments. directory: of the logs, new. of_node: more arguments of each.
+    places: the directories in which they run."""
 
-    def __init__(self, command, directory, of_node=((), ())):
+    def __init__(self, command, directory, of_node=((), ()), places=(None, None)):
         self.directory, master = directory, f"127.0.0.1:{free_port()}"
         directory.mkdir(parents=True)
         self.launchers = []
@@ -36,6 +37,7 @@ class Nodes:
                         stdout=said,
                         stderr=said,
                         start_new_session=True,
+                        cwd=places[node],
                         env={**os.environ, "OMP_NUM_THREADS": "1"},
                     )
                 )

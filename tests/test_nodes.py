@@ -1,6 +1,6 @@
 """Two nodes (two launches on 127.0.0.1) against one process; kills of processes, launchers and nodes; refusals.
 
-Once; FAULTS=long kills 20 times in each of the three trainings.
+Fine-tuning is killed once; with FAULTS=long, each of the three trainings is killed 20 times.
 """
 
 import json
@@ -16,16 +16,17 @@ import time
 
 import numpy as np
 import paddle
+import psutil
 import pytest
 from conftest import FAULTS, ROOT, load_script, record
 from nodes import Nodes, free_port
 from test_distillation import SCRIPT as DISTIL
 from test_distillation import distillation  # noqa: F401
 from test_faults import SEED, snapshot
-from test_training import finish, without_dropout  # noqa: F401
+from test_training import finetune_command, finish, without_dropout  # noqa: F401
 
 import corpus as corpora
-from common import UserError, processes, watch
+from common import UserError, processes, watchdog
 
 KILLS = {None: 1, "short": 1, "long": 20}[FAULTS]
 ENDS_WITHIN = 60  # seconds
@@ -136,26 +137,65 @@ def refused(nodes):
     return lines[0][0]
 
 
-def test_another_vocabulary_or_corpus_is_refused(distillation, workspace, tmp_path):  # noqa: F811
-    """Both at once, and in the names of files: nothing is written by anyone."""
+def test_other_files_are_refused(distillation, workspace, tmp_path):  # noqa: F811
+    """A teacher with other weights and another vocabulary, in a directory of the same name: nothing is written."""
     root, arguments = distillation
-    shutil.copytree(root / "teacher", tmp_path / "teacher")
+    second = tmp_path / root.name  # what is recorded of a path are its last two parts
+    for name in ("teacher", "corpus"):
+        shutil.copytree(root / name, second / name)
     words = (workspace / "vocab.txt").read_text(encoding="utf-8").split()
     words[-2:] = reversed(words[-2:])
-    (tmp_path / "teacher/vocab.txt").write_text("\n".join(words), encoding="utf-8")
-    (tmp_path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
-    shutil.copytree(root / "corpus", tmp_path / "corpus")
-    with open(tmp_path / "corpus/1.txt", "a", encoding="utf-8") as file:
-        file.write("\n多一行")
-    of_second = ["--teacher_model_name_or_path", tmp_path / "teacher", "--vocab_file", tmp_path / "vocab.txt"]
+    (second / "teacher/vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    changed = paddle.load(str(second / "teacher/model_state.pdparams"))
+    next(iter(changed.values()))[0] += 1
+    paddle.save(changed, str(second / "teacher/model_state.pdparams"))
     both = [DISTIL, *arguments, "--output_dir", tmp_path / "out"]
-    with Nodes(both, tmp_path / "a", [(), [*of_second, "--input_dir", tmp_path / "corpus"]]) as nodes:
+    # The directories of the first node are found from where it runs, those of the second one from elsewhere.
+    relative = ["--teacher_model_name_or_path", "teacher", "--vocab_file", "teacher/vocab.txt", "--input_dir", "corpus"]
+    with Nodes([*both, *relative], tmp_path / "a", places=(root, second)) as nodes:
         line = refused(nodes)
-    assert "rank 1 (on " in line and "differs from rank 0: md5 of corpus: " in line and "vocab_file: " in line
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.unfinished").exists()
+        assert "rank 1 (on " in line and " differs from rank 0: " in line
+        assert "teacher: " in line and "vocabulary: " in line
+    assert not (tmp_path / "out").exists() and not any((tmp_path / "out.unfinished").glob("*"))
 
 
-def test_files_are_dealt():
+def test_what_differs_between_processes_is_named(distillation, workspace, tmp_path, monkeypatch):  # noqa: F811
+    """What a run compares of a second process: its corpus, its arguments, its code."""
+    _root, arguments = distillation
+    gathered = []
+    monkeypatch.setattr(processes, "gather", lambda value: gathered.append(value) or [value])
+    monkeypatch.setenv("PADDLE_TRAINER_ENDPOINTS", "first:1,second:2")
+    script = load_script("general_distill", "general_distill")
+    script.main([*map(str, arguments), "--max_steps", "1", "--output_dir", str(tmp_path / "out")])
+    first = next(value for value in gathered if "md5 of corpus" in value)
+    for name in (
+        "md5 of corpus",
+        "learning_rate",
+        "common/watchdog.py",
+        "general_distill/general_distill.py",
+        "Paddle",
+    ):
+        monkeypatch.setattr(processes, "gather", lambda value, name=name: [value, {**value, name: "other"}])
+        found = f"rank 1 \\(on second\\) differs from rank 0: {name}: other instead of {first[name]};"
+        with pytest.raises(UserError, match=found):
+            processes.check_same(first)
+
+
+def test_a_mistake_on_one_node_ends_both(workspace, tmp_path):
+    """As it is said there, and without the advice to run the same command again."""
+    command = finetune_command(workspace, tmp_path / "out")
+    with Nodes(command, tmp_path / "logs", [(), ["--data_dir", tmp_path / "none"]]) as nodes:
+        nodes.finish(ENDS_WITHIN)
+        lines = [[line for line in nodes.log(node).splitlines() if ": error: " in line] for node in range(2)]
+        assert [len(found) for found in lines] == [1, 1] and 0 not in nodes.statuses(), nodes.all_logs()
+        why = lines[1][0].partition(": error: ")[2]
+        assert (
+            lines[0][0].startswith("run_clue.py: error: rank 1 (on ") and f"): {why}; all processes end" in lines[0][0]
+        )
+        assert "same command" not in lines[0][0]
+
+
+def test_files_are_assigned():
     """Each file to one of the processes that have it, by bytes; the same name with other content is another file."""
     files = {
         name: {"file": name, "sha256": f"hash of {name}", "bytes": size}
@@ -163,13 +203,15 @@ def test_files_are_dealt():
     }
     everywhere = list(files.values())
     names = lambda shares: ["".join(described["file"] for described in share) for share in shares]  # noqa: E731
-    assert names(corpora.deal([everywhere] * 2)) == ["ad", "bce"]
-    assert names(corpora.deal([everywhere] * 6)) == ["a", "b", "c", "d", "e", ""]
+    assert names(corpora.assign_files([everywhere] * 2)) == ["ad", "bce"]
+    assert names(corpora.assign_files([everywhere] * 6)) == ["a", "b", "c", "d", "e", ""]
     # Two machines with a disk of their own and two processes each: d is on both.
     first, second = [files["a"], files["d"]], [files["b"], files["c"], files["d"], files["e"]]
-    assert names(corpora.deal([first, first, second, second])) == ["a", "d", "b", "ce"]
+    assert names(corpora.assign_files([first, first, second, second])) == ["a", "d", "b", "ce"]
+    # What only one machine has is not crowded out by what it shares.
+    assert names(corpora.assign_files([[files["a"], files["e"]], [files["a"]]])) == ["e", "a"]
     other = {**files["a"], "sha256": "another"}
-    assert names(corpora.deal([[files["a"]], [other]])) == ["a", "a"]
+    assert names(corpora.assign_files([[files["a"]], [other]])) == ["a", "a"]
 
 
 def test_each_node_reads_only_its_files(distillation, tmp_path):  # noqa: F811
@@ -211,32 +253,39 @@ def test_a_process_without_a_file_is_refused(distillation, monkeypatch):  # noqa
     root, _ = distillation
     monkeypatch.setattr(processes, "gather", lambda listing: [listing] * 4)
     with pytest.raises(UserError, match="rank 3 gets no file: 3 files for 4 processes; split the text"):
-        corpora.Corpus(str(root / "corpus"), 1, is_dealt=True)
+        corpora.Corpus(str(root / "corpus"), 1, is_sharded=True)
 
 
 class Beside:
-    """A process that sleeps, with its companion. Args: limits: of watch.py, lower than they are."""
+    """A process that sleeps, with its watchdog. Args: limits: of watchdog.py, lower than they are."""
 
-    def __init__(self, rank, port, **limits):
+    def __init__(self, rank, port, process=None, launcher=None, **limits):
         self.process = subprocess.Popen(["sleep", "100"])
-        settings = "".join(f"watch.{name} = {value}; " for name, value in limits.items())
-        start = f"watch.Watch({rank}, {self.process.pid}, {os.getpid()}, 'train.py', ['127.0.0.1:{port}'] * 2).run()"
-        code = f"import sys; sys.path.append({os.path.dirname(watch.__file__)!r}); import watch; {settings}{start}"
-        self.companion = subprocess.Popen(
+        settings = "".join(f"watchdog.{name} = {value}; " for name, value in limits.items())
+        numbers = f"{rank}, {process or self.process.pid}, {launcher or os.getpid()}"
+        start = f"watchdog.Watchdog({numbers}, 'train.py', ['127.0.0.1:{port}'] * 2).run()"
+        code = (
+            f"import sys; sys.path.append({os.path.dirname(watchdog.__file__)!r}); import watchdog; {settings}{start}"
+        )
+        self.watchdog = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", code], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
+
+    def is_connected(self):
+        connections = psutil.Process(self.watchdog.pid).net_connections()
+        return any(connection.status == psutil.CONN_ESTABLISHED for connection in connections)
 
     def end(self, message=None):
         """As cli.run tells it; None: as kill -9 does."""
         self.process.kill()
         if message is not None:
-            self.companion.stdin.write(f"{message}\n")
-        self.companion.stdin.close()
+            self.watchdog.stdin.write(f"{message}\n")
+        self.watchdog.stdin.close()
 
     def said(self):
         """What it printed, once it has ended."""
-        said = self.companion.stderr.read()
-        self.companion.wait(10)
+        said = self.watchdog.stderr.read()
+        self.watchdog.wait(10)
         return said
 
     def is_killed(self):
@@ -245,34 +294,40 @@ class Beside:
 
 @pytest.fixture
 def pair():
-    """Starts two processes with companions that know each other."""
+    """Starts two processes with watchdogs that know each other."""
     started = []
 
     def start(**limits):
         port = free_port()
         started.extend(Beside(rank, port, **limits) for rank in range(2))
-        time.sleep(0.7)
+        until = time.monotonic() + 20
+        while not all(beside.is_connected() for beside in started):
+            assert time.monotonic() < until
+            time.sleep(0.05)
         return started
 
     yield start
     for beside in started:
         beside.process.kill()
-        beside.companion.kill()
+        beside.watchdog.kill()
 
 
 @pytest.mark.parametrize("lost", [0, 1])
 @pytest.mark.parametrize("message, why", [(None, "has ended before the others"), ("no such file", "no such file")])
 def test_a_process_that_ends_early_ends_the_other(pair, lost, message, why):
-    both = pair(BEAT=0.2)
+    both = pair(HEARTBEAT_INTERVAL=0.2)
     both[lost].end(message)
-    line = f"train.py: error: rank {lost} (on 127.0.0.1): {why}; all processes end. Run the same command on every machine again"
-    assert both[1 - lost].said().startswith(line) and both[1 - lost].is_killed()
+    line = f"train.py: error: rank {lost} (on 127.0.0.1): {why}; all processes end"
+    said = both[1 - lost].said()
+    assert said.startswith(line) and both[1 - lost].is_killed()
+    # To run the same command again does not mend a mistake.
+    assert ("run the same command" in said) == (message is None)
     assert both[lost].said().startswith(line) != (message is not None)  # which it has printed itself
 
 
 def test_a_silent_process_ends_the_other(pair):
-    first, second = pair(BEAT=0.2, SILENCE=1)
-    second.companion.send_signal(signal.SIGSTOP)  # as a machine without power: its connections stay open
+    first, second = pair(HEARTBEAT_INTERVAL=0.2, HEARTBEAT_TIMEOUT=1)
+    second.watchdog.send_signal(signal.SIGSTOP)  # as a machine without power: its connections stay open
     assert "rank 1 (on 127.0.0.1): has not answered for 1 s" in first.said() and first.is_killed()
 
 
@@ -281,33 +336,66 @@ def test_a_process_that_does_not_come_ends_the_other():
         (0, "rank 1 (on 127.0.0.1): has not come within 1 s"),
         (1, "rank 0 (on 127.0.0.1): does not answer"),
     ):
-        alone = Beside(rank, free_port(), BEAT=0.2, JOIN=1)
+        alone = Beside(rank, free_port(), HEARTBEAT_INTERVAL=0.2, JOIN_TIMEOUT=1)
         assert why in alone.said() and alone.is_killed()
 
 
 def test_processes_that_are_done_end_nothing(pair):
-    first, second = pair(BEAT=0.2)
+    first, second = pair(HEARTBEAT_INTERVAL=0.2)
     second.end("done")
     assert second.said() == ""
     time.sleep(0.5)
-    assert first.companion.poll() is None and first.process.poll() is None
+    assert first.watchdog.poll() is None and first.process.poll() is None
     first.end("done")
     assert first.said() == ""
 
 
 def test_a_loss_that_all_have_noticed_is_said_once(pair):
     """A process that fails in the same way, such as with a loss of NaN, prints its own line and no other."""
-    first, second = pair(BEAT=1)
+    first, second = pair(HEARTBEAT_INTERVAL=1)
     second.end("the loss is nan")
     first.end("the loss is nan")
     assert first.said() == second.said() == ""
 
 
-def test_a_port_in_use_is_named(pair):
+def test_a_port_that_another_program_has_taken_is_left_to_it(pair):
+    """Both try the next ones. What the other program sends, and a watchdog of another training, end nothing."""
     with socket.create_server(("", 0)) as taken:
-        alone = Beside(0, taken.getsockname()[1])
-        assert f"cannot listen at port {taken.getsockname()[1]} (Address already in use)" in alone.said()
-        assert alone.is_killed()
+        port = taken.getsockname()[1]
+        both = [Beside(rank, port, HEARTBEAT_INTERVAL=0.2) for rank in range(2)]
+        try:
+            connection, _ = taken.accept()  # of the second one, which gets no welcome
+            connection.sendall(b"hello\n")
+            until = time.monotonic() + 20
+            while not both[0].is_connected():
+                assert time.monotonic() < until
+                time.sleep(0.05)
+            with socket.create_connection(("127.0.0.1", port + 1)) as stranger:
+                stranger.sendall(b"rank 1 of another training\nlost 1 nothing\n")
+                time.sleep(0.5)
+            assert [beside.watchdog.poll() for beside in both] == [None, None]
+            both[1].end()
+            assert "rank 1 (on 127.0.0.1): has ended before the others" in both[0].said()
+        finally:
+            for beside in both:
+                beside.process.kill()
+                beside.watchdog.kill()
+
+
+def test_a_process_that_hangs_at_its_end_is_killed(pair):
+    first, second = pair(HEARTBEAT_INTERVAL=0.2, EXIT_TIMEOUT=1)
+    first.watchdog.stdin.write("done\n")  # and goes on sleeping
+    first.watchdog.stdin.close()
+    assert first.is_killed() and first.said() == "" and second.process.poll() is None
+
+
+def test_the_end_of_the_launcher_ends_all():
+    launcher = subprocess.Popen([sys.executable, "-c", "import subprocess; print(subprocess.Popen(['sleep', '99'], stdout=-3).pid)"],
+                                stdout=subprocess.PIPE, text=True)  # fmt: skip
+    orphan = int(launcher.communicate()[0])
+    lonely = Beside(0, free_port(), process=orphan, launcher=launcher.pid, HEARTBEAT_INTERVAL=0.2)
+    assert "rank 0 (on 127.0.0.1): has ended, because its launcher has" in lonely.said()
+    assert not psutil.pid_exists(orphan) or psutil.Process(orphan).status() == psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.skipif(FAULTS != "long", reason="a minute: bash tests/faults.sh")
@@ -318,7 +406,7 @@ def test_what_two_processes_send(tmp_path):
     load_script("deploy/benchmark", "scaling").main(few)
     rows = json.loads((tmp_path / "scaling.json").read_text())["rows"]
     assert [row["processes"] for row in rows] == [1, 2] * 2
-    parameters = 3.173e6  # of that student with the benchmark's vocabulary
+    parameters = 3.173e6  # of that student, with the benchmark's vocabulary of 20,997 tokens
     for row in rows:
         assert row["megabytes_per_step"] == pytest.approx(
             2 * 4 * parameters / 1e6 * (row["processes"] - 1), rel=0.02, abs=0.1
