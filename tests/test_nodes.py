@@ -168,13 +168,7 @@ def test_what_differs_between_processes_is_named(distillation, workspace, tmp_pa
     script = load_script("general_distill", "general_distill")
     script.main([*map(str, arguments), "--max_steps", "1", "--output_dir", str(tmp_path / "out")])
     first = next(value for value in gathered if "md5 of corpus" in value)
-    for name in (
-        "md5 of corpus",
-        "learning_rate",
-        "common/watchdog.py",
-        "general_distill/general_distill.py",
-        "Paddle",
-    ):
+    for name in ("md5 of corpus", "learning_rate", "common/watchdog.py", "data.py", "Paddle"):
         monkeypatch.setattr(processes, "gather", lambda value, name=name: [value, {**value, name: "other"}])
         found = f"rank 1 \\(on second\\) differs from rank 0: {name}: other instead of {first[name]};"
         with pytest.raises(UserError, match=found):
