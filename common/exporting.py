@@ -130,7 +130,7 @@ def locked_model(directory):
 def export_into(directory, classifier, examples, args, name="inference"):
     """Puts the graph of a model beside its weights, and what it is into its stage.json.
 
-    After a kill on the way the directory holds the old graph, the new one, or a half that is refused.
+    After a kill or a power cut on the way the directory holds the old graph, the new one, or a half that is refused.
 
     Args: directory: of the model, locked. classifier: checkpoints.Classifier that was loaded from there. examples: of
         its task, or none; see parity_inputs. args: of add_export_arguments. name: of the graph's files.
@@ -145,9 +145,12 @@ def export_into(directory, classifier, examples, args, name="inference"):
         export = export_checked(model, prefix, expected, features, inputs, tokenizer.pad_id, args)
         record["export"] = {**export, "seconds": round(time.time() - started, 1)}
         records.write_record(scratch, record)
-        # The record comes last. Until then the old one refuses what is half new, also after kill -9.
+        files.sync_tree(scratch)
+        # The record comes last. Until then the old one refuses what is half new. After a power cut the
+        # new one may be there without a part of the graph, and refuses it, too.
         for file in (*export["weights"], records.RECORD):
             os.replace(os.path.join(scratch, file), os.path.join(directory, file))
+        files.sync(directory)
     print(
         f"{record['task']}: exported to {os.path.join(directory, name)}.pdmodel, logits within "
         f"{export['parity']['largest_difference']:.1e} of the dynamic model on {inputs}"

@@ -1,8 +1,9 @@
-"""Files and directories that appear whole or not at all, locks, hashes, JSON lines."""
+"""Files and directories that appear whole or not at all, also after a power cut; locks, hashes, JSON lines."""
 
 import codecs
 import contextlib
 import csv
+import errno
 import fcntl
 import hashlib
 import io
@@ -28,6 +29,30 @@ def relative(path):
     return os.path.join("...", *path.split(os.sep)[-kept:])
 
 
+def sync(path):
+    """Waits until a file's content is on the disk; of a directory, which names are in it, and of which files.
+
+    A power cut may undo everything else, in any order: a renamed file may be there under its new name, and be empty.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems do not sync directories, and say so by EINVAL. Nothing better can be done there.
+        if error.errno != errno.EINVAL or not os.path.isdir(path):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(directory):
+    """Waits until all that is in a directory is on the disk; not the name of the directory itself."""
+    for path, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            sync(os.path.join(path, name))
+        sync(path)
+
+
 class Lock:
     """Held by one process at a time while it writes ``target``. The kernel releases it when the process ends.
 
@@ -41,11 +66,14 @@ class Lock:
         if os.path.isdir(target) and not os.access(parent, os.W_OK):
             beside = os.path.join(target, ".lock")
         self.path, self.made_directories = path or beside, []
+        parent = os.path.dirname(self.path)
         while not os.path.isdir(parent):
             self.made_directories.append(parent)
             parent = os.path.dirname(parent)
         while True:
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            for directory in self.made_directories:  # a result is not to be lost with a directory above it
+                sync(os.path.dirname(directory))
             self.file = open(self.path, "w")  # noqa: SIM115  kept open: the lock lasts as long as the file is open
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -107,18 +135,20 @@ def leftovers_of(target, *states):
 def whole_directory(target, wait=False):
     """A temporary directory beside ``target`` that takes its place when the block ends without an error.
 
-    An existing ``target`` is replaced. So it is there whole or not at all, also after kill -9.
+    An existing ``target`` is replaced. So it is there whole or not at all, also after kill -9 or a power cut. After one
+    between the two renames, ``target`` is missing for readers until put_back or the next whole_directory; what it held
+    lies whole in ``.NAME.old``.
 
     Args: wait: until another process that writes the same target has finished. Raises: UserError if not, and one is.
     """
     target = os.path.realpath(target)  # if it is a link, the directory that it points to is replaced
     temporary, old = leftovers_of(target, "writing", "old")
     with Lock(target, wait=wait):
-        if os.path.isdir(old) and not os.path.exists(target):  # killed between the two renames below
-            os.rename(old, target)
-        shutil.rmtree(old, ignore_errors=True)
+        if os.path.isdir(old):
+            _settle(target)
         with empty_directory(temporary):
             yield temporary
+            sync_tree(temporary)  # before it gets the name that says that it is whole
             if os.path.isdir(target):
                 os.rename(target, old)
             try:
@@ -127,20 +157,56 @@ def whole_directory(target, wait=False):
                 if os.path.isdir(old) and not os.path.exists(target):
                     os.rename(old, target)
                 raise
-            shutil.rmtree(old, ignore_errors=True)
+            _settle(target)
+
+
+def _settle(target):
+    """Makes the names beside ``target`` durable, then removes what is not needed. The caller has locked ``target``.
+
+    If ``target`` is missing, what it held is put back. The two renames have to be on the disk before the old files are
+    removed: a power cut may undo renames, but a file that was removed is gone.
+    """
+    temporary, old = leftovers_of(target, "writing", "old")
+    if os.path.isdir(old) and not os.path.exists(target):  # stopped between the two renames of whole_directory
+        os.rename(old, target)
+    sync(os.path.dirname(old))
+    if os.path.isdir(old):
+        remove_directory(old, temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_directory(path, temporary=None):
+    """Removes a directory: under its name it is there whole or not at all, also after kill -9 or a power cut.
+
+    Args: temporary: its name while it is removed file by file (default: that which whole_directory writes under).
+    """
+    temporary = temporary or leftovers_of(path, "writing")[0]
+    shutil.rmtree(temporary, ignore_errors=True)
+    os.rename(path, temporary)
+    sync(os.path.dirname(temporary))
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_back(target):
+    """Renames a directory back to ``target`` if a run was stopped in the moment in which it was replacing it."""
+    (old,) = leftovers_of(target, "old")
+    if os.path.isdir(old) and not os.path.exists(target):
+        with Lock(target, wait=True):
+            _settle(target)
 
 
 def clear_leftovers(target):
     """Removes what a run left beside ``target`` if it was killed after ``target`` was complete."""
-    lock, *directories = leftovers_of(target, "lock", "writing", "old")
-    if any(map(os.path.exists, (lock, *directories))):
+    if any(map(os.path.exists, leftovers_of(target, "lock", "writing", "old"))):
         with Lock(target, wait=True):
-            for path in directories:
-                shutil.rmtree(path, ignore_errors=True)
+            _settle(target)
 
 
 def write_whole(path, content):
-    """Writes a file under a temporary name beside its path, then renames it. Args: content: a text, or bytes."""
+    """Writes a file under a temporary name beside its path, then renames it. When this returns, it is on the disk.
+
+    Args: content: a text, or bytes.
+    """
     temporary = f"{path}.writing-{os.getpid()}"
     try:
         with open(temporary, "wb") as file:
@@ -148,6 +214,7 @@ def write_whole(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync(os.path.dirname(os.path.abspath(path)))
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)

@@ -213,7 +213,9 @@ def read_record(directory, what="a stage's output"):
     """
     path = os.path.join(directory, RECORD)
     if not os.path.isdir(directory):
-        raise UserError(f"{directory}: no such directory; {what} is needed")
+        (old,) = files.leftovers_of(directory, "old")
+        where = f"; a run was stopped while it replaced it: rerun that, or rename {old}" if os.path.isdir(old) else ""
+        raise UserError(f"{directory}: no such directory; {what} is needed{where}")
     if not os.path.isfile(path):
         raise UserError(
             f"{directory}: no {RECORD} there, so it is not {what}; a model trained elsewhere comes in by "

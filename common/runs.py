@@ -152,6 +152,7 @@ class Run:
         Raises: UserError if it holds something else. ``--overwrite`` allows to replace another result of this project,
         and nothing but that.
         """
+        files.put_back(directory)
         if not os.path.exists(directory) or not os.listdir(directory):
             return False
         if not os.path.isfile(os.path.join(directory, records.RECORD)):
@@ -197,6 +198,7 @@ class Run:
         return time.time() - started
 
 
+STATE = re.compile(r"state-\d+")  # the name of a state in the working directory
 ADAM_STATE = ("moment1_0", "moment2_0", "beta1_pow_acc_0", "beta2_pow_acc_0")
 
 
@@ -292,20 +294,19 @@ class ResumableRun(Run):
                 self._remove()
 
     def _remove_all_but(self, kept):
-        for name in set(os.listdir(self.work)) - {"lock", "identity.json", *kept}:
+        names = set(os.listdir(self.work)) - {"lock", "identity.json", *kept}
+        # States first, at once and durably: no power cut leaves half a state, or one without its checkpoints.
+        for name in sorted(names, key=lambda name: not STATE.fullmatch(name)):
             path = os.path.join(self.work, name)
-            if os.path.isdir(path):
+            if STATE.fullmatch(name):
+                files.remove_directory(path)
+            elif os.path.isdir(path):
                 shutil.rmtree(path)
             else:
                 os.remove(path)
 
     def _remove(self):
-        # Renamed first, at once: half a working directory must never be taken for a state.
-        parent, name = os.path.split(self.work)
-        gone = os.path.join(parent, f".{name}")
-        shutil.rmtree(gone, ignore_errors=True)
-        os.rename(self.work, gone)
-        shutil.rmtree(gone)
+        files.remove_directory(self.work)
         self.lock.release()
 
     @contextlib.contextmanager
@@ -330,7 +331,7 @@ class ResumableRun(Run):
 
     def newest_state(self):
         """The directory of the newest complete state, or None."""
-        names = [name for name in os.listdir(self.work) if re.fullmatch(r"state-\d+", name)]
+        names = [name for name in os.listdir(self.work) if STATE.fullmatch(name)]
         newest = max(names, key=lambda name: int(name.split("-")[1]), default=None)
         return newest and self.path(newest)
 
@@ -382,7 +383,7 @@ class ResumableRun(Run):
                 unknown = {key.rsplit("/", 1)[0] for key in arrays["optimizer"]} - set(places)
                 if unknown:
                     raise ValueError(f"it holds {min(unknown)}, which this model lacks")
-            except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            except (ValueError, KeyError, EOFError, FileNotFoundError, zipfile.BadZipFile) as error:
                 advice = f"remove {self.work}, and training begins anew"
                 raise UserError(f"{directory}: damaged ({error}); {advice}") from error
             return state

@@ -74,6 +74,7 @@ def fetch(lock, store):
             unpacked = os.path.join(scratch, "unpacked")
             os.mkdir(unpacked)
             unpack(download(lines, scratch), unpacked)
+            os.sync()  # a power cut may keep the new name and lose the files
             os.rename(unpacked, target)  # whole or not at all
         finally:
             shutil.rmtree(scratch)

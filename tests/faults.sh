@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Faults on purpose: kills, full disks, damaged files, second runs, a service under bad requests. Prints a table of what
+# Faults on purpose: kills, power cuts, full disks, damaged files, second runs, a service under bad requests. Prints a table of what
 # was tried and how it ended. Below ten minutes; LONG=1: about an hour, and the table goes into tests/README.md.
 set -e
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -8,5 +8,5 @@ FAULTS=short
 [ "${LONG:-0}" = 0 ] || FAULTS=long
 export FAULTS
 exec "$root/.venv/bin/python" -m pytest -c "$root/tests/pytest.ini" -q "$@" "$root/tests/test_faults.py" \
-    "$root/tests/test_damage.py" "$root/tests/test_damaged_data.py" "$root/tests/test_gates.py" \
+    "$root/tests/test_power_loss.py" "$root/tests/test_damage.py" "$root/tests/test_damaged_data.py" "$root/tests/test_gates.py" \
     "$root/tests/test_soak.py" "$root/tests/test_serving_attack.py"

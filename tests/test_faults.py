@@ -118,6 +118,7 @@ def one_thread():
     """For the server that forks the runs: sums in one order, so that results are the same bit for bit."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
+        os.makedirs(LOGS, exist_ok=True)  # test_power_loss.py has this fixture, too
         multiprocessing.forkserver.ensure_running()
         yield
     shutil.rmtree(LOGS, ignore_errors=True)

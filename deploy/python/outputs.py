@@ -1,4 +1,4 @@
-"""Where answers go: to standard output, or to a file that is there when it is complete and survives kills.
+"""Where answers go: to standard output, or to a file that appears when it is complete and survives power cuts.
 
 What infer.py --output FILE leaves
     FILE.unfinished   answers so far, renamed to FILE at the end
@@ -65,6 +65,7 @@ class Written(Printed):
     def __init__(self, path, run, header, begin, resumable, overwrite):
         super().__init__(begin)
         self.path, self.unfinished, self.record_path = path, f"{path}.unfinished", f"{path}.run.json"
+        self.directory = os.path.dirname(os.path.abspath(path))
         self.run, self.file, self.seconds_before = run, None, 0
         self.started = self.saved = time.monotonic()
         self.lock = files.Lock(path)
@@ -93,7 +94,7 @@ class Written(Printed):
         size = os.path.getsize(path) if os.path.isfile(path) else -1
         if record["finished"] and size == done.bytes:
             if path == self.unfinished:  # killed before it was renamed
-                os.replace(path, self.path)
+                self._rename()
             self.finished = True
             print(f"{self.path}: finished already, {done.answers} answers; nothing to do", file=sys.stderr)
         elif path == self.unfinished and size >= done.bytes and not record["finished"]:
@@ -121,6 +122,7 @@ class Written(Printed):
     def _begin(self, header):
         with contextlib.suppress(FileNotFoundError):
             os.remove(self.record_path)
+        files.sync(self.directory)  # before there are other answers for which the old record could be taken
         self.file = open(self.unfinished, "wb")  # noqa: SIM115
         self.file.write(header)
         self.done = self.done._replace(bytes=len(header))
@@ -146,4 +148,8 @@ class Written(Printed):
 
     def finish(self):
         self._save(finished=True)
+        self._rename()
+
+    def _rename(self):
         os.replace(self.unfinished, self.path)
+        files.sync(self.directory)
