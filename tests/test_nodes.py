@@ -96,8 +96,9 @@ def test_killed(on_two_nodes, tmp_path, fault):
     print(f"FAULTS_SEED={SEED}")
     for turn in range(KILLS):
         killed = tmp_path / f"killed{turn}"
+        outputs = [["--output_dir", killed], ["--output_dir", tmp_path / "second"]]  # no common disk
         victim, node = rng.choice(["rank", "launcher", "node"]), rng.randrange(2)
-        with Nodes([*command, "--output_dir", killed], tmp_path / f"logs{turn}") as nodes:
+        with Nodes(command, tmp_path / f"logs{turn}", outputs) as nodes:
             # While the processes start and find each other (only where there is time), or after some step.
             nodes.wait_for_processes()
             if FAULTS == "long" and rng.random() < 0.3:
@@ -116,11 +117,12 @@ def test_killed(on_two_nodes, tmp_path, fault):
                 assert len(lines) == 1 and f"rank {node} (on " in lines[0], where
         slowest = max(slowest, seconds)
         begun = any((tmp_path / f"killed{turn}.unfinished").glob("state-*"))
-        with Nodes([*command, "--output_dir", killed], tmp_path / f"logs{turn}again") as nodes:
+        with Nodes(command, tmp_path / f"logs{turn}again", outputs) as nodes:
             nodes.finish()
             assert nodes.statuses() == [0, 0], where + nodes.all_logs()
             assert not begun or re.search("going on after step|already finished", nodes.log(0)), nodes.log(0)
         assert snapshot(killed) == snapshot(whole), where
+        assert not list(tmp_path.glob("*second*")), where  # the first one alone writes
         shutil.rmtree(killed)
     fault(f"{stage} on two nodes: kill -9", "of a process, a launcher or a whole node, at any time; same command again",
           KILLS, f"all processes ended within {slowest:.0f} s, with one line naming the rank; then as if undisturbed, bit for bit")  # fmt: skip
