@@ -22,7 +22,7 @@ class Nodes:
     places: the directories in which they run."""
 
     def __init__(self, command, directory, of_node=((), ()), places=(None, None)):
-        self.directory, master = directory, f"127.0.0.1:{free_port()}"
+        self.directory, self.script, master = directory, str(command[0]), f"127.0.0.1:{free_port()}"
         directory.mkdir(parents=True)
         self.launchers = []
         for node, more in enumerate(of_node):
@@ -61,7 +61,8 @@ class Nodes:
         """The training process of a node, as psutil.Process; None before it has been started."""
         with contextlib.suppress(psutil.Error):
             for process in psutil.Process(self.launchers[node].pid).children():
-                return process
+                if self.script in process.cmdline():  # not one of the programs that the launcher asks at its start
+                    return process
         return None
 
     def wait_until(self, condition, timeout=120):
