@@ -87,10 +87,12 @@ class Peer:
 
     def close(self):
         """Sees to it that what was sent arrives: closing with unread input would discard it."""
+        until = time.monotonic() + HEARTBEAT_INTERVAL
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
-            while self.connection.recv(1 << 16):
+            while self.connection.recv(1 << 16) and time.monotonic() < until:
                 pass
+        self.connection.close()
 
 
 class Watchdog:
@@ -165,6 +167,7 @@ class Watchdog:
         lines = peer.lines()
         if lines is None:
             self.peers.remove(peer)
+            peer.connection.close()
             if peer.rank is not None and peer.rank not in self.done:
                 self.lost(peer.rank, "has ended before the others")
             return
