@@ -5,6 +5,7 @@ and writes the output directory, so machines need no common disk. Each process h
 when another one is lost, for which Paddle itself would wait.
 """
 
+import collections
 import contextlib
 import os
 
@@ -17,6 +18,10 @@ def start():
     if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1:
         with cli.quiet(), _together():
             paddle.distributed.init_parallel_env()
+        if is_first():
+            per_host = collections.Counter(hosts())
+            shown = ", ".join(f"{count} on {host}" for host, count in per_host.items())
+            print(f"{world_size()} processes: {shown}")
 
 
 @contextlib.contextmanager
@@ -41,6 +46,16 @@ def world_size():
 def is_first():
     """Whether this is the process that logs, evaluates, reads and writes the output."""
     return rank() == 0
+
+
+def hosts():
+    """The addresses of the machines of all processes, by rank."""
+    return [endpoint.rpartition(":")[0] for endpoint in os.environ["PADDLE_TRAINER_ENDPOINTS"].split(",")]
+
+
+def name_of(rank):
+    """How messages name a process."""
+    return f"rank {rank} (on {hosts()[rank]})"
 
 
 def wait_for_all():
@@ -108,8 +123,8 @@ def check_same(made_from):
         names = [name for name in sorted({*first, *theirs}) if first.get(name) != theirs.get(name)]
         if names:
             found = "; ".join(f"{name}: {theirs.get(name)} instead of {first.get(name)}" for name in names)
-            host = os.environ["PADDLE_TRAINER_ENDPOINTS"].split(",")[other].rpartition(":")[0]
-            raise UserError(f"rank {other} (on {host}) differs from rank 0: {found}; all need the same files and code")
+            advice = "all need the same arguments, files and code"
+            raise UserError(f"{name_of(other)} differs from rank 0: {found}; {advice}")
 
 
 def sum_over_processes(*numbers):

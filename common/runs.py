@@ -29,7 +29,10 @@ from common.compat import paddle
 
 
 # Results from before these arguments were there stay valid: they are those of these values.
-VALUES_BEFORE = {"gradient_accumulation_steps": 1, "metric": None, "class_weight": None, "shard_corpus": False}
+VALUES_BEFORE = {
+    "gradient_accumulation_steps": 1, "metric": None, "class_weight": None, "shard_corpus": False,
+    "number of processes": 1,
+}  # fmt: skip
 
 
 def identity(arguments, parent, data, without_effect, objective=None):
@@ -54,7 +57,8 @@ def identity(arguments, parent, data, without_effect, objective=None):
 def difference(before, now):
     """In what two identities differ, as text; "" if they are equal."""
     names = sorted(set(before) | set(now))
-    return ", ".join(f"{n} {before.get(n)} -> {now.get(n)}" for n in names if before.get(n) != now.get(n))
+    values = [(name, *(made_from.get(name, VALUES_BEFORE.get(name)) for made_from in (before, now))) for name in names]
+    return ", ".join(f"{name} {was} -> {is_now}" for name, was, is_now in values if was != is_now)
 
 
 def code_of(shared):
@@ -135,11 +139,8 @@ class Run:
         self.fields["code"] = code_of(self.shared_code)
 
     def identity_of(self, record):
-        parts = (record[name] for name in ("arguments", "parent", "data"))
-        made_from = identity(*parts, self.without_effect, record.get("objective"))
-        if "processes" in record:
-            made_from["number of processes"] = record["processes"]
-        return made_from
+        arguments = {**record["arguments"], "number of processes": record.get("processes", 1)}
+        return identity(arguments, record["parent"], record["data"], self.without_effect, record.get("objective"))
 
     def has_made(self, record, ignoring=()):
         """Whether a record is that of exactly this run. Args: ignoring: names of arguments that may differ."""

@@ -1,7 +1,7 @@
 """The watchdog of each process of a training with several: ends it as soon as another one is lost.
 
 Otherwise the others would wait: at the start for 15 minutes, later on CPUs for 30 if a machine has gone silent, on GPUs
-for ever (NCCL's default). The watchdogs keep connections of their own. The first one listens; the others send a
+forever (NCCL's default). The watchdogs keep connections of their own. The first one listens; the others send a
 heartbeat every two seconds and get one. Whoever notices a loss tells all, each prints the same line and kills its
 process. A watchdog is a process and not a thread, because Paddle starts in C++ code that lets no thread run.
 
@@ -257,5 +257,5 @@ if __name__ == "__main__":
     watchdog = Watchdog(*map(int, numbers), script_name, sys.argv[5:])
     try:
         watchdog.run()
-    except Exception as error:  # unwatched, the process could wait for ever
+    except Exception as error:  # unwatched, the process could wait forever
         watchdog.lost(watchdog.rank, f"its watchdog failed ({error})")

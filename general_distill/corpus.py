@@ -65,7 +65,8 @@ class Corpus:
         listing = [{**row, "bytes": os.path.getsize(path)} for row, path in zip(self.described, self.shards)]
         shares = assign_files(processes.gather(listing))
         if [] in shares:
-            found = f"rank {shares.index([])} gets no file: {sum(map(len, shares))} files for {len(shares)} processes"
+            found = f"{processes.name_of(shares.index([]))} gets no file: "
+            found += f"{sum(map(len, shares))} files for {len(shares)} processes"
             raise UserError(f"--shard_corpus: {found}; split the text into more files")
         self.shards = [os.path.join(directory, row["file"]) for row in shares[processes.rank()]]
         self.described = [

@@ -248,7 +248,8 @@ def test_each_node_reads_only_its_files(distillation, tmp_path):  # noqa: F811
 def test_a_process_without_a_file_is_refused(distillation, monkeypatch):  # noqa: F811
     root, _ = distillation
     monkeypatch.setattr(processes, "gather", lambda listing: [listing] * 4)
-    with pytest.raises(UserError, match="rank 3 gets no file: 3 files for 4 processes; split the text"):
+    monkeypatch.setenv("PADDLE_TRAINER_ENDPOINTS", "first:1,first:2,second:3,second:4")
+    with pytest.raises(UserError, match=r"rank 3 \(on second\) gets no file: 3 files for 4 processes; split the text"):
         corpora.Corpus(str(root / "corpus"), 1, is_sharded=True)
 
 

@@ -128,7 +128,7 @@ def run(words, processes, args, directory):
 def report(measured, args):
     """Prints the table. Returns: its rows; ``speed`` is the median of the rounds beside one process."""
     rows = []
-    print("training | processes | records/s | speed beside one | range of the rounds | MB sent per step")
+    print("training | processes | records/s | speed beside one | range of the rounds | MB sent per step, all together")
     print("--- | --- | --- | --- | --- | ---")
     for title, of_processes in measured.items():
         for processes, found in of_processes.items():
