@@ -50,7 +50,8 @@ def is_first():
 
 def hosts():
     """The addresses of the machines of all processes, by rank."""
-    return [endpoint.rpartition(":")[0] for endpoint in os.environ["PADDLE_TRAINER_ENDPOINTS"].split(",")]
+    endpoints = os.environ.get("PADDLE_TRAINER_ENDPOINTS", "127.0.0.1:0")
+    return [endpoint.rpartition(":")[0] for endpoint in endpoints.split(",")]
 
 
 def name_of(rank):

@@ -27,6 +27,7 @@ JOIN_TIMEOUT = 45.0  # seconds that processes have to come, once the first one i
 EXIT_TIMEOUT = 20.0  # seconds that a process has to end, once it has said that it will
 PORTS = 8  # that the first one tries: between the launcher's choice and its use, another program may take a port
 DONE = "done"
+WATCHED = "PPMINILM_WATCHED"  # in the environment of what a process with a watchdog starts
 HINT = "; run the same command on every machine again: it goes on from the newest saved state"
 
 # In the process that is watched
@@ -36,7 +37,9 @@ _started = []  # its watchdog, if it has one
 
 def start():
     """Starts the watchdog, if paddle.distributed.launch started this process as one of several."""
-    if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1:
+    is_child = os.environ.get(WATCHED)  # a program that such a process has started, with the same environment
+    if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1 and not is_child:
+        os.environ[WATCHED] = "1"
         numbers = os.environ["PADDLE_TRAINER_ID"], str(os.getpid()), str(os.getppid())
         endpoints = os.environ["PADDLE_TRAINER_ENDPOINTS"].split(",")
         # -I -S: it needs nothing but the standard library, and must not find the modules beside it.

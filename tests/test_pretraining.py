@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import FILLER, ROOT, load_script, record
+from conftest import FAULTS, FILLER, ROOT, load_script, record
 
 from common import UserError
 from common.tokenization import FastTokenizer
@@ -72,6 +72,7 @@ def test_the_teacher_learns(teacher):
     assert written["history"][0][2] < 0.05 and written["metrics"]["accuracy"] > 0.3, written["history"]  # chance: 0.005
 
 
+@pytest.mark.skipif(FAULTS is None, reason="20 seconds: bash tests/faults.sh")
 def test_a_kill_changes_nothing(text, teacher):
     killed = start(text, "killed_teacher")
     while not (text / "killed_teacher.unfinished/state-150").is_dir():

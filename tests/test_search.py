@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, load_script, record, sh, write_rows
+from conftest import FAULTS, ROOT, load_script, record, sh, write_rows
 
 from common import UserError
 from common.records import find_records
@@ -119,6 +119,7 @@ def test_the_plan_of_all_seven_tasks_is_the_published_grid(workspace):
         }
 
 
+@pytest.mark.skipif(FAULTS is None, reason="20 seconds: bash tests/faults.sh")
 def test_a_killed_search_leaves_nothing_running_and_goes_on(workspace):
     """Killed while a cell trains: the cell dies with it, resumes with the next search, and ends as undisturbed."""
     settings = {**os.environ, "PYTHON": sys.executable, **GRID, "BATCH_SIZES": "32", "EPOCHS": "3"}
