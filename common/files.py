@@ -153,11 +153,8 @@ def whole_directory(target, wait=False):
                 os.rename(target, old)
             try:
                 os.rename(temporary, target)
-            except BaseException:
-                if os.path.isdir(old) and not os.path.exists(target):
-                    os.rename(old, target)
-                raise
-            _settle(target)
+            finally:
+                _settle(target)  # also puts back what was there, if that failed
 
 
 def _settle(target):

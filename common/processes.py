@@ -15,7 +15,7 @@ from common.compat import paddle
 
 def start():
     """Joins the processes that paddle.distributed.launch started, if it did."""
-    if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1:
+    if watchdog.is_one_of_several():
         with cli.quiet(), _together():
             paddle.distributed.init_parallel_env()
         if is_first():
@@ -118,8 +118,13 @@ def on_first(function):
 
 
 def check_same(made_from):
-    """Raises: UserError, in all processes, if one of them has something else. Args: made_from: {what it is: value}."""
-    first, *others = gather(made_from)
+    """Raises: UserError, in all processes, if one of them has something else.
+
+    Args: made_from: function that gives {what it is: value}; a single process does not call it.
+    """
+    if world_size() == 1:
+        return
+    first, *others = gather(made_from())
     for other, theirs in enumerate(others, 1):
         names = [name for name in sorted({*first, *theirs}) if first.get(name) != theirs.get(name)]
         if names:
@@ -142,15 +147,15 @@ def sum_over_processes(*numbers):
 def sum_gradients(parameters, factor=1.0):
     """Replaces each gradient by its sum over all processes, times ``factor``. A missing gradient counts as zero."""
     several = world_size() > 1
-    for parameter in parameters:
-        if parameter.stop_gradient:
-            continue
-        if parameter.grad is None:
-            if not several:
+    with _together():
+        for parameter in parameters:
+            if parameter.stop_gradient:
                 continue
-            parameter.grad = paddle.zeros_like(parameter)
-        if several:
-            with _together():
+            if parameter.grad is None:
+                if not several:
+                    continue
+                parameter.grad = paddle.zeros_like(parameter)
+            if several:
                 paddle.distributed.all_reduce(parameter.grad)
-        if factor != 1.0:
-            parameter.grad.scale_(factor)
+            if factor != 1.0:
+                parameter.grad.scale_(factor)

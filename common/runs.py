@@ -80,13 +80,6 @@ def code_of(shared):
     return {files.relative(path): files.file_hash(path) for path in sorted(paths)}
 
 
-def code_of_common():
-    """{file: sha256} of all modules beside this one."""
-    common = os.path.dirname(os.path.abspath(__file__))
-    paths = [os.path.join(common, name) for name in sorted(os.listdir(common)) if name.endswith(".py")]
-    return {files.relative(path): files.file_hash(path) for path in paths}
-
-
 def changed_code(before, now):
     """The files that are in both and differ, as a text; "" if there is none. Args: as code_of gives them."""
     return ", ".join(name for name in before if now.get(name, before[name]) != before[name])
@@ -230,10 +223,7 @@ class ResumableRun(Run):
 
     def __enter__(self):
         try:
-            # Also the code that does not change the results of one process: it decides who waits for whom.
-            code = {name: digest[:12] for name, digest in {**self.fields["code"], **code_of_common()}.items()}
-            versions = {"Paddle": paddle.__version__, "Python": "{}.{}".format(*sys.version_info)}
-            processes.check_same({**self.identity, **code, **versions, "model": self.fields.get("model")})
+            processes.check_same(self._of_this_process)
             self.finished, self.resumes = processes.on_first(self._look)
         except BaseException:
             self._leave()
@@ -253,6 +243,14 @@ class ResumableRun(Run):
         if self.newest_state() is None:
             self._remove()
         self.lock.release()
+
+    def _of_this_process(self):
+        """What must be the same in all processes: {what it is: value}."""
+        # Also the code that does not change the results of one process: it decides who waits for whom.
+        common = [name for name in os.listdir(os.path.dirname(os.path.abspath(__file__))) if name.endswith(".py")]
+        code = {name: digest[:12] for name, digest in code_of([*self.shared_code, *common]).items()}
+        versions = {"Paddle": paddle.__version__, "Python": "{}.{}".format(*sys.version_info)}
+        return {**self.identity, **code, **versions, "model": self.fields.get("model")}
 
     def _look(self):
         """(whether all outputs are finished, whether there is a state to go on from)"""

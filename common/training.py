@@ -94,7 +94,7 @@ def convert(args, run, splits, tokenizer, task):
 
     Args: run: runs.ResumableRun. splits: {name: data.Split} with ``train``. task: data.Task.
     """
-    processes.check_same({"vocabulary": tokenizer.fingerprint()})
+    processes.check_same(lambda: {"vocabulary": tokenizer.fingerprint()})
     features = {}
     for name, split in splits.items():
         features[name] = batching.convert(split.examples, tokenizer, args.max_seq_length)

@@ -35,10 +35,15 @@ HINT = "; run the same command on every machine again: it goes on from the newes
 _started = []  # its watchdog, if it has one
 
 
+def is_one_of_several():
+    """Whether paddle.distributed.launch started this process as one of several."""
+    return int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1
+
+
 def start():
-    """Starts the watchdog, if paddle.distributed.launch started this process as one of several."""
+    """Starts the watchdog, if this process is one of several."""
     is_child = os.environ.get(WATCHED)  # a program that such a process has started, with the same environment
-    if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1 and not is_child:
+    if is_one_of_several() and not is_child:
         os.environ[WATCHED] = "1"
         numbers = os.environ["PADDLE_TRAINER_ID"], str(os.getpid()), str(os.getppid())
         endpoints = os.environ["PADDLE_TRAINER_ENDPOINTS"].split(",")

@@ -193,8 +193,9 @@ def main(argv=None):
         if run.finished:
             return
         # What the student learns from is not among the weights that it starts from, which a run compares itself.
-        fingerprints = {"vocabulary": teacher.tokenizer.fingerprint(), "teacher": modeling.fingerprint(teacher.model)}
-        processes.check_same(fingerprints)
+        processes.check_same(
+            lambda: {"vocabulary": teacher.tokenizer.fingerprint(), "teacher": modeling.fingerprint(teacher.model)}
+        )
         if run.is_first:
             corpus.show_samples(teacher.tokenizer, args.max_seq_length)
             print(

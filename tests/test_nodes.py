@@ -165,16 +165,18 @@ def test_what_differs_between_processes_is_named(distillation, workspace, tmp_pa
     """What a run compares of a second process: its corpus, its arguments, its code."""
     _root, arguments = distillation
     gathered = []
-    monkeypatch.setattr(processes, "gather", lambda value: gathered.append(value) or [value])
-    monkeypatch.setenv("PADDLE_TRAINER_ENDPOINTS", "first:1,second:2")
+    monkeypatch.setattr(processes, "check_same", lambda made_from: gathered.append(made_from()))
     script = load_script("general_distill", "general_distill")
     script.main([*map(str, arguments), "--max_steps", "1", "--output_dir", str(tmp_path / "out")])
     first = next(value for value in gathered if "md5 of corpus" in value)
+    monkeypatch.undo()
+    monkeypatch.setenv("PADDLE_TRAINER_ENDPOINTS", "first:1,second:2")
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
     for name in ("md5 of corpus", "learning_rate", "common/watchdog.py", "data.py", "Paddle"):
         monkeypatch.setattr(processes, "gather", lambda value, name=name: [value, {**value, name: "other"}])
         found = f"rank 1 \\(on second\\) differs from rank 0: {name}: other instead of {first[name]};"
         with pytest.raises(UserError, match=found):
-            processes.check_same(first)
+            processes.check_same(lambda: first)
 
 
 def test_a_mistake_on_one_node_ends_both(workspace, tmp_path):
