@@ -23,66 +23,9 @@ import zipfile
 
 import numpy as np
 
-from common import UserError, cli, files, objectives, processes, records
+from common import UserError, cli, files, processes, provenance, records
 from common.checkpoints import WEIGHTS
 from common.compat import paddle
-
-
-# Results from before these arguments were there stay valid: they are those of these values.
-VALUES_BEFORE = {
-    "gradient_accumulation_steps": 1, "metric": None, "class_weight": None, "shard_corpus": False,
-    "number of processes": 1,
-}  # fmt: skip
-
-
-def identity(arguments, parent, data, without_effect, objective=None):
-    """What makes a result, as a flat dict: arguments, the weights it was made from, the md5 of each data file.
-
-    Args: arguments, parent, data, objective: as in a record. without_effect: names of arguments that do not count.
-    """
-    made_from = {name: value for name, value in arguments.items() if name not in without_effect}
-    made_from.setdefault("metric", objectives.chosen_metric(objective))  # of a stage that takes it from its parent
-    for name, before in VALUES_BEFORE.items():
-        if made_from.get(name, "") == before:
-            del made_from[name]
-    made_from["weights made from"] = None
-    if parent:
-        hashes = sorted(digest[:12] for digest in records.parameter_hashes(parent["weights"]))
-        made_from["weights made from"] = " ".join(hashes)
-    for name, split in (data or {}).items():
-        made_from[f"md5 of {name}"] = split["md5"]
-    return made_from
-
-
-def difference(before, now):
-    """In what two identities differ, as text; "" if they are equal."""
-    names = sorted(set(before) | set(now))
-    values = [(name, *(made_from.get(name, VALUES_BEFORE.get(name)) for made_from in (before, now))) for name in names]
-    return ", ".join(f"{name} {was} -> {is_now}" for name, was, is_now in values if was != is_now)
-
-
-def code_of(shared):
-    """{file: sha256} of the code that decides what a run gives: the script that was started, the modules beside it that
-    it imported, the shared ones, and the objectives of the user's own.
-
-    It is no part of a run's identity: a comment may change, or a later evaluation be mended, and the run be the same.
-    But who goes on with other code is told so, and the record of a result says it.
-
-    Args: shared: paths from common/.
-    """
-    common = os.path.dirname(os.path.abspath(__file__))
-    paths = {*(os.path.normpath(os.path.join(common, path)) for path in shared), *objectives.OWN_FILES}
-    started = getattr(sys.modules["__main__"], "__file__", None)
-    stage = os.path.dirname(os.path.abspath(started)) if started else ""
-    if os.path.dirname(stage) == os.path.dirname(common):  # not a test runner
-        loaded = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
-        paths |= {os.path.abspath(path) for path in loaded if path and os.path.dirname(os.path.abspath(path)) == stage}
-    return {files.relative(path): files.file_hash(path) for path in sorted(paths)}
-
-
-def changed_code(before, now):
-    """The files that are in both and differ, as a text; "" if there is none. Args: as code_of gives them."""
-    return ", ".join(name for name in before if now.get(name, before[name]) != before[name])
 
 
 def check_replaceable(directory, stage, inside=()):
@@ -129,11 +72,12 @@ class Run:
         if processes.world_size() > 1:  # each takes --batch_size records, so another number is another training
             self.fields["processes"] = processes.world_size()
         self.identity = self.identity_of({"arguments": self.arguments, **self.fields})
-        self.fields["code"] = code_of(self.shared_code)
+        self.fields["code"] = provenance.code_of(self.shared_code)
 
     def identity_of(self, record):
         arguments = {**record["arguments"], "number of processes": record.get("processes", 1)}
-        return identity(arguments, record["parent"], record["data"], self.without_effect, record.get("objective"))
+        parent, data, objective = record["parent"], record["data"], record.get("objective")
+        return provenance.identity(arguments, parent, data, self.without_effect, objective)
 
     def has_made(self, record, ignoring=()):
         """Whether a record is that of exactly this run. Args: ignoring: names of arguments that may differ."""
@@ -156,14 +100,14 @@ class Run:
         if self.overwrite:
             return False
         record = records.read_record(directory)
-        changed = difference(self.identity_of(record), self.identity)
+        changed = provenance.difference(self.identity_of(record), self.identity)
         if changed:
             raise UserError(
                 f"{directory}: holds the result of something else ({changed}); "
                 "--overwrite replaces it, or name another output directory"
             )
         records.check_files(directory, record)
-        changed = changed_code(record.get("code") or {}, self.fields["code"])
+        changed = provenance.changed_code(record.get("code") or {}, self.fields["code"])
         if changed:
             print(f"warning: {directory}: made before {changed} changed; --overwrite makes it anew", file=sys.stderr)
         files.clear_leftovers(directory)
@@ -248,7 +192,7 @@ class ResumableRun(Run):
         """What must be the same in all processes: {what it is: value}."""
         # Also the code that does not change the results of one process: it decides who waits for whom.
         common = [name for name in os.listdir(os.path.dirname(os.path.abspath(__file__))) if name.endswith(".py")]
-        code = {name: digest[:12] for name, digest in code_of([*self.shared_code, *common]).items()}
+        code = {name: digest[:12] for name, digest in provenance.code_of([*self.shared_code, *common]).items()}
         versions = {"Paddle": paddle.__version__, "Python": "{}.{}".format(*sys.version_info)}
         return {**self.identity, **code, **versions, "model": self.fields.get("model")}
 
@@ -267,7 +211,7 @@ class ResumableRun(Run):
     def _begin(self):
         """Makes sure that what lies in the working directory is of this very run. Raises: UserError if it is not."""
         before = self._read_identity()
-        changed = difference(before, self.identity) if before is not None else ""
+        changed = provenance.difference(before, self.identity) if before is not None else ""
         if changed and not self.overwrite and self.newest_state() is not None:
             raise UserError(
                 f"{self.work}: an unfinished run of something else ({changed}); repeat its "
@@ -401,7 +345,7 @@ class ResumableRun(Run):
         optimizer.set_state_dict({**entries, "LR_Scheduler": schedule.state_dict()})
         self.seconds_before = state["seconds"]
         self.code_notes = list(state.get("code_notes", []))
-        changed = changed_code(state.get("code", {}), self.fields["code"])
+        changed = provenance.changed_code(state.get("code", {}), self.fields["code"])
         if changed:
             self.code_notes.append(f"{changed} changed after step {state['step']} of the training")
             if self.is_first:

@@ -23,7 +23,7 @@ sys.path[:0] = [HERE, os.path.join(HERE, "..")]
 import data
 import run_clue
 import summarize
-from common import CORES, UserError, checkpoints, cli, objectives, records, runs, texts
+from common import CORES, UserError, checkpoints, cli, objectives, provenance, records, runs, texts
 from common.compat import paddle
 from tqdm import tqdm
 
@@ -262,7 +262,7 @@ def prepare(cells, args):
 def search(cells, args, slots):
     """Runs the cells that are not finished. Returns: {cell: reason} for the failed cells."""
     recorded, states = read_cells(cells, args)
-    code = runs.code_of(runs.ResumableRun.shared_code)
+    code = provenance.code_of(runs.ResumableRun.shared_code)
     queue = [cell for cell in cells if states[cell] != "finished"]
     failed = prepare(queue, args) if queue else {}
     queue = [cell for cell in queue if cell not in failed]
@@ -282,7 +282,7 @@ def search(cells, args, slots):
 
     for cell in cells:
         if states[cell] == "finished":
-            changed = runs.changed_code(recorded[cell].get("code") or {}, code)
+            changed = provenance.changed_code(recorded[cell].get("code") or {}, code)
             count(cell, recorded[cell], "already finished" + (f" (made before {changed} changed)" if changed else ""))
     summarize.write_best(args.model)
     try:

@@ -13,7 +13,8 @@ import pytest
 from conftest import load_script, refused
 
 import data
-from common import UserError, batching, checkpoints, modeling, records, runs, tokenization
+from common import UserError, batching, checkpoints, modeling, records, tokenization
+from common.provenance import identity
 
 
 def cut(path, keep=0.7):
@@ -166,7 +167,7 @@ def read_all(directory):
     record = records.read_record(str(directory))
     records.check_task(record, "topics", "m", "ppminilm")
     records.sequence_length(type("Arguments", (), {"max_seq_length": None}), record)
-    runs.identity(record["arguments"], record["parent"], record["data"], set())
+    identity(record["arguments"], record["parent"], record["data"], set())
     checkpoints.open_graph(str(directory))
 
 

@@ -6,7 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
-from common import UserError, modeling, objectives, predictions, records, runs
+from common import UserError, modeling, objectives, predictions, records
+from common.provenance import VALUES_BEFORE, identity
 from common.compat import paddle
 from conftest import load_script, record, refused, write_rows
 from hypothesis import given, settings
@@ -222,9 +223,9 @@ def test_answers_lie_beside_every_model_that_was_scored(tuned, pruned, quantized
 
 def test_a_default_is_no_part_of_a_runs_identity():
     # A stage without the argument has the metric of its parent, which may have the same weights with another metric.
-    of_parent = [runs.identity({}, None, {}, (), ONE.selecting_by(name).describe()) for name in ONE.selectable]
+    of_parent = [identity({}, None, {}, (), ONE.selecting_by(name).describe()) for name in ONE.selectable]
     assert [found.get("metric") for found in of_parent] == [None, "macro_f1", "weighted_f1"]
-    assert runs.identity({}, None, {}, (), SEVERAL.describe()) == runs.identity({}, None, {}, ()) == of_parent[0]
-    for name, before in runs.VALUES_BEFORE.items():
-        assert runs.identity({name: before, "seed": 1}, None, {}, ()) == runs.identity({"seed": 1}, None, {}, ())
-        assert name in runs.identity({name: "other"}, None, {}, ())
+    assert identity({}, None, {}, (), SEVERAL.describe()) == identity({}, None, {}, ()) == of_parent[0]
+    for name, before in VALUES_BEFORE.items():
+        assert identity({name: before, "seed": 1}, None, {}, ()) == identity({"seed": 1}, None, {}, ())
+        assert name in identity({name: "other"}, None, {}, ())

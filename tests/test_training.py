@@ -13,7 +13,19 @@ import pytest
 from conftest import ROOT, load_script, record
 
 import data
-from common import UserError, batching, checkpoints, cli, files, modeling, records, runs, tokenization, training
+from common import (
+    UserError,
+    batching,
+    checkpoints,
+    cli,
+    files,
+    modeling,
+    provenance,
+    records,
+    runs,
+    tokenization,
+    training,
+)
 
 
 def arguments(**changed):
@@ -290,7 +302,7 @@ def test_finished_asks_for_data_and_parent_too(tuned, tmp_path):
     parent = {"path": "p", "weights": {"m.pdiparams": "0123", "m.pdmodel": "0000"}}
     # The graph of one architecture is the same for all its models.
     other_parent = {"path": "p", "weights": {"m.pdiparams": "0124", "m.pdmodel": "0000"}}
-    assert runs.difference(*(runs.identity({}, p, {}, set()) for p in (parent, other_parent)))
+    assert provenance.difference(*(provenance.identity({}, p, {}, set()) for p in (parent, other_parent)))
 
     def run(parent=None, data=found["data"], overwrite=False, **changed):
         args = cli.Arguments(**{**found["arguments"], **changed, "overwrite": overwrite})
@@ -444,7 +456,7 @@ def test_a_record_is_checked_before_the_training(tuned, tmp_path):
 def test_who_goes_on_with_other_code_is_told(tmp_path, capsys, monkeypatch):
     """By name, when the run is resumed, in the record of its result, and when the result is found finished."""
     code = {"finetuning/run_clue.py": "1", "common/training.py": "1", "only/then.py": "1"}
-    monkeypatch.setattr(runs, "code_of", lambda shared: dict(code))
+    monkeypatch.setattr(provenance, "code_of", lambda shared: dict(code))
     model = paddle.nn.Linear(2, 2)
     schedule = paddle.optimizer.lr.LambdaDecay(1.0, lambda step: 1.0)
     optimizer = paddle.optimizer.AdamW(schedule, parameters=model.parameters())
@@ -480,7 +492,7 @@ def test_who_goes_on_with_other_code_is_told(tmp_path, capsys, monkeypatch):
 def test_the_code_of_a_run_is_its_script_and_what_trains():
     script = os.path.join(ROOT, "finetuning", "run_clue.py")
     code = f"import json, sys, types; sys.path[:0] = [{ROOT!r}, {os.path.dirname(script)!r}]\nimport scoring\n"
-    code += f"sys.modules['__main__'].__file__ = {script!r}\nfrom common import runs; print(json.dumps(runs.code_of(runs.Run.shared_code)))"
+    code += f"sys.modules['__main__'].__file__ = {script!r}\nfrom common import provenance, runs; print(json.dumps(provenance.code_of(runs.Run.shared_code)))"
     found = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     wanted = ["common/batching.py", "common/objectives.py", "common/tokenization.py", "data.py"]
     assert sorted(found) == sorted([*wanted, "finetuning/run_clue.py", "finetuning/scoring.py"])
@@ -500,7 +512,9 @@ def test_an_unfinished_run_of_the_version_before_is_refused_and_kept(workspace, 
     run_clue = load_script("finetuning", "run_clue")
     args = run_clue.parse_args(command[1:])
     split = {name: data.md5_of(workspace / f"data/topics/{name}.json") for name in ("train", "dev")}
-    before = runs.identity(cli.describe(args), None, {n: {"md5": md5} for n, md5 in split.items()}, args.without_effect)
+    before = provenance.identity(
+        cli.describe(args), None, {n: {"md5": md5} for n, md5 in split.items()}, args.without_effect
+    )
     del before["objective"]
     before["device"] = "cpu"  # as the training finds out
     state = tmp_path / "m.unfinished/state-20"

@@ -12,7 +12,7 @@ import sys
 import time
 from typing import NamedTuple
 
-from common import UserError, files, runs, sources
+from common import UserError, files, provenance, sources
 
 CHECKPOINT_SECONDS = 1  # how much work a kill costs, at most, and a window
 
@@ -114,7 +114,7 @@ class Written(Printed):
             return
         why = "nothing says how they were made"
         if run:
-            why = runs.difference(run, self.run) or "which were changed"
+            why = provenance.difference(run, self.run) or "which were changed"
         if not resumable:
             why = "standard input cannot be compared with theirs"
         raise UserError(f"--output {self.path}: holds answers already ({why}); name another file, or add --overwrite")
