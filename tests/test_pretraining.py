@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import FAULTS, FILLER, ROOT, load_script, record
 
-from common import UserError
+from common import UserError, tensors
 from common.tokenization import FastTokenizer
 
 SCRIPT = os.path.join(ROOT, "demo/pretrain_mlm.py")
@@ -140,3 +140,67 @@ def test_without_mask_token_it_refuses(text, tmp_path):
     (tmp_path / "vocab.txt").write_text((text / "vocab.txt").read_text().replace("[MASK]", "[X]"), encoding="utf-8")
     done = start(text, "none", "--vocab_file", tmp_path / "vocab.txt")
     assert "no [MASK]" in done.communicate()[0] and done.returncode == 2
+
+
+def test_word_vectors_are_those_of_the_counts(text):
+    """Neighbours by hand on two sentences; the factors against NumPy's; and neighbours in the text get like vectors."""
+    import word_vectors
+
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *FILLER]
+    tokenizer = FastTokenizer(vocab)
+    a, b, c = (vocab.index(char) for char in FILLER[:3])
+    occurrences, pairs = word_vectors.count_neighbours([FILLER[0] + FILLER[1] + FILLER[2], FILLER[0]], tokenizer, 64)
+    assert occurrences[[a, b, c]].tolist() == [2, 1, 1] and occurrences.sum() == 4
+    assert [pairs[a, b], pairs[b, c], pairs[a, c], pairs[c, a], pairs[a, a]] == [1, 1, 0.5, 0.5, 0]
+
+    lines = [line for shard in "01" for line in (text / f"text/{shard}.txt").read_text(encoding="utf-8").split()]
+    occurrences, pairs = word_vectors.count_neighbours(lines, tokenizer, 64)
+    dense = pairs.toarray()[5:, 5:]
+    contexts = dense.sum(0) ** 0.75 / (dense.sum(0) ** 0.75).sum()
+    with np.errstate(divide="ignore"):
+        information = np.maximum(np.log(dense / dense.sum(1, keepdims=True) / contexts), 0)
+    vectors, values, _ = np.linalg.svd(information)
+    expected = vectors[:, :16] * values[:16] ** 0.5
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    found = word_vectors.factorize(pairs, 16)
+    assert np.abs(found[:5]).max() < 1e-3
+    assert np.abs(found[5:] @ found[5:].T - expected @ expected.T).mean() < 0.02
+    similar = found @ found.T
+    assert similar[a, b] > 0.8 and abs(similar[a, vocab.index(FILLER[100])]) < 0.3
+
+
+def test_a_warm_start_learns_sooner_and_resumes(text, tmp_path, monkeypatch, capsys):
+    """The loss of few steps against a cold start's; the same bits after an interruption, with the counting done once."""
+    script = load_script("demo", "pretrain_mlm")
+
+    def train(name, *more):
+        arguments = ["--init_config", text / "tiny.json", "--vocab_file", text / "vocab.txt", "--input_dir", text / "text",
+                     "--output_dir", tmp_path / name, "--batch_size", 32, "--max_steps", 120, "--learning_rate", "3e-3",
+                     "--save_steps", 10, "--logging_steps", 40, *more]  # fmt: skip
+        script.main([str(a) for a in arguments])
+        return record(tmp_path / name)
+
+    cold, warm = train("cold"), train("warm", "--warm_start")
+    assert warm["metrics"]["loss"] < cold["metrics"]["loss"] - 0.5
+    check, counted = script.training.check_loss, capsys.readouterr().out.count("warm start: word vectors of 200 tokens")
+
+    def stop_at_25(loss, step):
+        check(loss, step)
+        if step == 25:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(script.training, "check_loss", stop_at_25)
+    with pytest.raises(KeyboardInterrupt):
+        train("stopped", "--warm_start")
+    monkeypatch.setattr(script.training, "check_loss", check)
+    again = train("stopped", "--warm_start")
+    # Not the files: they hold Paddle's names of the parameters, which within a process count up.
+    both = [tensors.read_tensors(str(tmp_path / name / "model_state.pdparams")) for name in ("warm", "stopped")]
+    assert again["history"] == warm["history"] and both[0].keys() == both[1].keys()
+    assert all(np.array_equal(both[0][name], both[1][name]) for name in both[0])
+    assert counted == 1 and capsys.readouterr().out.count("warm start: word vectors of 200 tokens") == 1
+    with pytest.raises(UserError, match="tokens are frequent"):
+        few = tmp_path / "few"
+        few.mkdir()
+        (few / "0.txt").write_text(FILLER[0] * 30 + "\n", encoding="utf-8")
+        train("none", "--warm_start", "--input_dir", few)
