@@ -74,7 +74,7 @@ def train(args, run, corpus, model, tokenizer):
     """Trains the model in place. Returns: the final state; its ``history`` has [step, loss in nats, accuracy] rows."""
     progress = training.Progress(args, 0)
     optimizer, schedule = training.make_optimizer(model, args, args.max_steps)
-    if args.warm_start and run.newest_state() is None:
+    if args.warm_start and not run.resumes:
         warm_start(model, corpus.lines(0), tokenizer, args.max_seq_length)
     state = run.restore(model, optimizer, schedule, history=[], sums=[0.0, 0, 0])
     model.train()

@@ -1,0 +1,299 @@
+"""How many labels a pre-trained or distilled model saves: fine-tunes several starts on parts of a task's train data.
+
+Reads models to start from, and architectures to start at random (the twins). For each start and each number of labels,
+finetuning/run_clue.py tries the same learning rates and numbers of steps with the first seed; the best on the whole of
+dev is repeated with the other seeds. Each seed draws other records. Writes the fine-tuned models to --output_dir, the
+figures to --json, where other tasks keep theirs, and a plot of all tasks. Rerun the same command to resume.
+
+    python few_labels.py --task_name TNEWS --starts teacher=teacher distilled=pretrain/model_7500 \\
+        random=../configs/student-2l-128h.json --vocab_file vocab.txt --plan 100=300 1000=300,900 all=3300 \\
+        --learning_rates 5e-4 1e-3 2e-3 --seeds 1 2 3 --output_dir few --json few_labels.json --plot few_labels.png
+"""
+
+import argparse
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+
+import numpy as np
+
+import data
+from common import ROOT, UserError, cli, files, records
+
+RUN_CLUE = os.path.join(ROOT, "finetuning", "run_clue.py")
+ALL = "all"
+EVALUATIONS = 4  # of each training; the best one counts, so a smaller number of steps need not be tried
+# Arguments of run_clue.py by which a finished model is known to be the one that was asked for.
+CHECKED = ("learning_rate", "max_steps", "save_steps", "batch_size", "seed", "max_seq_length")
+# In these a random twin may differ from the model that it is compared with.
+NOT_SHAPE = ("initializer_range", "hidden_dropout_prob", "attention_probs_dropout_prob")
+
+
+def start_argument(text):
+    """argparse type: NAME=PATH -> (name, path)."""
+    name, equals, path = text.partition("=")
+    if not (name and equals and path and name.replace("_", "").isalnum()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH, with a name of letters, digits and _")
+    return name, path
+
+
+def plan_argument(text):
+    """argparse type: SIZE=STEPS,STEPS,... -> (size, list of steps); a size is "all" or a number."""
+    size, _, steps = text.partition("=")
+    numbers = [*steps.split(","), *([] if size == ALL else [size])]
+    if not all(number.isdigit() and int(number) > 0 for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is not LABELS=STEPS or LABELS=STEPS,STEPS; LABELS may be all")
+    return size if size == ALL else int(size), sorted({int(number) for number in steps.split(",")})
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(__doc__)
+    main = parser.add_argument_group("task and models")
+    cli.add_task_argument(main)
+    help = "NAME=PATH of each start: a directory that a stage wrote, or a JSON architecture for random weights"
+    main.add_argument("--starts", type=start_argument, nargs="+", required=True, help=help)
+    help = "names of starts, a model and its random twins: how many labels does the first need for a twin's accuracy?"
+    main.add_argument("--compare", nargs="+", default=["distilled", "random"], metavar="NAME", help=help)
+    main.add_argument("--vocab_file", help="vocabulary of the random starts")
+    help = "family of a start, by its name: NAME=TYPE (default: ppminilm)"
+    main.add_argument("--model_types", type=start_argument, nargs="+", default=[], help=help)
+    study = parser.add_argument_group("study")
+    help = "LABELS=STEPS,STEPS for each number of labels: the steps to try. Even 100 labels take some 300 steps"
+    study.add_argument("--plan", type=plan_argument, nargs="+", required=True, help=help)
+    help = "learning rates to try"
+    study.add_argument("--learning_rates", nargs="+", default=["5e-4", "1e-3", "2e-3"], help=help)
+    help = "seeds of weights, order, dropout and choice of records; all of the records take the first one only"
+    study.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help=help)
+    study.add_argument("--batch_size", type=int, default=32, positive=True, help="records per step")
+    study.add_argument("--max_seq_length", type=int, default=128, positive=True, help="tokens per sequence")
+    cli.add_device_argument(study)
+    places = parser.add_argument_group("places")
+    cli.add_data_arguments(places)
+    cli.add_output_argument(places, "directory for parts of the train data and fine-tuned models", required=True)
+    places.add_argument("--json", required=True, help="JSON file of the figures; those of other tasks stay in it")
+    places.add_argument("--plot", required=True, help="PNG file of the plot")
+    args = parser.parse_args(argv)
+    args.starts, args.plan, args.model_types = dict(args.starts), dict(args.plan), dict(args.model_types)
+    for name in {*args.compare, *args.model_types} - set(args.starts):
+        raise UserError(f"{name}: no such start; there are {', '.join(args.starts)}")
+    for name, path in args.starts.items():
+        if not os.path.exists(path):
+            raise UserError(f"--starts {name}={path}: no such file or directory")
+    return args
+
+
+# Data
+
+
+def make_part(args, task, size, seed):
+    """A directory with the task's dev.json, and ``size`` of its train records: a random draw, not one by class, as
+    someone would label the first records of a shuffled heap. Of one seed, a larger part contains the smaller ones.
+
+    Returns: its path. Raises: UserError if there are not so many records.
+    """
+    directory = os.path.join(args.output_dir, "data", f"{task.name.lower()}-{size}-{seed}")
+    if os.path.isdir(directory):
+        return directory
+    train = data.read_split(task, "train", args.data_dir, args.max_train_samples)
+    if size > len(train.examples):
+        raise UserError(f"--plan {size}: {task.name} has only {len(train.examples)} train records")
+    order = np.random.default_rng(seed).permutation(len(train.examples))
+    chosen = {train.examples[number].line for number in order[:size]}
+    rows = [row for number, row in files.read_rows(train.path) if number in chosen]
+    os.makedirs(os.path.dirname(directory), exist_ok=True)
+    marker = os.path.join(os.path.dirname(os.path.dirname(train.path)), data.GENERATED)
+    if os.path.isfile(marker):  # parts of generated records are marked as such, too
+        shutil.copy(marker, os.path.dirname(directory))
+    with files.whole_directory(directory) as scratch:
+        files.write_json_lines(os.path.join(scratch, "train.json"), rows)
+        shutil.copy(data.split_path(task.name, "dev", args.data_dir), scratch)
+        # A class that the draw has missed is still one of the task.
+        files.write_json(os.path.join(scratch, "labels.json"), list(task.labels))
+    return directory
+
+
+# Runs
+
+
+def fine_tune(args, start, size, seed, learning_rate, steps):
+    """The stage.json of a start, fine-tuned on so many records; from an earlier run if it is there.
+
+    Raises: UserError if what is there was made in another way, or if run_clue.py fails.
+    """
+    task = data.get_task(args.task_name, args.data_dir)
+    part = args.data_dir if size == ALL else make_part(args, task, size, seed)
+    output = os.path.join(args.output_dir, task.name, start, f"{size}-{seed}", f"{learning_rate}_{steps}")
+    settings = {
+        "learning_rate": float(learning_rate), "max_steps": steps, "save_steps": -(-steps // EVALUATIONS),
+        "batch_size": args.batch_size, "seed": seed, "max_seq_length": args.max_seq_length,
+    }  # fmt: skip
+    if not os.path.exists(os.path.join(output, records.RECORD)):
+        run_script(args, start, output, part, settings)
+    record = records.read_record(output, "a fine-tuned model")
+    other = [f"{name} {record['arguments'][name]}" for name in CHECKED if record["arguments"][name] != settings[name]]
+    if (record["parent"] or {}).get("weights") != weights_of(args.starts[start]):
+        other.append("another start")
+    if size != ALL and record["data"]["train"]["md5"] != data.md5_of(os.path.join(part, "train.json")):
+        other.append("other records")
+    if other:
+        raise UserError(f"{output}: made with {', '.join(other)}; remove it, or name another --output_dir")
+    return record
+
+
+def run_script(args, start, output, part, settings):
+    """Starts run_clue.py, whose output goes to <output>.log, and waits. Raises: UserError if it fails."""
+    path = args.starts[start]
+    options = {**settings, "task_name": args.task_name, "output_dir": output, "data_dir": part, "device": args.device}
+    options["max_eval_samples"] = args.max_eval_samples
+    options["model_type"] = args.model_types.get(start)
+    if os.path.isdir(path):
+        options["model_name_or_path"] = path
+    else:
+        options.update(init_config=path, vocab_file=args.vocab_file)
+    if part == args.data_dir:
+        options["max_train_samples"] = args.max_train_samples
+    command = [sys.executable, RUN_CLUE, "--group_by_length"]
+    command += [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
+    os.makedirs(os.path.dirname(output), exist_ok=True)
+    with open(f"{output}.log", "a") as log:
+        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+    if status:
+        raise UserError(f"run_clue.py failed with status {status}; its output is in {output}.log")
+
+
+def weights_of(path):
+    """The hashes of a start's weights; None if it starts at random."""
+    return records.read_record(path, "a model to start from")["weights"] if os.path.isdir(path) else None
+
+
+def study(args, start, size):
+    """Searches with the first seed, then repeats the best setting with the others.
+
+    Returns: {labels, learning_rate, steps, accuracies: one per seed, searched: {setting: accuracy}}
+    """
+    steps_to_try = args.plan[size]
+    tried = {}
+    for learning_rate, steps in itertools.product(args.learning_rates, steps_to_try):
+        tried[learning_rate, steps] = fine_tune(args, start, size, args.seeds[0], learning_rate, steps)
+    best = max(tried, key=lambda setting: records.score(tried[setting]))
+    found = [tried[best]]
+    for seed in args.seeds[1:] if size != ALL else []:
+        found.append(fine_tune(args, start, size, seed, *best))
+    accuracies = [round(records.score(record), 6) for record in found]
+    labels = found[0]["data"]["train"]["examples"]
+    print(
+        f"{args.task_name} {start}, {labels} labels: {100 * np.mean(accuracies):.2f} "
+        f"({', '.join(f'{100 * accuracy:.2f}' for accuracy in accuracies)}), learning rate {best[0]}, {best[1]} steps",
+        flush=True,
+    )
+    searched = {f"{rate}, {steps} steps": round(records.score(record), 6) for (rate, steps), record in tried.items()}
+    return {
+        "labels": labels, "learning_rate": float(best[0]), "steps": best[1], "accuracies": accuracies,
+        "best_steps": [record["metrics"]["step"] for record in found], "searched": searched,
+        "seconds": round(sum(record["seconds"] for record in [*tried.values(), *found[1:]]), 1), "record": found[0],
+    }  # fmt: skip
+
+
+# Figures
+
+
+def labels_needed(curve, accuracy):
+    """The number of labels with which a curve reaches an accuracy, between its points by the logarithm of the number.
+
+    Args: curve: [(labels, accuracy)] in rising order of labels.
+    Returns: a number; the first point's if that is as accurate already; None if no point is.
+    """
+    for (few, low), (many, high) in zip([(curve[0][0], -1.0), *curve], curve):
+        if high >= accuracy:
+            share = 1.0 if high == low or few == many else (accuracy - low) / (high - low)
+            return float(np.exp(np.log(few) + share * (np.log(many) - np.log(few))))
+    return None
+
+
+def curve_of(rows):
+    """[(labels, mean accuracy)] of one start."""
+    return sorted((row["labels"], float(np.mean(row["accuracies"]))) for row in rows)
+
+
+def print_table(rows, compare):
+    """Prints the accuracies of all starts, then the labels that the first of ``compare`` needs for its twins' accuracy.
+
+    Args: rows: {start: results of study}. Returns: {twin: [{labels, accuracy, gain, needed}]}.
+    """
+    means = {start: dict(curve_of(found)) for start, found in rows.items()}
+    print(" | ".join(["labels", *rows]), " | ".join(["---"] * (len(rows) + 1)), sep="\n")
+    for labels in sorted(set().union(*means.values())):
+        print(" | ".join([str(labels), *(f"{100 * curve.get(labels, np.nan):.2f}" for curve in means.values())]))
+    curve, table = curve_of(rows[compare[0]]), {}
+    fewest, most = curve[0][0], curve[-1][0]
+    for twin in compare[1:]:
+        print(f"\nlabels | {twin} | gain of {compare[0]} | labels that {compare[0]} needs for the same", end="")
+        print("\n" + " | ".join(["---"] * 4))
+        table[twin] = []
+        for labels, accuracy in curve_of(rows[twin]):
+            gain, number = means[compare[0]][labels] - accuracy, labels_needed(curve, accuracy)
+            table[twin].append({"labels": labels, "accuracy": accuracy, "gain": gain, "needed": number})
+            shown = f"more than {most}" if number is None else f"{number:.0f}" + " or fewer" * (number <= fewest)
+            print(f"{labels} | {100 * accuracy:.2f} | {100 * gain:+.2f} | {shown}")
+    return table
+
+
+def check_twins(rows, compare):
+    """Raises: UserError unless the compared starts have the same architecture, but for initializer and dropout."""
+    shapes = []
+    for start in compare:
+        architecture = rows[start][0]["record"]["model"]["architecture"]
+        shapes.append({name: value for name, value in architecture.items() if name not in NOT_SHAPE})
+        if shapes[-1] != shapes[0]:
+            raise UserError(f"--compare: {start} has not the architecture of {compare[0]}")
+
+
+def draw(path, tasks):
+    """Plots accuracy against the number of labels: means, and the range of the seeds. Args: tasks: of the JSON file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 4.2), squeeze=False, layout="constrained")
+    for axis, (task, found) in zip(axes[0], tasks.items()):
+        for number, (start, rows) in enumerate(found["rows"].items()):
+            rows = sorted(rows, key=lambda row: row["labels"])
+            labels = [row["labels"] for row in rows]
+            accuracies = [100 * np.array(row["accuracies"]) for row in rows]
+            axis.plot(labels, [a.mean() for a in accuracies], color=f"C{number}", marker="o", label=start)
+            lowest, highest = [a.min() for a in accuracies], [a.max() for a in accuracies]
+            axis.fill_between(labels, lowest, highest, color=f"C{number}", alpha=0.2)
+        majority = 100 * found["majority_class"]
+        axis.axhline(majority, color="gray", linestyle="--", label="majority class")
+        axis.set(title=f"{task} dev accuracy, %", xlabel="labelled train records", xscale="log")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=100, format="png")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    task = data.get_task(args.task_name, args.data_dir)
+    if task.objective.metric != "accuracy":
+        raise UserError(f"--task_name {args.task_name}: its metric is {task.objective.metric}; accuracy is needed")
+    tasks = files.read_json_object(args.json) if os.path.exists(args.json) else {}
+    # Few labels first, so that the figures of most interest are there early, and all starts of a size together.
+    rows = {start: [] for start in args.starts}
+    for size in sorted(args.plan, key=lambda size: np.inf if size == ALL else size):
+        for start in args.starts:
+            rows[start].append(study(args, start, size))
+        check_twins(rows, args.compare)
+    majority = next(iter(rows.values()))[0]["record"]["data"]["dev"]["majority_class"]
+    tasks[task.name] = {"majority_class": majority, "rows": rows, "compared": print_table(rows, args.compare)}
+    files.write_json(args.json, tasks)
+    draw(args.plot, tasks)
+    return tasks[task.name]
+
+
+if __name__ == "__main__":
+    cli.run(main)

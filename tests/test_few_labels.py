@@ -1,0 +1,108 @@
+"""general_distill/few_labels.py: what it draws and compares, that it resumes, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import TINY, load_script, record, refused, warm_python
+
+few_labels = load_script("general_distill", "few_labels")
+
+
+def test_labels_needed_are_read_between_the_points():
+    """By the logarithm: half of the way from 100 to 10,000 is 1,000."""
+    curve = [(100, 0.2), (10_000, 0.4), (20_000, 0.3)]
+    for accuracy, number in ((0.3, 1000), (0.25, 10**2.5), (0.4, 10_000), (0.1, 100), (0.2, 100)):
+        assert few_labels.labels_needed(curve, accuracy) == pytest.approx(number)
+    assert few_labels.labels_needed(curve, 0.41) is None
+    assert few_labels.labels_needed([(50, 0.5)], 0.5) == pytest.approx(50)
+
+
+@pytest.fixture(scope="module")
+def place(workspace, tuned, tmp_path_factory):
+    return tmp_path_factory.mktemp("few")
+
+
+def arguments(workspace, place, start, *more):
+    return [str(word) for word in (
+        "--task_name", "topics", "--data_dir", workspace / "data", "--starts", f"distilled={start}",
+        f"random={workspace / 'tiny.json'}", "--vocab_file", workspace / "vocab.txt", "--plan", "20=4", "60=4,8",
+        "--learning_rates", "1e-3", "2e-3", "--seeds", 1, 2, "--max_eval_samples", 60, "--output_dir", place / "out",
+        "--json", place / "few.json", "--plot", place / "few.png", *more,
+    )]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(workspace, tuned, place):
+    """A model that knows the task already, against its random twin."""
+    (place / "few.json").write_text(json.dumps({}))
+    run_clue = load_script("finetuning", "run_clue")
+
+    def run(command, **_):
+        run_clue.main(command[2:])
+        return subprocess.CompletedProcess(command, 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "run", run)  # in this process; a test below starts one
+        return few_labels.main(arguments(workspace, place, tuned))
+
+
+def test_all_starts_have_the_same_search(found, place, tuned):
+    distilled, random = found["rows"]["distilled"], found["rows"]["random"]
+    assert [row["labels"] for row in distilled] == [row["labels"] for row in random] == [20, 60]
+    for few, more in (distilled, random):
+        assert set(few["searched"]) == {"1e-3, 4 steps", "2e-3, 4 steps"}
+        assert set(more["searched"]) == {f"{rate}, {steps} steps" for rate in ("1e-3", "2e-3") for steps in (4, 8)}
+        for row in (few, more):
+            assert row["accuracies"][0] == max(row["searched"].values()) and len(row["accuracies"]) == 2
+    output = place / "out/topics/distilled/60-2"
+    (setting,) = [name for name in os.listdir(output) if not name.endswith(".log")]  # the best one alone
+    best = record(output / setting)
+    assert best["metrics"]["accuracy"] == pytest.approx(distilled[1]["accuracies"][1], abs=1e-6)
+    assert best["parent"]["weights"] == record(tuned)["weights"] and best["arguments"]["seed"] == 2
+    assert (place / "few.png").read_bytes().startswith(b"\x89PNG")
+    row = found["compared"]["random"][1]
+    assert row["gain"] == pytest.approx(np.mean(distilled[1]["accuracies"]) - np.mean(random[1]["accuracies"]))
+    assert row["gain"] > 0.3 and row["needed"] == pytest.approx(20)  # fewer than the twin's 60: it knew the task
+
+
+def test_parts_are_random_draws_within_each_other(found, place):
+    def sentences(name, split="train"):
+        lines = (place / f"out/data/topics-{name}/{split}.json").read_text(encoding="utf-8").splitlines()
+        return {json.loads(line)["sentence"] for line in lines}
+
+    assert len(sentences("20-1")) == 20 and sentences("20-1") < sentences("60-1")
+    assert len(sentences("60-1") & sentences("60-2")) < 20
+    assert sentences("20-1", "dev") == sentences("60-2", "dev") and len(sentences("20-1", "dev")) == 300
+
+
+def test_a_second_run_trains_nothing(found, workspace, place, tuned, monkeypatch, capsys):
+    """And keeps the figures of other tasks; only what is missing is made."""
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("trained again"))
+    tasks = json.loads((place / "few.json").read_text(encoding="utf-8"))
+    (place / "few.json").write_text(json.dumps({**tasks, "other": tasks["topics"]}), encoding="utf-8")
+    assert few_labels.main(arguments(workspace, place, tuned)) == found
+    assert list(json.loads((place / "few.json").read_text(encoding="utf-8"))) == ["topics", "other"]
+    assert "labels that distilled needs for the same" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_refused(found, workspace, place, tuned, tmp_path, capsys, monkeypatch):
+    wide = tmp_path / "wide.json"
+    wide.write_text(json.dumps({**TINY, "intermediate_size": 256}))
+    for start, more, words in (
+        (tuned, ["--batch_size", 16], ["made with batch_size 32", "remove it"]),
+        (tuned, ["--plan", "3000=4"], ["--plan 3000", "only 2000"]),
+        (tuned, ["--plan", "20"], ["LABELS=STEPS"]),
+        (tuned, ["--compare", "distilled", "twin"], ["twin", "distilled, random"]),
+        (tmp_path / "absent", [], ["distilled=", "no such file"]),
+    ):
+        refused(capsys, tmp_path / "none", words, few_labels.main, arguments(workspace, place, start, *more))
+    monkeypatch.setattr(sys, "executable", warm_python())
+    words = ["random has not the architecture of distilled"]
+    more = ["--plan", "20=1", "--learning_rates", "1e-3", "--seeds", 1, "--output_dir", tmp_path / "few"]
+    refused(capsys, tmp_path / "none", words, few_labels.main, arguments(workspace, place, wide, *more))
+    more += ["--max_seq_length", 9999, "--output_dir", tmp_path / "other"]
+    refused(capsys, tmp_path / "none", ["status 2", ".log"], few_labels.main, arguments(workspace, place, wide, *more))
