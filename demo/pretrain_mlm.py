@@ -33,8 +33,8 @@ def parse_args(argv=None):
     cli.add_output_argument(main, "directory for the pre-trained model", required=True)
     help = "fraction of the tokens to mask and predict"
     main.add_argument("--mlm_probability", type=float, default=0.15, help=help)
-    help = "start the embeddings from word vectors, counted in the corpus within a minute: to use context is learnt in "
-    help += "a fifth of the steps. Then 1e-3 is a good --learning_rate, and 4e-3 is too much"
+    help = "start the embeddings from word vectors, counted in the corpus within a minute: to use context is learnt "
+    help += "earlier (general_distill/README.md). Then 1e-3 is a good --learning_rate, and 4e-3 is too much"
     main.add_flag("--warm_start", help, default=None)  # None: results from before this argument was there stay valid
     cli.add_tokenizer_arguments(main)
     training.add_training_arguments(
