@@ -22,7 +22,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import numpy as np
 
 import data
-from common import ROOT, UserError, cli, files, records
+from common import ROOT, UserError, checkpoints, cli, files, modeling, records
 
 RUN_CLUE = os.path.join(ROOT, "finetuning", "run_clue.py")
 ALL = "all"
@@ -54,7 +54,8 @@ def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     main = parser.add_argument_group("task and models")
     cli.add_task_argument(main)
-    help = "NAME=PATH of each start: a directory that a stage wrote, or a JSON architecture for random weights"
+    help = "NAME=MODEL of each start: a directory (of a stage, Hugging Face or PaddleNLP), a built-in name, or a JSON "
+    help += "architecture for random weights"
     main.add_argument("--starts", type=start_argument, nargs="+", required=True, help=help)
     help = "names of starts, a model and its random twins: how many labels does the first need for a twin's accuracy?"
     main.add_argument("--compare", nargs="+", default=["distilled", "random"], metavar="NAME", help=help)
@@ -81,8 +82,9 @@ def parse_args(argv=None):
     for name in {*args.compare, *args.model_types} - set(args.starts):
         raise UserError(f"{name}: no such start; there are {', '.join(args.starts)}")
     for name, path in args.starts.items():
-        if not os.path.exists(path):
-            raise UserError(f"--starts {name}={path}: no such file or directory")
+        model_type = args.model_types.get(name, "ppminilm")
+        if not os.path.exists(path) and not checkpoints.builtin_name(modeling.model_class(model_type), path):
+            raise UserError(f"--starts {name}={path}: no such file or directory, nor a built-in {model_type} model")
     return args
 
 
@@ -135,7 +137,7 @@ def fine_tune(args, start, size, seed, learning_rate, steps):
         run_script(args, start, output, part, settings)
     record = records.read_record(output, "a fine-tuned model")
     other = [f"{name} {record['arguments'][name]}" for name in CHECKED if record["arguments"][name] != settings[name]]
-    if (record["parent"] or {}).get("weights") != weights_of(args.starts[start]):
+    if not is_from(record, args.starts[start]):
         other.append("another start")
     if size != ALL and record["data"]["train"]["md5"] != data.md5_of(os.path.join(part, "train.json")):
         other.append("other records")
@@ -150,10 +152,10 @@ def run_script(args, start, output, part, settings):
     options = {**settings, "task_name": args.task_name, "output_dir": output, "data_dir": part, "device": args.device}
     options["max_eval_samples"] = args.max_eval_samples
     options["model_type"] = args.model_types.get(start)
-    if os.path.isdir(path):
-        options["model_name_or_path"] = path
-    else:
+    if os.path.isfile(path):
         options.update(init_config=path, vocab_file=args.vocab_file)
+    else:
+        options["model_name_or_path"] = path
     if part == args.data_dir:
         options["max_train_samples"] = args.max_train_samples
     command = [sys.executable, RUN_CLUE, "--group_by_length"]
@@ -162,12 +164,19 @@ def run_script(args, start, output, part, settings):
     with open(f"{output}.log", "a") as log:
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
     if status:
-        raise UserError(f"run_clue.py failed with status {status}; its output is in {output}.log")
+        with open(f"{output}.log") as log:
+            said = [f" ({line.strip()})" for line in log if ": error: " in line]
+        raise UserError(f"run_clue.py failed with status {status}{''.join(said[-1:])}; its output is in {output}.log")
 
 
-def weights_of(path):
-    """The hashes of a start's weights; None if it starts at random."""
-    return records.read_record(path, "a model to start from")["weights"] if os.path.isdir(path) else None
+def is_from(record, path):
+    """Whether a fine-tuned model was made from this start."""
+    model, parent = record["model"], record["parent"] or {}
+    if os.path.isfile(path):  # an architecture, or part of one
+        return not parent and files.read_json_object(path).items() <= model["architecture"].items()
+    if os.path.isdir(path):  # of a directory without stage.json there is nothing to compare
+        return parent.get("weights") == (checkpoints.parent_of_start(path) or {}).get("weights")
+    return model["initialized_from"] in (path, f"hfl/{path}")
 
 
 def study(args, start, size):

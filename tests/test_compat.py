@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import paddle
 import pytest
@@ -17,6 +18,12 @@ def python(code, **kwargs):
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, **kwargs)
 
 
+def pythons(*codes, **kwargs):
+    """Programs that run at the same time, as each takes seconds to import Paddle."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda code: python(code, **kwargs), codes))
+
+
 INFLATE = "import zlib; assert zlib.decompress(zlib.compress(b'x' * 100000)) == b'x' * 100000; print('inflated')"
 
 
@@ -25,8 +32,9 @@ INFLATE = "import zlib; assert zlib.decompress(zlib.compress(b'x' * 100000)) == 
 )
 @pytest.mark.skipif(common.PADDLE >= (3,), reason="a defect of Paddle 2.6.2, gone in 3.1.1 (next test)")
 def test_zlib_survives_paddle():
-    assert python(f"import paddle; {INFLATE}").returncode < 0, "the defect is gone: remove the cure"
-    assert python(f"import common, paddle; {INFLATE}").stdout.strip() == "inflated"
+    plain, cured = pythons(f"import paddle; {INFLATE}", f"import common, paddle; {INFLATE}")
+    assert plain.returncode < 0, "the defect is gone: remove the cure"
+    assert cured.stdout.strip() == "inflated"
 
 
 @pytest.mark.skipif(common.PADDLE < (3,), reason="of Paddle 3.1.1, which has lost two defects of 2.6.2")
@@ -62,8 +70,9 @@ def test_paddle_3_exports_graphs_that_paddle_2_reads(tmp_path):
 
 def test_all_cores_are_used_for_training():
     code = "import os; os.environ.pop('OMP_NUM_THREADS', None); import {}; print(os.environ['OMP_NUM_THREADS'])"
-    assert python(code.format("paddle")).stdout.strip() == "1"
-    assert python(code.format("common, paddle")).stdout.strip() == str(common.CORES)
+    plain, cured = pythons(code.format("paddle"), code.format("common, paddle"))
+    assert plain.stdout.strip() == "1"
+    assert cured.stdout.strip() == str(common.CORES)
 
 
 def test_paddleslim_leaves_attention_as_it_was():
@@ -71,9 +80,12 @@ def test_paddleslim_leaves_attention_as_it_was():
         "{} import paddle; a = paddle.nn.MultiHeadAttention(8, 2); x = paddle.ones([1, 3, 8]); y = a(x, x, x); "
         "{}; print('equal' if (a(x, x, x) - y).abs().max() == 0 else 'changed')"
     )
-    broken = python(code.format("import zlib;", "from paddleslim.nas.ofa.utils import nlp_utils"))
+    broken, cured = pythons(
+        code.format("import zlib;", "from paddleslim.nas.ofa.utils import nlp_utils"),
+        code.format("from common import compat;", "compat.paddleslim_ofa()"),
+    )
     assert broken.stdout.strip() != "equal", "the defect is gone: remove the cure"
-    assert python(code.format("from common import compat;", "compat.paddleslim_ofa()")).stdout.strip() == "equal"
+    assert cured.stdout.strip() == "equal"
 
 
 def test_super_layer_norm_works():
@@ -81,26 +93,27 @@ def test_super_layer_norm_works():
         "from common import compat; import paddle; from paddleslim.nas.ofa.layers import SuperLayerNorm; {}; "
         "print(SuperLayerNorm(8)(paddle.ones([2, 8])).shape)"
     )
-    assert "ValueError" in python(code.format("pass")).stderr, "the defect is gone: remove the cure"
-    assert python(code.format("compat.paddleslim_ofa()")).stdout.strip() == "[2, 8]"
+    broken, cured = pythons(code.format("pass"), code.format("compat.paddleslim_ofa()"))
+    assert "ValueError" in broken.stderr, "the defect is gone: remove the cure"
+    assert cured.stdout.strip() == "[2, 8]"
 
 
 @pytest.mark.skipif(common.PADDLE >= (3,), reason="a defect of Paddle 2.6.2, gone in 3.1.1")
 def test_avg_quantization_takes_0d_activations(tuned, tmp_path):
     """Without the cure the library's own call ends with an IndexError on the graph that we export."""
     quantize = f"""
-import sys; sys.path[:0] = [{ROOT!r}, {ROOT!r} + "/quantization"]
+import os, sys; sys.path[:0] = [{ROOT!r}, {ROOT!r} + "/quantization"]
 from common import batching, compat
 import calibration
 if {{cured}} is False:
     from paddleslim.quant import quant_post_static
     compat.quant_post_static = quant_post_static
 features = [batching.Feature([2, 5, 6, 3], [0] * 4, 0)] * 4
-calibration.quantize({str(tuned / "inference")!r}, features, 0, "avg", {str(tmp_path)!r}, False)
+calibration.quantize({str(tuned / "inference")!r}, features, 0, "avg", os.path.join({str(tmp_path)!r}, "{{cured}}"), False)
 """
-    assert "IndexError" in python(quantize.replace("{cured}", "False")).stderr, "the defect is gone: remove the cure"
-    done = python(quantize.replace("{cured}", "True"))
-    assert done.returncode == 0 and (tmp_path / "int8.pdmodel").exists(), done.stderr
+    plain, cured = pythons(quantize.replace("{cured}", "False"), quantize.replace("{cured}", "True"))
+    assert "IndexError" in plain.stderr, "the defect is gone: remove the cure"
+    assert cured.returncode == 0 and (tmp_path / "True/int8.pdmodel").exists(), cured.stderr
 
 
 def test_built_in_name_loads_beside_a_directory_of_that_name(tmp_path):
@@ -118,9 +131,8 @@ import os, sys; sys.path.insert(0, {ROOT!r}); os.chdir({str(work)!r})
 from common import checkpoints, modeling
 name = "ppminilm-6l-768h"
 """
-    plain = python(load + "modeling.model_class('ppminilm').from_pretrained(name)", env=environment)
-    assert plain.returncode != 0, "the defect is gone: remove the cure"
-    done = python(
+    plain, done = pythons(
+        load + "modeling.model_class('ppminilm').from_pretrained(name)",
         load
         + """
 start = checkpoints.load_pretrained(name, 3)
@@ -128,6 +140,7 @@ print(float(start.model.ppminilm.embeddings.word_embeddings.weight.sum()), start
 """,
         env=environment,
     )
+    assert plain.returncode != 0, "the defect is gone: remove the cure"
     expected = [str(float(model.embeddings.word_embeddings.weight.sum())), "[2, 6, 9, 3]", "[]", str(work)]
     start, printed = done.stdout.splitlines()
     assert start.startswith("starting from ppminilm-6l-768h: ppminilm, 6 layers x 768, "), done.stdout
@@ -147,7 +160,7 @@ def test_mkl_uses_avx2_on_amd():
         "print(paddle.matmul(x, x, transpose_y=True).numpy().tobytes().hex())"
     )
     unset = {name: value for name, value in os.environ.items() if name != "MKL_DEBUG_CPU_TYPE"}
-    plain, cured = python(code.format("import zlib"), env=unset), python(code.format("import common"), env=unset)
+    plain, cured = pythons(code.format("import zlib"), code.format("import common"), env=unset)
     asked = python(code.format("import zlib"), env={**unset, "MKL_DEBUG_CPU_TYPE": "5"})
     assert plain.stdout != asked.stdout, "the defect is gone: remove the cure"
     assert cured.stdout == asked.stdout and len(cured.stdout) > 1000
@@ -159,7 +172,8 @@ def test_paddle_servings_server_without_its_client(tmp_path):
     pytest.importorskip("paddle_serving_server", reason="needs Paddle Serving: bash setup_env.sh --serving")
     env = {**os.environ, "SERVING_LOG_PATH": str(tmp_path)}
     imported = "from paddle_serving_server.pipeline import PipelineClient; print(PipelineClient.__name__)"
-    without = python(f"import sys; sys.modules['paddle_serving_client'] = None; {imported}", env=env)
+    absent = f"import sys; sys.modules['paddle_serving_client'] = None; {imported}"
+    without, there = pythons(absent, imported, env=env)
     assert "import of paddle_serving_client halted" in without.stderr, "the defect is gone: remove the stand-in"
     # setup_env.sh has put requirements/paddle_serving_client.py into the environment.
-    assert python(imported, env=env).stdout.strip() == "PipelineClient"
+    assert there.stdout.strip() == "PipelineClient"

@@ -2,12 +2,15 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from conftest import TINY, load_script, record, refused, warm_python
+
+from common import records
 
 few_labels = load_script("general_distill", "few_labels")
 
@@ -92,12 +95,17 @@ def test_a_second_run_trains_nothing(found, workspace, place, tuned, monkeypatch
 def test_what_does_not_fit_is_refused(found, workspace, place, tuned, tmp_path, capsys, monkeypatch):
     wide = tmp_path / "wide.json"
     wide.write_text(json.dumps({**TINY, "intermediate_size": 256}))
+    untrained = tmp_path / "untrained"
+    shutil.copytree(tuned, untrained)
+    (untrained / records.RECORD).unlink()
     for start, more, words in (
         (tuned, ["--batch_size", 16], ["made with batch_size 32", "remove it"]),
         (tuned, ["--plan", "3000=4"], ["--plan 3000", "only 2000"]),
         (tuned, ["--plan", "20"], ["LABELS=STEPS"]),
         (tuned, ["--compare", "distilled", "twin"], ["twin", "distilled, random"]),
-        (tmp_path / "absent", [], ["distilled=", "no such file"]),
+        (tmp_path / "absent", [], ["distilled=", "no such file", "built-in"]),
+        (untrained, [], ["made with another start"]),
+        (tuned, ["--starts", f"distilled={tuned}", f"random={wide}"], ["made with another start"]),
     ):
         refused(capsys, tmp_path / "none", words, few_labels.main, arguments(workspace, place, start, *more))
     monkeypatch.setattr(sys, "executable", warm_python())
@@ -105,4 +113,5 @@ def test_what_does_not_fit_is_refused(found, workspace, place, tuned, tmp_path, 
     more = ["--plan", "20=1", "--learning_rates", "1e-3", "--seeds", 1, "--output_dir", tmp_path / "few"]
     refused(capsys, tmp_path / "none", words, few_labels.main, arguments(workspace, place, wide, *more))
     more += ["--max_seq_length", 9999, "--output_dir", tmp_path / "other"]
-    refused(capsys, tmp_path / "none", ["status 2", ".log"], few_labels.main, arguments(workspace, place, wide, *more))
+    words = ["status 2", "--max_seq_length 9999", ".log"]
+    refused(capsys, tmp_path / "none", words, few_labels.main, arguments(workspace, place, wide, *more))

@@ -131,27 +131,43 @@ def test_a_stage_script_reads_as_a_template(directory):
     assert len(names) <= 30, sorted(names)
 
 
-@pytest.mark.parametrize("directory", STAGES)
-def test_a_stage_is_copied_with_common_and_data(tmp_path, directory, workspace, distillation, tuned):  # noqa: F811
-    """Its directory, common/ and data.py, somewhere else, are a stage that runs."""
-    for name in ("common", directory):
-        shutil.copytree(os.path.join(ROOT, name), tmp_path / name, ignore=shutil.ignore_patterns("*models*", "*.json"))
-    shutil.copy(os.path.join(ROOT, "data.py"), tmp_path)
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory, workspace, distillation, tuned):  # noqa: F811
+    """{directory of a stage: (the process of its copy somewhere else, where that is)}; all run at the same time."""
     of_task = ["--task_name", "topics", "--data_dir", workspace / "data", "--max_eval_samples", "20"]
-    output = ["--output_dir", tmp_path / "out"]
     init = ["--init_config", workspace / "tiny.json", "--vocab_file", workspace / "vocab.txt"]
     arguments = {
-        "finetuning": [*of_task, *output, *init, "--max_steps", "2"],
-        "pruning": [*of_task, *output, "--model_name_or_path", tuned, "--max_steps", "1", "--importance_samples", "9"],
-        "quantization": [*of_task, *output, "--input_dir", tuned, "--algorithms", "abs_max", "--min_agreement", "0"],
-        "general_distill": [*distillation[1], *output, "--max_steps", "2"],
+        "finetuning": [*of_task, *init, "--max_steps", "2"],
+        "pruning": [*of_task, "--model_name_or_path", tuned, "--max_steps", "1", "--importance_samples", "9"],
+        "quantization": [*of_task, "--input_dir", tuned, "--algorithms", "abs_max", "--min_agreement", "0"],
+        "general_distill": [*distillation[1], "--max_steps", "2"],
         "deploy/python": [*of_task, "--model_path", tuned],
-    }[directory]
-    script = tmp_path / directory / f"{STAGES[directory]}.py"
-    command = [sys.executable, script, *arguments]
-    done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert directory == "deploy/python" or list(tmp_path.glob("out/**/stage.json"))
+    }
+    running = {}
+    for directory, stage in STAGES.items():
+        place = tmp_path_factory.mktemp("copy")
+        for name in ("common", directory):
+            ignored = shutil.ignore_patterns("*models*", "*.json")
+            shutil.copytree(os.path.join(ROOT, name), place / name, ignore=ignored)
+        shutil.copy(os.path.join(ROOT, "data.py"), place)
+        command = [sys.executable, place / directory / f"{stage}.py", *arguments[directory]]
+        command += [] if directory == "deploy/python" else ["--output_dir", place / "out"]
+        said = subprocess.PIPE
+        process = subprocess.Popen(list(map(str, command)), cwd=place, stdout=said, stderr=subprocess.STDOUT, text=True)
+        running[directory] = process, place
+    yield running
+    for process, _ in running.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("directory", STAGES)
+def test_a_stage_is_copied_with_common_and_data(copied, directory):
+    """Its directory, common/ and data.py, somewhere else, are a stage that runs."""
+    process, place = copied[directory]
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    assert directory == "deploy/python" or list(place.glob("out/**/stage.json"))
 
 
 # What each parser declares: arguments that do not change the result, and those that records write as paths.
