@@ -81,11 +81,15 @@ def parse_args(argv=None):
     args.starts, args.plan, args.model_types = dict(args.starts), dict(args.plan), dict(args.model_types)
     for name in {*args.compare, *args.model_types} - set(args.starts):
         raise UserError(f"{name}: no such start; there are {', '.join(args.starts)}")
+    return args
+
+
+def check_starts(args):
+    """Raises: UserError if a start is neither there nor a built-in model: better now than after hours."""
     for name, path in args.starts.items():
         model_type = args.model_types.get(name, "ppminilm")
         if not os.path.exists(path) and not checkpoints.builtin_name(modeling.model_class(model_type), path):
             raise UserError(f"--starts {name}={path}: no such file or directory, nor a built-in {model_type} model")
-    return args
 
 
 # Data
@@ -219,7 +223,7 @@ def labels_needed(curve, accuracy):
     for (few, low), (many, high) in zip([(curve[0][0], -1.0), *curve], curve):
         if high >= accuracy:
             share = 1.0 if high == low or few == many else (accuracy - low) / (high - low)
-            return float(np.exp(np.log(few) + share * (np.log(many) - np.log(few))))
+            return float(few * (many / few) ** share)
     return None
 
 
@@ -228,27 +232,41 @@ def curve_of(rows):
     return sorted((row["labels"], float(np.mean(row["accuracies"]))) for row in rows)
 
 
-def print_table(rows, compare):
-    """Prints the accuracies of all starts, then the labels that the first of ``compare`` needs for its twins' accuracy.
+def compared(rows, compare):
+    """What the first of ``compare`` gains over each of the others.
 
-    Args: rows: {start: results of study}. Returns: {twin: [{labels, accuracy, gain, needed}]}.
+    Args: rows: {start: results of study}.
+    Returns: {twin: [{labels, accuracy of the twin, gain, needed: labels with which the first is as accurate, or None}]}
     """
-    means = {start: dict(curve_of(found)) for start, found in rows.items()}
-    print(" | ".join(["labels", *rows]), " | ".join(["---"] * (len(rows) + 1)), sep="\n")
-    for labels in sorted(set().union(*means.values())):
-        print(" | ".join([str(labels), *(f"{100 * curve.get(labels, np.nan):.2f}" for curve in means.values())]))
-    curve, table = curve_of(rows[compare[0]]), {}
-    fewest, most = curve[0][0], curve[-1][0]
-    for twin in compare[1:]:
-        print(f"\nlabels | {twin} | gain of {compare[0]} | labels that {compare[0]} needs for the same", end="")
-        print("\n" + " | ".join(["---"] * 4))
-        table[twin] = []
-        for labels, accuracy in curve_of(rows[twin]):
-            gain, number = means[compare[0]][labels] - accuracy, labels_needed(curve, accuracy)
-            table[twin].append({"labels": labels, "accuracy": accuracy, "gain": gain, "needed": number})
-            shown = f"more than {most}" if number is None else f"{number:.0f}" + " or fewer" * (number <= fewest)
-            print(f"{labels} | {100 * accuracy:.2f} | {100 * gain:+.2f} | {shown}")
-    return table
+    curve = curve_of(rows[compare[0]])
+    return {
+        twin: [
+            {"labels": labels, "accuracy": accuracy, "gain": dict(curve)[labels] - accuracy,
+             "needed": labels_needed(curve, accuracy)}
+            for labels, accuracy in curve_of(rows[twin]) if labels in dict(curve)
+        ]
+        for twin in compare[1:]
+    }  # fmt: skip
+
+
+def tables_of(rows, compare):
+    """Lines of a Markdown table of all accuracies, in per cent, and of one for each twin. Args: as for compared."""
+    of_labels = {}
+    for start, found in rows.items():
+        for row in found:
+            mean, *ends = (100 * f(row["accuracies"]) for f in (np.mean, np.min, np.max))
+            spread = f" ({ends[0]:.2f}-{ends[1]:.2f})" if len(row["accuracies"]) > 1 else ""
+            of_labels.setdefault(row["labels"], {})[start] = f"{mean:.2f}{spread}"
+    lines = [["labels", *rows], ["---"] * (len(rows) + 1)]
+    lines += [[labels, *(of_labels[labels].get(start, "") for start in rows)] for labels in sorted(of_labels)]
+    fewest, most = (f([row["labels"] for row in rows[compare[0]]]) for f in (min, max))
+    for twin, found in compared(rows, compare).items():
+        lines += [[], ["labels", twin, f"gain of {compare[0]}", f"labels that {compare[0]} needs"], ["---"] * 4]
+        for row in found:
+            needed = f"> {most}" if row["needed"] is None else f"{row['needed']:.0f}"
+            needed = f"≤ {fewest}" if row["needed"] == fewest else needed
+            lines.append([row["labels"], f"{100 * row['accuracy']:.2f}", f"{100 * row['gain']:+.2f}", needed])
+    return ["| " + " | ".join(map(str, cells)) + " |" if cells else "" for cells in lines]
 
 
 def check_twins(rows, compare):
@@ -280,6 +298,9 @@ def draw(path, tasks):
         majority = 100 * found["majority_class"]
         axis.axhline(majority, color="gray", linestyle="--", label="majority class")
         axis.set(title=f"{task} dev accuracy, %", xlabel="labelled train records", xscale="log")
+        numbers = sorted({row["labels"] for rows in found["rows"].values() for row in rows})
+        axis.set_xticks(numbers, [f"{number:,}" for number in numbers])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(path, dpi=100, format="png")
@@ -287,6 +308,7 @@ def draw(path, tasks):
 
 def main(argv=None):
     args = parse_args(argv)
+    check_starts(args)
     task = data.get_task(args.task_name, args.data_dir)
     if task.objective.metric != "accuracy":
         raise UserError(f"--task_name {args.task_name}: its metric is {task.objective.metric}; accuracy is needed")
@@ -298,7 +320,9 @@ def main(argv=None):
             rows[start].append(study(args, start, size))
         check_twins(rows, args.compare)
     majority = next(iter(rows.values()))[0]["record"]["data"]["dev"]["majority_class"]
-    tasks[task.name] = {"majority_class": majority, "rows": rows, "compared": print_table(rows, args.compare)}
+    print("\n".join(tables_of(rows, args.compare)))
+    tasks[task.name] = {"majority_class": majority, "compare": args.compare, "rows": rows}
+    tasks[task.name]["compared"] = compared(rows, args.compare)
     files.write_json(args.json, tasks)
     draw(args.plot, tasks)
     return tasks[task.name]

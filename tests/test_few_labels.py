@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import TINY, load_script, record, refused, warm_python
+from conftest import ROOT, TINY, load_script, record, refused, warm_python
 
 from common import records
 
@@ -20,6 +21,7 @@ def test_labels_needed_are_read_between_the_points():
     curve = [(100, 0.2), (10_000, 0.4), (20_000, 0.3)]
     for accuracy, number in ((0.3, 1000), (0.25, 10**2.5), (0.4, 10_000), (0.1, 100), (0.2, 100)):
         assert few_labels.labels_needed(curve, accuracy) == pytest.approx(number)
+    assert few_labels.labels_needed(curve, 0.1) == 100  # not a little more: it is shown as "≤ 100"
     assert few_labels.labels_needed(curve, 0.41) is None
     assert few_labels.labels_needed([(50, 0.5)], 0.5) == pytest.approx(50)
 
@@ -89,7 +91,22 @@ def test_a_second_run_trains_nothing(found, workspace, place, tuned, monkeypatch
     (place / "few.json").write_text(json.dumps({**tasks, "other": tasks["topics"]}), encoding="utf-8")
     assert few_labels.main(arguments(workspace, place, tuned)) == found
     assert list(json.loads((place / "few.json").read_text(encoding="utf-8"))) == ["topics", "other"]
-    assert "labels that distilled needs for the same" in capsys.readouterr().out
+    assert "labels that distilled needs |" in capsys.readouterr().out
+
+
+def test_the_page_shows_the_results():
+    """Each row of both tables of each task, in both languages."""
+    with open(os.path.join(ROOT, "results/few_labels.json"), encoding="utf-8") as file:
+        tasks = json.load(file)
+    with open(os.path.join(ROOT, "general_distill/FEW_LABELS.md"), encoding="utf-8") as file:
+        page = file.read().splitlines()
+    with open(os.path.join(ROOT, "general_distill/README.md"), encoding="utf-8") as file:
+        digest = [line for line in file.read().splitlines() if re.match(r"\| \d+ \|", line)]
+    assert len(digest) == 2 * len(tasks["TNEWS"]["rows"]["random"]) and set(digest) <= set(page)
+    for found in tasks.values():
+        assert found["compared"] == few_labels.compared(found["rows"], found["compare"])
+        for line in few_labels.tables_of(found["rows"], found["compare"]):
+            assert not re.match(r"\| \d+ \|", line) or page.count(line) == 2, line
 
 
 def test_what_does_not_fit_is_refused(found, workspace, place, tuned, tmp_path, capsys, monkeypatch):
