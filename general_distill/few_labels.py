@@ -27,8 +27,7 @@ from common import ROOT, UserError, checkpoints, cli, files, modeling, records
 RUN_CLUE = os.path.join(ROOT, "finetuning", "run_clue.py")
 ALL = "all"
 EVALUATIONS = 4  # of each training; the best one counts, so a smaller number of steps need not be tried
-# Arguments of run_clue.py by which a finished model is known to be the one that was asked for.
-CHECKED = ("learning_rate", "max_steps", "save_steps", "batch_size", "seed", "max_seq_length")
+SOURCE = "source.json"  # in a part of the train data: what it was drawn from
 # In these a random twin may differ from the model that it is compared with.
 NOT_SHAPE = ("initializer_range", "hidden_dropout_prob", "attention_probs_dropout_prob")
 
@@ -50,6 +49,17 @@ def plan_argument(text):
     return size if size == ALL else int(size), sorted({int(number) for number in steps.split(",")})
 
 
+def learning_rate_argument(text):
+    """argparse type: a number above 0, as it was written, for it names directories."""
+    try:
+        valid = float(text) > 0
+    except ValueError:
+        valid = False
+    if not valid:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return text
+
+
 def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     main = parser.add_argument_group("task and models")
@@ -63,10 +73,10 @@ def parse_args(argv=None):
     help = "family of a start, by its name: NAME=TYPE (default: ppminilm)"
     main.add_argument("--model_types", type=start_argument, nargs="+", default=[], help=help)
     study = parser.add_argument_group("study")
-    help = "LABELS=STEPS,STEPS for each number of labels: the steps to try. Even 100 labels take some 300 steps"
+    help = "LABELS=STEPS,STEPS for each number of labels: the numbers of steps to try"
     study.add_argument("--plan", type=plan_argument, nargs="+", required=True, help=help)
-    help = "learning rates to try"
-    study.add_argument("--learning_rates", nargs="+", default=["5e-4", "1e-3", "2e-3"], help=help)
+    of_rates = {"type": learning_rate_argument, "nargs": "+", "default": ["5e-4", "1e-3", "2e-3"]}
+    study.add_argument("--learning_rates", **of_rates, help="learning rates to try")
     help = "seeds of weights, order, dropout and choice of records; all of the records take the first one only"
     study.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help=help)
     study.add_argument("--batch_size", type=int, default=32, positive=True, help="records per step")
@@ -78,7 +88,11 @@ def parse_args(argv=None):
     places.add_argument("--json", required=True, help="JSON file of the figures; those of other tasks stay in it")
     places.add_argument("--plot", required=True, help="PNG file of the plot")
     args = parser.parse_args(argv)
-    args.starts, args.plan, args.model_types = dict(args.starts), dict(args.plan), dict(args.model_types)
+    for option in ("starts", "plan", "model_types"):
+        pairs = getattr(args, option)
+        setattr(args, option, dict(pairs))
+        if len(getattr(args, option)) < len(pairs):
+            raise UserError(f"--{option}: a name or number is given twice")
     for name in {*args.compare, *args.model_types} - set(args.starts):
         raise UserError(f"{name}: no such start; there are {', '.join(args.starts)}")
     return args
@@ -99,10 +113,14 @@ def make_part(args, task, size, seed):
     """A directory with the task's dev.json, and ``size`` of its train records: a random draw, not one by class, as
     someone would label the first records of a shuffled heap. Of one seed, a larger part contains the smaller ones.
 
-    Returns: its path. Raises: UserError if there are not so many records.
+    Returns: its path. Raises: UserError if there are not so many records, or if what is there is of other data.
     """
     directory = os.path.join(args.output_dir, "data", f"{task.name.lower()}-{size}-{seed}")
+    source = {name: data.md5_of(data.split_path(task.name, name, args.data_dir)) for name in ("train", "dev")}
+    source["max_train_samples"] = args.max_train_samples
     if os.path.isdir(directory):
+        if files.read_json_object(os.path.join(directory, SOURCE)) != source:
+            raise UserError(f"{directory}: drawn from other data; remove it, or name another --output_dir")
         return directory
     train = data.read_split(task, "train", args.data_dir, args.max_train_samples)
     if size > len(train.examples):
@@ -117,6 +135,7 @@ def make_part(args, task, size, seed):
     with files.whole_directory(directory) as scratch:
         files.write_json_lines(os.path.join(scratch, "train.json"), rows)
         shutil.copy(data.split_path(task.name, "dev", args.data_dir), scratch)
+        files.write_json(os.path.join(scratch, SOURCE), source)
         # A class that the draw has missed is still one of the task.
         files.write_json(os.path.join(scratch, "labels.json"), list(task.labels))
     return directory
@@ -136,15 +155,18 @@ def fine_tune(args, start, size, seed, learning_rate, steps):
     settings = {
         "learning_rate": float(learning_rate), "max_steps": steps, "save_steps": -(-steps // EVALUATIONS),
         "batch_size": args.batch_size, "seed": seed, "max_seq_length": args.max_seq_length,
+        "max_train_samples": args.max_train_samples if size == ALL else None, "max_eval_samples": args.max_eval_samples,
     }  # fmt: skip
     if not os.path.exists(os.path.join(output, records.RECORD)):
         run_script(args, start, output, part, settings)
     record = records.read_record(output, "a fine-tuned model")
-    other = [f"{name} {record['arguments'][name]}" for name in CHECKED if record["arguments"][name] != settings[name]]
+    made_with = record["arguments"]
+    other = [f"{name} {made_with[name]}" for name, value in settings.items() if made_with[name] != value]
     if not is_from(record, args.starts[start]):
         other.append("another start")
-    if size != ALL and record["data"]["train"]["md5"] != data.md5_of(os.path.join(part, "train.json")):
-        other.append("other records")
+    for split in ("train", "dev"):
+        if record["data"][split]["md5"] != data.md5_of(data.split_path(task.name, split, part)):
+            other.append(f"other {split} records")
     if other:
         raise UserError(f"{output}: made with {', '.join(other)}; remove it, or name another --output_dir")
     return record
@@ -154,14 +176,11 @@ def run_script(args, start, output, part, settings):
     """Starts run_clue.py, whose output goes to <output>.log, and waits. Raises: UserError if it fails."""
     path = args.starts[start]
     options = {**settings, "task_name": args.task_name, "output_dir": output, "data_dir": part, "device": args.device}
-    options["max_eval_samples"] = args.max_eval_samples
     options["model_type"] = args.model_types.get(start)
     if os.path.isfile(path):
         options.update(init_config=path, vocab_file=args.vocab_file)
     else:
         options["model_name_or_path"] = path
-    if part == args.data_dir:
-        options["max_train_samples"] = args.max_train_samples
     command = [sys.executable, RUN_CLUE, "--group_by_length"]
     command += [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
     os.makedirs(os.path.dirname(output), exist_ok=True)
@@ -176,8 +195,10 @@ def run_script(args, start, output, part, settings):
 def is_from(record, path):
     """Whether a fine-tuned model was made from this start."""
     model, parent = record["model"], record["parent"] or {}
-    if os.path.isfile(path):  # an architecture, or part of one
-        return not parent and files.read_json_object(path).items() <= model["architecture"].items()
+    if os.path.isfile(path):  # an architecture, part of one, or a whole config.json, with more fields than count
+        asked = files.read_json_object(path)
+        same = [asked[name] == value for name, value in model["architecture"].items() if asked.get(name) is not None]
+        return not parent and all(same)
     if os.path.isdir(path):  # of a directory without stage.json there is nothing to compare
         return parent.get("weights") == (checkpoints.parent_of_start(path) or {}).get("weights")
     return model["initialized_from"] in (path, f"hfl/{path}")

@@ -70,6 +70,7 @@ def test_a_stage_of_your_own(repository, model, workspace):
     assert "consistent/run_clue.py" in listed.stdout and "stage.json" not in listed.stdout
     # Finished, then changed: named, and not made again.
     script.write_text(changed + "# a change\n", encoding="utf-8")
+    # The export says nothing of it, and was run above.
     training = "".join(line for line in commands.splitlines(keepends=True) if "export_model.py" not in line)
     assert "run_clue.py" in training
     said = follow(training, repository, MODEL=model, DATA=workspace / "data")

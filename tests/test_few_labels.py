@@ -103,10 +103,23 @@ def test_the_page_shows_the_results():
     with open(os.path.join(ROOT, "general_distill/README.md"), encoding="utf-8") as file:
         digest = [line for line in file.read().splitlines() if re.match(r"\| \d+ \|", line)]
     assert len(digest) == 2 * len(tasks["TNEWS"]["rows"]["random"]) and set(digest) <= set(page)
+    generated = set()
     for found in tasks.values():
+        generated.update(few_labels.tables_of(found["rows"], found["compare"]))
         assert found["compared"] == few_labels.compared(found["rows"], found["compare"])
         for line in few_labels.tables_of(found["rows"], found["compare"]):
             assert not re.match(r"\| \d+ \|", line) or page.count(line) == 2, line
+    assert {line for line in page if re.match(r"\| \d+ \|", line)} <= generated  # nothing of earlier measurements
+
+
+def test_a_whole_config_is_a_start(found, place, workspace, tmp_path):
+    """With fields that are no part of an architecture, or empty, or of another vocabulary."""
+    whole = tmp_path / "config.json"
+    made = record(place / "out/topics/random/20-1/1e-3_4")
+    whole.write_text(json.dumps({**TINY, "architectures": ["Model"], "num_labels": None}))
+    assert few_labels.is_from(made, str(whole)) and few_labels.is_from(made, str(workspace / "tiny.json"))
+    whole.write_text(json.dumps({**TINY, "hidden_size": 32}))
+    assert not few_labels.is_from(made, str(whole))
 
 
 def test_what_does_not_fit_is_refused(found, workspace, place, tuned, tmp_path, capsys, monkeypatch):
@@ -119,6 +132,10 @@ def test_what_does_not_fit_is_refused(found, workspace, place, tuned, tmp_path, 
         (tuned, ["--batch_size", 16], ["made with batch_size 32", "remove it"]),
         (tuned, ["--plan", "3000=4"], ["--plan 3000", "only 2000"]),
         (tuned, ["--plan", "20"], ["LABELS=STEPS"]),
+        (tuned, ["--plan", "20=4", "20=8"], ["--plan", "twice"]),
+        (tuned, ["--learning_rates", "5e-4,1e-3"], ["'5e-4,1e-3'", "not a number above 0"]),
+        (tuned, ["--max_eval_samples", 50], ["made with max_eval_samples 60"]),
+        (tuned, ["--max_train_samples", 500], ["drawn from other data"]),
         (tuned, ["--compare", "distilled", "twin"], ["twin", "distilled, random"]),
         (tmp_path / "absent", [], ["distilled=", "no such file", "built-in"]),
         (untrained, [], ["made with another start"]),
