@@ -8,7 +8,7 @@ from common import files, objectives, records
 # Results from before these arguments were there stay valid: they are those of these values.
 VALUES_BEFORE = {
     "gradient_accumulation_steps": 1, "metric": None, "class_weight": None, "shard_corpus": False,
-    "number of processes": 1,
+    "number of processes": 1, "warm_start": False,
 }  # fmt: skip
 
 

@@ -33,9 +33,9 @@ def parse_args(argv=None):
     cli.add_output_argument(main, "directory for the pre-trained model", required=True)
     help = "fraction of the tokens to mask and predict"
     main.add_argument("--mlm_probability", type=float, default=0.15, help=help)
-    help = "start the embeddings from word vectors, counted in the corpus within a minute: to use context is learnt "
-    help += "earlier (general_distill/README.md). Then 1e-3 is a good --learning_rate, and 4e-3 is too much"
-    main.add_flag("--warm_start", help, default=None)  # None: results from before this argument was there stay valid
+    help = "start the embeddings from word vectors, counted in the corpus: the model learns to use context earlier "
+    help += "(general_distill/README.md). Then 1e-3 is a good --learning_rate, and 4e-3 is too much"
+    main.add_flag("--warm_start", help)
     cli.add_tokenizer_arguments(main)
     training.add_training_arguments(
         parser, of_task=False, learning_rate=1e-3, batch_size=64, num_train_epochs=1, save_steps=500
@@ -45,6 +45,8 @@ def parse_args(argv=None):
         raise UserError(f"--model_type {args.model_type}: only roberta can be pre-trained here")
     if not 0 < args.mlm_probability < 1:
         raise UserError(f"--mlm_probability {args.mlm_probability}: must be between 0 and 1")
+    if args.warm_start and not args.init_config:
+        raise UserError("--warm_start would replace trained embeddings; it goes with --init_config")
     args.max_seq_length = args.max_seq_length or 128
     return args
 

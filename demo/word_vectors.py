@@ -1,4 +1,4 @@
-"""Word vectors from counts, in seconds: what the embeddings of a model can start from instead of random numbers.
+"""Word vectors from counts, without training: what the embeddings of a model can start from instead of random numbers.
 
 A model that starts from nothing first learns how frequent tokens are, then stays at that loss for thousands of steps:
 attention cannot tell which neighbours matter before the embeddings mean something, and the embeddings learn little
@@ -18,14 +18,13 @@ LINES = 20_000  # that are tokenized and counted together
 RARE = 5  # a token with fewer occurrences keeps its random vector
 
 
-def count_neighbours(texts, tokenizer, max_seq_length):
+def count_neighbours(texts, tokenizer, max_seq_length, size):
     """Counts of tokens, and of tokens beside each other.
 
-    Args: texts: iterable of str.
+    Args: texts: iterable of str. size: of the model's vocabulary, which may be larger than the tokenizer's.
     Returns: (occurrences, int64 [vocabulary]; pairs, a sparse symmetric matrix [vocabulary, vocabulary]: a neighbour at
         distance d counts 1/d, as in GloVe).
     """
-    size = len(tokenizer.vocab)
     occurrences, pairs = np.zeros(size, np.int64), sparse.csr_matrix((size, size))
     texts, gap = iter(texts), [-1] * WINDOW
     while block := list(itertools.islice(texts, LINES)):
@@ -68,9 +67,9 @@ def warm_start(model, texts, tokenizer, max_seq_length):
 
     Raises: UserError if the texts have too few tokens for vectors of the model's width.
     """
-    occurrences, pairs = count_neighbours(texts, tokenizer, max_seq_length)
     embeddings = model.get_input_embeddings().weight
-    size = embeddings.shape[1]
+    vocabulary, size = embeddings.shape
+    occurrences, pairs = count_neighbours(texts, tokenizer, max_seq_length, vocabulary)
     frequent = occurrences >= RARE
     if frequent.sum() <= size:
         raise UserError(f"--warm_start: only {frequent.sum()} tokens are frequent, more than hidden_size {size} needed")

@@ -26,7 +26,7 @@ from common import ROOT, UserError, checkpoints, cli, files, modeling, records
 
 RUN_CLUE = os.path.join(ROOT, "finetuning", "run_clue.py")
 ALL = "all"
-EVALUATIONS = 4  # of each training; the best one counts, so a smaller number of steps need not be tried
+EVALUATIONS = 4  # of each training; the best one counts
 SOURCE = "source.json"  # in a part of the train data: what it was drawn from
 # In these a random twin may differ from the model that it is compared with.
 NOT_SHAPE = ("initializer_range", "hidden_dropout_prob", "attention_probs_dropout_prob")
@@ -72,16 +72,16 @@ def parse_args(argv=None):
     main.add_argument("--vocab_file", help="vocabulary of the random starts")
     help = "family of a start, by its name: NAME=TYPE (default: ppminilm)"
     main.add_argument("--model_types", type=start_argument, nargs="+", default=[], help=help)
-    study = parser.add_argument_group("study")
+    search = parser.add_argument_group("search")
     help = "LABELS=STEPS,STEPS for each number of labels: the numbers of steps to try"
-    study.add_argument("--plan", type=plan_argument, nargs="+", required=True, help=help)
+    search.add_argument("--plan", type=plan_argument, nargs="+", required=True, help=help)
     of_rates = {"type": learning_rate_argument, "nargs": "+", "default": ["5e-4", "1e-3", "2e-3"]}
-    study.add_argument("--learning_rates", **of_rates, help="learning rates to try")
+    search.add_argument("--learning_rates", **of_rates, help="learning rates to try")
     help = "seeds of weights, order, dropout and choice of records; all of the records take the first one only"
-    study.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help=help)
-    study.add_argument("--batch_size", type=int, default=32, positive=True, help="records per step")
-    study.add_argument("--max_seq_length", type=int, default=128, positive=True, help="tokens per sequence")
-    cli.add_device_argument(study)
+    search.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help=help)
+    search.add_argument("--batch_size", type=int, default=32, positive=True, help="records per step")
+    search.add_argument("--max_seq_length", type=int, default=128, positive=True, help="tokens per sequence")
+    cli.add_device_argument(search)
     places = parser.add_argument_group("places")
     cli.add_data_arguments(places)
     cli.add_output_argument(places, "directory for parts of the train data and fine-tuned models", required=True)
@@ -94,16 +94,39 @@ def parse_args(argv=None):
         if len(getattr(args, option)) < len(pairs):
             raise UserError(f"--{option}: a name or number is given twice")
     for name in {*args.compare, *args.model_types} - set(args.starts):
-        raise UserError(f"{name}: no such start; there are {', '.join(args.starts)}")
+        raise UserError(f"--compare or --model_types: {name}: no such start; there are {', '.join(args.starts)}")
+    for model_type in set(args.model_types.values()) - set(modeling.MODEL_TYPES):
+        raise UserError(f"--model_types {model_type}: must be one of {', '.join(modeling.MODEL_TYPES)}")
+    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
+        raise UserError("--seeds: must be different numbers, 0 or above")
     return args
 
 
-def check_starts(args):
-    """Raises: UserError if a start is neither there nor a built-in model: better now than after hours."""
+def prepare(args, task):
+    """Draws all parts of the train data, and checks what would otherwise fail after hours. Raises: UserError."""
     for name, path in args.starts.items():
         model_type = args.model_types.get(name, "ppminilm")
-        if not os.path.exists(path) and not checkpoints.builtin_name(modeling.model_class(model_type), path):
-            raise UserError(f"--starts {name}={path}: no such file or directory, nor a built-in {model_type} model")
+        if os.path.isfile(path):
+            if not args.vocab_file:
+                raise UserError(f"--starts {name}={path}: random weights need --vocab_file")
+        elif not checkpoints.has_weights(path) and not checkpoints.builtin_name(modeling.model_class(model_type), path):
+            raise UserError(f"--starts {name}={path}: no file, no directory with weights, no built-in {model_type}")
+    for option in ("json", "plot"):
+        directory = os.path.dirname(os.path.abspath(getattr(args, option)))
+        if not os.path.isdir(directory):
+            raise UserError(f"--{option}: {directory}: no such directory")
+    read_tasks(args)
+    for size, seed in itertools.product(args.plan, args.seeds):
+        if size != ALL:
+            make_part(args, task, size, seed)
+
+
+def read_tasks(args):
+    """What is in --json; nothing if it is not there. Raises: UserError if that is something else."""
+    tasks = files.read_json_object(args.json) if os.path.exists(args.json) else {}
+    if not all(isinstance(found, dict) and "rows" in found for found in tasks.values()):
+        raise UserError(f"--json {args.json}: holds something else; name another file")
+    return tasks
 
 
 # Data
@@ -119,12 +142,13 @@ def make_part(args, task, size, seed):
     source = {name: data.md5_of(data.split_path(task.name, name, args.data_dir)) for name in ("train", "dev")}
     source["max_train_samples"] = args.max_train_samples
     if os.path.isdir(directory):
-        if files.read_json_object(os.path.join(directory, SOURCE)) != source:
+        path = os.path.join(directory, SOURCE)
+        if not os.path.isfile(path) or files.read_json_object(path) != source:
             raise UserError(f"{directory}: drawn from other data; remove it, or name another --output_dir")
         return directory
     train = data.read_split(task, "train", args.data_dir, args.max_train_samples)
-    if size > len(train.examples):
-        raise UserError(f"--plan {size}: {task.name} has only {len(train.examples)} train records")
+    if size > len(train.examples) or (size == len(train.examples) and ALL in args.plan):
+        raise UserError(f"--plan {size}: {task.name} has {len(train.examples)} train records, which is {ALL}")
     order = np.random.default_rng(seed).permutation(len(train.examples))
     chosen = {train.examples[number].line for number in order[:size]}
     rows = [row for number, row in files.read_rows(train.path) if number in chosen]
@@ -185,23 +209,30 @@ def run_script(args, start, output, part, settings):
     command += [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
     os.makedirs(os.path.dirname(output), exist_ok=True)
     with open(f"{output}.log", "a") as log:
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+        before = log.tell()
+        # With the study dies the training, which would otherwise keep its lock.
+        streams = {"stdout": log, "stderr": subprocess.STDOUT, "preexec_fn": cli.die_with_parent}
+        status = subprocess.run(command, **streams).returncode
     if status:
         with open(f"{output}.log") as log:
+            log.seek(before)
             said = [f" ({line.strip()})" for line in log if ": error: " in line]
         raise UserError(f"run_clue.py failed with status {status}{''.join(said[-1:])}; its output is in {output}.log")
 
 
 def is_from(record, path):
     """Whether a fine-tuned model was made from this start."""
-    model, parent = record["model"], record["parent"] or {}
+    model, source = record["model"], record["model"]["initialized_from"]
     if os.path.isfile(path):  # an architecture, part of one, or a whole config.json, with more fields than count
-        asked = files.read_json_object(path)
-        same = [asked[name] == value for name, value in model["architecture"].items() if asked.get(name) is not None]
-        return not parent and all(same)
-    if os.path.isdir(path):  # of a directory without stage.json there is nothing to compare
-        return parent.get("weights") == (checkpoints.parent_of_start(path) or {}).get("weights")
-    return model["initialized_from"] in (path, f"hfl/{path}")
+        asked, made = files.read_json_object(path), model["architecture"]
+        compared = [name for name in made if asked.get(name) is not None and name != "vocab_size"]
+        return source == "random weights" and all(asked[name] == made[name] for name in compared)
+    parent = checkpoints.parent_of_start(path) if os.path.isdir(path) else None
+    if parent:
+        return (record["parent"] or {}).get("weights") == parent["weights"]
+    # Of a directory without stage.json, and of a built-in model, the name is all there is to compare.
+    names = (files.relative(path),) if os.path.isdir(path) else (path, f"hfl/{path}")
+    return record["parent"] is None and source in names
 
 
 def study(args, start, size):
@@ -294,8 +325,9 @@ def check_twins(rows, compare):
     """Raises: UserError unless the compared starts have the same architecture, but for initializer and dropout."""
     shapes = []
     for start in compare:
-        architecture = rows[start][0]["record"]["model"]["architecture"]
-        shapes.append({name: value for name, value in architecture.items() if name not in NOT_SHAPE})
+        model = rows[start][0]["record"]["model"]
+        shape = {"model_type": model["model_type"], **model["architecture"]}
+        shapes.append({name: value for name, value in shape.items() if name not in NOT_SHAPE})
         if shapes[-1] != shapes[0]:
             raise UserError(f"--compare: {start} has not the architecture of {compare[0]}")
 
@@ -329,24 +361,25 @@ def draw(path, tasks):
 
 def main(argv=None):
     args = parse_args(argv)
-    check_starts(args)
     task = data.get_task(args.task_name, args.data_dir)
     if task.objective.metric != "accuracy":
         raise UserError(f"--task_name {args.task_name}: its metric is {task.objective.metric}; accuracy is needed")
-    tasks = files.read_json_object(args.json) if os.path.exists(args.json) else {}
+    prepare(args, task)
     # Few labels first, so that the figures of most interest are there early, and all starts of a size together.
     rows = {start: [] for start in args.starts}
     for size in sorted(args.plan, key=lambda size: np.inf if size == ALL else size):
         for start in args.starts:
             rows[start].append(study(args, start, size))
         check_twins(rows, args.compare)
-    majority = next(iter(rows.values()))[0]["record"]["data"]["dev"]["majority_class"]
+    _, majority = records.constant_answer(next(iter(rows.values()))[0]["record"]["data"]["dev"])
     print("\n".join(tables_of(rows, args.compare)))
-    tasks[task.name] = {"majority_class": majority, "compare": args.compare, "rows": rows}
-    tasks[task.name]["compared"] = compared(rows, args.compare)
-    files.write_json(args.json, tasks)
-    draw(args.plot, tasks)
-    return tasks[task.name]
+    found = {"majority_class": majority, "compare": args.compare, "rows": rows}
+    found["compared"] = compared(rows, args.compare)
+    with files.Lock(args.json, wait=True):  # of two studies that end at the same time, neither overwrites the other
+        tasks = {**read_tasks(args), task.name: found}
+        files.write_json(args.json, tasks)
+        draw(args.plot, tasks)
+    return found
 
 
 if __name__ == "__main__":

@@ -116,10 +116,14 @@ def test_a_whole_config_is_a_start(found, place, workspace, tmp_path):
     """With fields that are no part of an architecture, or empty, or of another vocabulary."""
     whole = tmp_path / "config.json"
     made = record(place / "out/topics/random/20-1/1e-3_4")
-    whole.write_text(json.dumps({**TINY, "architectures": ["Model"], "num_labels": None}))
+    whole.write_text(json.dumps({**TINY, "architectures": ["Model"], "num_labels": None, "vocab_size": 5}))
     assert few_labels.is_from(made, str(whole)) and few_labels.is_from(made, str(workspace / "tiny.json"))
     whole.write_text(json.dumps({**TINY, "hidden_size": 32}))
     assert not few_labels.is_from(made, str(whole))
+    # Nor is a random start one from a built-in model, or from a directory that nothing is recorded of.
+    made["model"]["initialized_from"] = "ppminilm-6l-768h"
+    assert few_labels.is_from(made, "ppminilm-6l-768h") and not few_labels.is_from(made, str(workspace / "tiny.json"))
+    assert not few_labels.is_from(made, str(tmp_path)) and not few_labels.is_from(made, "ernie-1.0")
 
 
 def test_what_does_not_fit_is_refused(found, workspace, place, tuned, tmp_path, capsys, monkeypatch):
@@ -130,14 +134,19 @@ def test_what_does_not_fit_is_refused(found, workspace, place, tuned, tmp_path, 
     (untrained / records.RECORD).unlink()
     for start, more, words in (
         (tuned, ["--batch_size", 16], ["made with batch_size 32", "remove it"]),
-        (tuned, ["--plan", "3000=4"], ["--plan 3000", "only 2000"]),
+        (tuned, ["--plan", "3000=4"], ["--plan 3000", "2000 train records"]),
         (tuned, ["--plan", "20"], ["LABELS=STEPS"]),
         (tuned, ["--plan", "20=4", "20=8"], ["--plan", "twice"]),
+        (tuned, ["--plan", "2000=4", "all=4"], ["--plan 2000", "which is all"]),
+        (tuned, ["--seeds", 1, 1], ["--seeds", "different"]),
+        (tuned, ["--model_types", "random=brt"], ["--model_types brt", "ppminilm"]),
+        (tuned, ["--json", place / "out/topics/distilled/20-1/1e-3_4/stage.json"], ["holds something else"]),
+        (tuned, ["--plot", tmp_path / "absent/few.png"], ["--plot", "no such directory"]),
         (tuned, ["--learning_rates", "5e-4,1e-3"], ["'5e-4,1e-3'", "not a number above 0"]),
         (tuned, ["--max_eval_samples", 50], ["made with max_eval_samples 60"]),
         (tuned, ["--max_train_samples", 500], ["drawn from other data"]),
         (tuned, ["--compare", "distilled", "twin"], ["twin", "distilled, random"]),
-        (tmp_path / "absent", [], ["distilled=", "no such file", "built-in"]),
+        (tmp_path / "absent", [], ["distilled=", "no file, no directory with weights", "built-in"]),
         (untrained, [], ["made with another start"]),
         (tuned, ["--starts", f"distilled={tuned}", f"random={wide}"], ["made with another start"]),
     ):

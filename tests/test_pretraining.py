@@ -1,5 +1,6 @@
 """demo/pretrain_mlm.py: what it masks, that it learns, that a kill changes nothing, and that a student can be taught."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -149,12 +150,14 @@ def test_word_vectors_are_those_of_the_counts(text):
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *FILLER]
     tokenizer = FastTokenizer(vocab)
     a, b, c = (vocab.index(char) for char in FILLER[:3])
-    occurrences, pairs = word_vectors.count_neighbours([FILLER[0] + FILLER[1] + FILLER[2], FILLER[0]], tokenizer, 64)
+    count = functools.partial(word_vectors.count_neighbours, tokenizer=tokenizer, max_seq_length=64)
+    occurrences, pairs = count([FILLER[0] + FILLER[1] + FILLER[2], FILLER[0]], size=len(vocab))
     assert occurrences[[a, b, c]].tolist() == [2, 1, 1] and occurrences.sum() == 4
     assert [pairs[a, b], pairs[b, c], pairs[a, c], pairs[c, a], pairs[a, a]] == [1, 1, 0.5, 0.5, 0]
 
     lines = [line for shard in "01" for line in (text / f"text/{shard}.txt").read_text(encoding="utf-8").split()]
-    occurrences, pairs = word_vectors.count_neighbours(lines, tokenizer, 64)
+    occurrences, pairs = count(lines, size=len(vocab))
+    assert count(lines, size=len(vocab) + 3)[0].tolist() == [*occurrences, 0, 0, 0]  # a model with a larger vocabulary
     dense = pairs.toarray()[5:, 5:]
     contexts = dense.sum(0) ** 0.75 / (dense.sum(0) ** 0.75).sum()
     with np.errstate(divide="ignore"):
@@ -204,3 +207,5 @@ def test_a_warm_start_learns_sooner_and_resumes(text, tmp_path, monkeypatch, cap
         few.mkdir()
         (few / "0.txt").write_text(FILLER[0] * 30 + "\n", encoding="utf-8")
         train("none", "--warm_start", "--input_dir", few)
+    with pytest.raises(UserError, match="would replace trained embeddings"):
+        script.parse_args(["--model_name_or_path", "a", "--input_dir", "b", "--output_dir", "c", "--warm_start"])
