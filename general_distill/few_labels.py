@@ -132,20 +132,25 @@ def read_tasks(args):
 # Data
 
 
-def make_part(args, task, size, seed):
-    """A directory with the task's dev.json, and ``size`` of its train records: a random draw, not one by class, as
-    someone would label the first records of a shuffled heap. Of one seed, a larger part contains the smaller ones.
+def part_of(args, task, size, seed):
+    """Path of the directory that make_part writes, or --data_dir for all records."""
+    return args.data_dir if size == ALL else os.path.join(args.output_dir, "data", f"{task.name.lower()}-{size}-{seed}")
 
-    Returns: its path. Raises: UserError if there are not so many records, or if what is there is of other data.
+
+def make_part(args, task, size, seed):
+    """Writes a directory with the task's dev.json, and ``size`` of its train records: a random draw, not one by class,
+    as someone would label the first records of a shuffled heap. Of one seed, a larger part contains the smaller ones.
+
+    Raises: UserError if there are not so many records, or if what is there is of other data.
     """
-    directory = os.path.join(args.output_dir, "data", f"{task.name.lower()}-{size}-{seed}")
+    directory = part_of(args, task, size, seed)
     source = {name: data.md5_of(data.split_path(task.name, name, args.data_dir)) for name in ("train", "dev")}
     source["max_train_samples"] = args.max_train_samples
     if os.path.isdir(directory):
         path = os.path.join(directory, SOURCE)
         if not os.path.isfile(path) or files.read_json_object(path) != source:
             raise UserError(f"{directory}: drawn from other data; remove it, or name another --output_dir")
-        return directory
+        return
     train = data.read_split(task, "train", args.data_dir, args.max_train_samples)
     if size > len(train.examples) or (size == len(train.examples) and ALL in args.plan):
         raise UserError(f"--plan {size}: {task.name} has {len(train.examples)} train records, which is {ALL}")
@@ -162,19 +167,17 @@ def make_part(args, task, size, seed):
         files.write_json(os.path.join(scratch, SOURCE), source)
         # A class that the draw has missed is still one of the task.
         files.write_json(os.path.join(scratch, "labels.json"), list(task.labels))
-    return directory
 
 
 # Runs
 
 
-def fine_tune(args, start, size, seed, learning_rate, steps):
+def fine_tune(args, task, start, size, seed, learning_rate, steps):
     """The stage.json of a start, fine-tuned on so many records; from an earlier run if it is there.
 
     Raises: UserError if what is there was made in another way, or if run_clue.py fails.
     """
-    task = data.get_task(args.task_name, args.data_dir)
-    part = args.data_dir if size == ALL else make_part(args, task, size, seed)
+    part = part_of(args, task, size, seed)
     output = os.path.join(args.output_dir, task.name, start, f"{size}-{seed}", f"{learning_rate}_{steps}")
     settings = {
         "learning_rate": float(learning_rate), "max_steps": steps, "save_steps": -(-steps // EVALUATIONS),
@@ -235,7 +238,7 @@ def is_from(record, path):
     return record["parent"] is None and source in names
 
 
-def study(args, start, size):
+def study(args, task, start, size):
     """Searches with the first seed, then repeats the best setting with the others.
 
     Returns: {labels, learning_rate, steps, accuracies: one per seed, searched: {setting: accuracy}}
@@ -243,11 +246,11 @@ def study(args, start, size):
     steps_to_try = args.plan[size]
     tried = {}
     for learning_rate, steps in itertools.product(args.learning_rates, steps_to_try):
-        tried[learning_rate, steps] = fine_tune(args, start, size, args.seeds[0], learning_rate, steps)
+        tried[learning_rate, steps] = fine_tune(args, task, start, size, args.seeds[0], learning_rate, steps)
     best = max(tried, key=lambda setting: records.score(tried[setting]))
     found = [tried[best]]
     for seed in args.seeds[1:] if size != ALL else []:
-        found.append(fine_tune(args, start, size, seed, *best))
+        found.append(fine_tune(args, task, start, size, seed, *best))
     accuracies = [round(records.score(record), 6) for record in found]
     labels = found[0]["data"]["train"]["examples"]
     print(
@@ -369,7 +372,7 @@ def main(argv=None):
     rows = {start: [] for start in args.starts}
     for size in sorted(args.plan, key=lambda size: np.inf if size == ALL else size):
         for start in args.starts:
-            rows[start].append(study(args, start, size))
+            rows[start].append(study(args, task, start, size))
         check_twins(rows, args.compare)
     _, majority = records.constant_answer(next(iter(rows.values()))[0]["record"]["data"]["dev"])
     print("\n".join(tables_of(rows, args.compare)))
