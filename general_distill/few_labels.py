@@ -17,12 +17,14 @@ import shutil
 import subprocess
 import sys
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.join(HERE, "../finetuning"), os.path.join(HERE, "..")]
 
 import numpy as np
 
 import data
-from common import ROOT, UserError, checkpoints, cli, files, modeling, records
+import run_clue
+from common import ROOT, UserError, checkpoints, cli, files, modeling, provenance, records, runs
 
 RUN_CLUE = os.path.join(ROOT, "finetuning", "run_clue.py")
 ALL = "all"
@@ -179,37 +181,36 @@ def fine_tune(args, task, start, size, seed, learning_rate, steps):
     """
     part = part_of(args, task, size, seed)
     output = os.path.join(args.output_dir, task.name, start, f"{size}-{seed}", f"{learning_rate}_{steps}")
-    settings = {
-        "learning_rate": float(learning_rate), "max_steps": steps, "save_steps": -(-steps // EVALUATIONS),
-        "batch_size": args.batch_size, "seed": seed, "max_seq_length": args.max_seq_length,
+    path = args.starts[start]
+    options = {
+        "task_name": args.task_name, "output_dir": output, "data_dir": part, "device": args.device, "seed": seed,
+        "learning_rate": learning_rate, "max_steps": steps, "save_steps": -(-steps // EVALUATIONS),
+        "batch_size": args.batch_size, "max_seq_length": args.max_seq_length, "model_type": args.model_types.get(start),
         "max_train_samples": args.max_train_samples if size == ALL else None, "max_eval_samples": args.max_eval_samples,
     }  # fmt: skip
+    if os.path.isfile(path):
+        options.update(init_config=path, vocab_file=args.vocab_file)
+    else:
+        options["model_name_or_path"] = path
+    words = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
+    arguments = ["--group_by_length", *words]
     if not os.path.exists(os.path.join(output, records.RECORD)):
-        run_script(args, start, output, part, settings)
+        run_script(arguments, output)
     record = records.read_record(output, "a fine-tuned model")
-    made_with = record["arguments"]
-    other = [f"{name} {made_with[name]}" for name, value in settings.items() if made_with[name] != value]
-    if not is_from(record, args.starts[start]):
-        other.append("another start")
-    for split in ("train", "dev"):
-        if record["data"][split]["md5"] != data.md5_of(data.split_path(task.name, split, part)):
-            other.append(f"other {split} records")
+    other = [] if is_from(record, path) else ["another start"]
+    md5 = {split: {"md5": data.md5_of(data.split_path(task.name, split, part))} for split in ("train", "dev")}
+    asked = run_clue.parse_args(arguments)
+    asked.device = record["arguments"]["device"]  # a study may go on with another one
+    run = runs.Run("finetune", asked, record["parent"], md5)  # as run_clue.py sees it
+    other += filter(None, [provenance.difference(run.identity_of(record), run.identity)])
     if other:
         raise UserError(f"{output}: made with {', '.join(other)}; remove it, or name another --output_dir")
     return record
 
 
-def run_script(args, start, output, part, settings):
+def run_script(arguments, output):
     """Starts run_clue.py, whose output goes to <output>.log, and waits. Raises: UserError if it fails."""
-    path = args.starts[start]
-    options = {**settings, "task_name": args.task_name, "output_dir": output, "data_dir": part, "device": args.device}
-    options["model_type"] = args.model_types.get(start)
-    if os.path.isfile(path):
-        options.update(init_config=path, vocab_file=args.vocab_file)
-    else:
-        options["model_name_or_path"] = path
-    command = [sys.executable, RUN_CLUE, "--group_by_length"]
-    command += [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
+    command = [sys.executable, RUN_CLUE, *arguments]
     os.makedirs(os.path.dirname(output), exist_ok=True)
     with open(f"{output}.log", "a") as log:
         before = log.tell()
