@@ -23,6 +23,7 @@ sys.path[:0] = [os.path.join(HERE, "../finetuning"), os.path.join(HERE, "..")]
 import numpy as np
 
 import data
+import learning_curves
 import run_clue
 from common import ROOT, UserError, checkpoints, cli, files, modeling, provenance, records, runs
 
@@ -267,64 +268,6 @@ def study(args, task, start, size):
     }  # fmt: skip
 
 
-# Figures
-
-
-def labels_needed(curve, accuracy):
-    """The number of labels with which a curve reaches an accuracy, between its points by the logarithm of the number.
-
-    Args: curve: [(labels, accuracy)] in rising order of labels.
-    Returns: a number; the first point's if that is as accurate already; None if no point is.
-    """
-    for (few, low), (many, high) in zip([(curve[0][0], -1.0), *curve], curve):
-        if high >= accuracy:
-            share = 1.0 if high == low or few == many else (accuracy - low) / (high - low)
-            return float(few * (many / few) ** share)
-    return None
-
-
-def curve_of(rows):
-    """[(labels, mean accuracy)] of one start."""
-    return sorted((row["labels"], float(np.mean(row["accuracies"]))) for row in rows)
-
-
-def compared(rows, compare):
-    """What the first of ``compare`` gains over each of the others.
-
-    Args: rows: {start: results of study}.
-    Returns: {twin: [{labels, accuracy of the twin, gain, needed: labels with which the first is as accurate, or None}]}
-    """
-    curve = curve_of(rows[compare[0]])
-    return {
-        twin: [
-            {"labels": labels, "accuracy": accuracy, "gain": dict(curve)[labels] - accuracy,
-             "needed": labels_needed(curve, accuracy)}
-            for labels, accuracy in curve_of(rows[twin]) if labels in dict(curve)
-        ]
-        for twin in compare[1:]
-    }  # fmt: skip
-
-
-def tables_of(rows, compare):
-    """Lines of a Markdown table of all accuracies, in per cent, and of one for each twin. Args: as for compared."""
-    of_labels = {}
-    for start, found in rows.items():
-        for row in found:
-            mean, *ends = (100 * f(row["accuracies"]) for f in (np.mean, np.min, np.max))
-            spread = f" ({ends[0]:.2f}-{ends[1]:.2f})" if len(row["accuracies"]) > 1 else ""
-            of_labels.setdefault(row["labels"], {})[start] = f"{mean:.2f}{spread}"
-    lines = [["labels", *rows], ["---"] * (len(rows) + 1)]
-    lines += [[labels, *(of_labels[labels].get(start, "") for start in rows)] for labels in sorted(of_labels)]
-    fewest, most = (f([row["labels"] for row in rows[compare[0]]]) for f in (min, max))
-    for twin, found in compared(rows, compare).items():
-        lines += [[], ["labels", twin, f"gain of {compare[0]}", f"labels that {compare[0]} needs"], ["---"] * 4]
-        for row in found:
-            needed = f"> {most}" if row["needed"] is None else f"{row['needed']:.0f}"
-            needed = f"≤ {fewest}" if row["needed"] == fewest else needed
-            lines.append([row["labels"], f"{100 * row['accuracy']:.2f}", f"{100 * row['gain']:+.2f}", needed])
-    return ["| " + " | ".join(map(str, cells)) + " |" if cells else "" for cells in lines]
-
-
 def check_twins(rows, compare):
     """Raises: UserError unless the compared starts have the same architecture, but for initializer and dropout."""
     shapes = []
@@ -334,33 +277,6 @@ def check_twins(rows, compare):
         shapes.append({name: value for name, value in shape.items() if name not in NOT_SHAPE})
         if shapes[-1] != shapes[0]:
             raise UserError(f"--compare: {start} has not the architecture of {compare[0]}")
-
-
-def draw(path, tasks):
-    """Plots accuracy against the number of labels: means, and the range of the seeds. Args: tasks: of the JSON file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 4.2), squeeze=False, layout="constrained")
-    for axis, (task, found) in zip(axes[0], tasks.items()):
-        for number, (start, rows) in enumerate(found["rows"].items()):
-            rows = sorted(rows, key=lambda row: row["labels"])
-            labels = [row["labels"] for row in rows]
-            accuracies = [100 * np.array(row["accuracies"]) for row in rows]
-            axis.plot(labels, [a.mean() for a in accuracies], color=f"C{number}", marker="o", label=start)
-            lowest, highest = [a.min() for a in accuracies], [a.max() for a in accuracies]
-            axis.fill_between(labels, lowest, highest, color=f"C{number}", alpha=0.2)
-        majority = 100 * found["majority_class"]
-        axis.axhline(majority, color="gray", linestyle="--", label="majority class")
-        axis.set(title=f"{task} dev accuracy, %", xlabel="labelled train records", xscale="log")
-        numbers = sorted({row["labels"] for rows in found["rows"].values() for row in rows})
-        axis.set_xticks(numbers, [f"{number:,}" for number in numbers])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.savefig(path, dpi=100, format="png")
 
 
 def main(argv=None):
@@ -376,13 +292,13 @@ def main(argv=None):
             rows[start].append(study(args, task, start, size))
         check_twins(rows, args.compare)
     _, majority = records.constant_answer(next(iter(rows.values()))[0]["record"]["data"]["dev"])
-    print("\n".join(tables_of(rows, args.compare)))
+    print("\n".join(learning_curves.tables_of(rows, args.compare)))
     found = {"majority_class": majority, "compare": args.compare, "rows": rows}
-    found["compared"] = compared(rows, args.compare)
+    found["compared"] = learning_curves.compared(rows, args.compare)
     with files.Lock(args.json, wait=True):  # of two studies that end at the same time, neither overwrites the other
         tasks = {**read_tasks(args), task.name: found}
         files.write_json(args.json, tasks)
-        draw(args.plot, tasks)
+        learning_curves.draw(args.plot, tasks)
     return found
 
 

@@ -11,19 +11,22 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, load_script, record, refused, warm_python
 
-from common import records
+from common import files, records
+from common.records import score
+from data import md5_of
 
 few_labels = load_script("general_distill", "few_labels")
+learning_curves = few_labels.learning_curves
 
 
 def test_labels_needed_are_read_between_the_points():
     """By the logarithm: half of the way from 100 to 10,000 is 1,000."""
     curve = [(100, 0.2), (10_000, 0.4), (20_000, 0.3)]
     for accuracy, number in ((0.3, 1000), (0.25, 10**2.5), (0.4, 10_000), (0.1, 100), (0.2, 100)):
-        assert few_labels.labels_needed(curve, accuracy) == pytest.approx(number)
-    assert few_labels.labels_needed(curve, 0.1) == 100  # not a little more: it is shown as "≤ 100"
-    assert few_labels.labels_needed(curve, 0.41) is None
-    assert few_labels.labels_needed([(50, 0.5)], 0.5) == pytest.approx(50)
+        assert learning_curves.labels_needed(curve, accuracy) == pytest.approx(number)
+    assert learning_curves.labels_needed(curve, 0.1) == 100  # not a little more: it is shown as "≤ 100"
+    assert learning_curves.labels_needed(curve, 0.41) is None
+    assert learning_curves.labels_needed([(50, 0.5)], 0.5) == pytest.approx(50)
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +43,18 @@ def arguments(workspace, place, start, *more):
     )]  # fmt: skip
 
 
+def in_this_process(command, **_):
+    """Instead of subprocess.run: runs run_clue.py without the seconds that a process needs to start."""
+    load_script("finetuning", "run_clue").main(command[2:])
+    return subprocess.CompletedProcess(command, 0)
+
+
 @pytest.fixture(scope="module")
 def found(workspace, tuned, place):
     """A model that knows the task already, against its random twin."""
     (place / "few.json").write_text(json.dumps({}))
-    run_clue = load_script("finetuning", "run_clue")
-
-    def run(command, **_):
-        run_clue.main(command[2:])
-        return subprocess.CompletedProcess(command, 0)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess, "run", run)  # in this process; a test below starts one
+        patch.setattr(subprocess, "run", in_this_process)  # a test below starts one
         return few_labels.main(arguments(workspace, place, tuned))
 
 
@@ -94,6 +97,21 @@ def test_a_second_run_trains_nothing(found, workspace, place, tuned, monkeypatch
     assert "labels that distilled needs |" in capsys.readouterr().out
 
 
+def test_all_records_from_a_model_of_hugging_face(found, workspace, place, monkeypatch):
+    """All records: from --data_dir itself, and with the first seed only. The start's weights are those of the file."""
+    bert = os.path.join(ROOT, "tests/fixtures/hugging_face/bert")
+    of_bert = ["--starts", f"bert={bert}", "--model_types", "bert=bert", "--compare", "bert"]
+    of_bert += ["--plan", "all=1", "--learning_rates", "1e-3", "--max_seq_length", 48, "--json", place / "bert.json"]
+    monkeypatch.setattr(subprocess, "run", in_this_process)
+    asked = arguments(workspace, place, bert, *of_bert)
+    (row,) = few_labels.main(asked)["rows"]["bert"]
+    assert row["labels"] == 2000 and len(row["accuracies"]) == 1
+    assert row["record"]["data"]["train"]["md5"] == md5_of(workspace / "data/topics/train.json")
+    assert row["record"]["parent"]["weights"] == files.hash_files(bert, ["model.safetensors"])
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("trained again"))
+    assert few_labels.main(asked)["rows"]["bert"] == [row]
+
+
 def test_the_page_shows_the_results():
     """Each row of both tables of each task, in both languages."""
     with open(os.path.join(ROOT, "results/few_labels.json"), encoding="utf-8") as file:
@@ -105,11 +123,37 @@ def test_the_page_shows_the_results():
     assert len(digest) == 2 * len(tasks["TNEWS"]["rows"]["random"]) and set(digest) <= set(page)
     generated = set()
     for found in tasks.values():
-        generated.update(few_labels.tables_of(found["rows"], found["compare"]))
-        assert found["compared"] == few_labels.compared(found["rows"], found["compare"])
-        for line in few_labels.tables_of(found["rows"], found["compare"]):
+        generated.update(learning_curves.tables_of(found["rows"], found["compare"]))
+        assert found["compared"] == learning_curves.compared(found["rows"], found["compare"])
+        for line in learning_curves.tables_of(found["rows"], found["compare"]):
             assert not re.match(r"\| \d+ \|", line) or page.count(line) == 2, line
     assert {line for line in page if re.match(r"\| \d+ \|", line)} <= generated  # nothing of earlier measurements
+
+
+def test_the_page_shows_the_chain():
+    """Accuracies, agreements and sizes of the chain's table, from the records of its stages."""
+    with open(os.path.join(ROOT, "results/few_labels_chain.json"), encoding="utf-8") as file:
+        chain = json.load(file)
+    with open(os.path.join(ROOT, "general_distill/FEW_LABELS.md"), encoding="utf-8") as file:
+        lines = file.read().splitlines()
+    page = [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines if line.startswith("|")]
+
+    def size(number):
+        return f"{number / 1e6:.1f}"
+
+    def span(metric, variants):
+        values = [100 * variant["metrics"][metric] for variant in variants]
+        return f"{min(values):.2f}-{max(values):.2f}"
+
+    for stage, width in (("finetune", 1.0), ("prune_export", 0.75)):
+        (model,) = [one for one in chain if one["stage"] == stage and "bytes" in one["export"]]  # the deployed one
+        variants = [one for one in chain if one["stage"] == "quantize" and one["model"]["width_mult"] == width]
+        assert len(variants) == 8 and {one["metrics"]["fp32_accuracy"] for one in variants} == {score(model)}
+        (quantized_size,) = {one["metrics"]["bytes"] for one in variants}
+        wanted = [f"{100 * score(model):.2f}", "", size(model["export"]["bytes"])]
+        assert page.count(wanted) == 2, wanted
+        wanted = [span("accuracy", variants), span("agreement", variants), size(quantized_size)]
+        assert page.count(wanted) == 2, wanted
 
 
 def test_a_whole_config_is_a_start(found, place, workspace, tmp_path):
