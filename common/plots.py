@@ -1,4 +1,7 @@
-"""The picture of summarize.py --plot: the metric against the file's size and the speed, the stages of a task linked."""
+"""The picture of summarize.py --plot: the metric against the file's size and the speed, the stages of a task linked.
+
+And what all scripts draw with: import_pyplot.
+"""
 
 import io
 import itertools
@@ -59,17 +62,23 @@ def nearest_ancestor(record, found, children):
     return min(ancestors, key=lambda pair: pair[0])[1] if ancestors else None
 
 
+def import_pyplot():
+    """matplotlib.pyplot that draws into files only, so that no screen is needed. Imported late: it takes a second."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def draw(path, families, children):
     """Draws the dev figure of every row against the size of its file, and its speed where that is known.
 
     Args: families: [(model, rows of tables.clue_rows)]. children: result of records.children_among.
     Raises: UserError if matplotlib cannot write such a file.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = import_pyplot()
     points = points_of(families, children)
     panels = [("parameter file, MB", [point.size for point in points])]
     if any(point.speedup for point in points):

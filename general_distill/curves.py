@@ -15,7 +15,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 import numpy as np
 
-from common import UserError, cli, files, records
+from common import UserError, cli, files, plots, records
 
 
 # Arguments of run_clue.py that must be equal in all compared runs: all that affect training, except the seed.
@@ -91,11 +91,7 @@ def main(argv=None):
 
 
 def draw(path, teacher, student, runs):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = plots.import_pyplot()
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.8))
     steps, losses, accuracies = zip(*teacher["history"])
     left.plot(steps, losses, label="loss, nats")

@@ -5,6 +5,8 @@ A row is a result of few_labels.study: ``labels``, and ``accuracies``, one per s
 
 import numpy as np
 
+from common import plots
+
 
 def labels_needed(curve, accuracy):
     """The number of labels with which a curve reaches an accuracy, between its points by the logarithm of the number.
@@ -85,11 +87,7 @@ def markdown(header, body):
 
 def draw(path, tasks):
     """Plots accuracy against the number of labels: means, and the range of the seeds. Args: tasks: of the JSON file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = plots.import_pyplot()
     figure, axes = pyplot.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 4.2), squeeze=False, layout="constrained")
     for axis, (task, found) in zip(axes[0], tasks.items()):
         for number, (start, rows) in enumerate(found["rows"].items()):

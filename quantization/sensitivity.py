@@ -16,7 +16,7 @@ import time
 import calibration
 import numpy as np
 import products
-from common import checkpoints, engine, files
+from common import checkpoints, engine, files, plots
 from tqdm import tqdm
 
 ROUNDS = 5  # of a comparison of speeds; each graph runs once in each
@@ -257,11 +257,7 @@ def draw(path, rows, scores):
 
     Left it alone is in INT8, right it alone is not. Figures are points of agreement with FP32, lost and won back.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = plots.import_pyplot()
     found = [row for row in rows if len(row["products"]) == 1]
     place = {row["name"]: scores.subject.products[row["products"][0]] for row in found}
     parts = list(dict.fromkeys(product.part for product in place.values()))

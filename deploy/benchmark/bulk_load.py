@@ -22,7 +22,7 @@ INFER = os.path.join(ROOT, "deploy", "python", "infer.py")
 sys.path.insert(0, ROOT)
 import data
 import numpy as np
-from common import UserError, checkpoints, cli, engine, files, records
+from common import UserError, checkpoints, cli, engine, files, plots, records
 
 
 def parse_args(argv=None):
@@ -125,11 +125,7 @@ def compare_with_perf(bulk, sentences, label, args):
 
 def draw(path, runs):
     """Memory over time. Args: runs: {name: what Bulk.run returns}."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = plots.import_pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 3.5))
     for name, run in runs.items():
         axes.plot(*zip(*run["memory"]), label=name)

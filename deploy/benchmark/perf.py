@@ -21,7 +21,7 @@ sys.path.insert(0, os.path.join(HERE, "..", ".."))
 import data
 import numpy as np
 import perf_models
-from common import ROOT, UserError, cli, engine, files, objectives, records
+from common import ROOT, UserError, cli, engine, files, objectives, plots, records
 from tqdm import tqdm
 
 OUTPUT = os.path.join(ROOT, "deploy", "python", "perf")  # beside infer_perf.sh
@@ -225,11 +225,7 @@ def table(found, trained):
 
 def draw(path, found, baseline, machine):
     """Draws the speed-ups as a bar chart."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = plots.import_pyplot()
     figure, axes = pyplot.subplots(figsize=(9, 0.45 * len(found) + 1.4))
     titles = [row["title"] for row in found][::-1]
     for shift, label, values in (
