@@ -119,9 +119,7 @@ def prepare(args, task):
         if not os.path.isdir(directory):
             raise UserError(f"--{option}: {directory}: no such directory")
     read_tasks(args)
-    for size, seed in itertools.product(args.plan, args.seeds):
-        if size != ALL:
-            make_part(args, task, size, seed)
+    make_parts(args, task)
 
 
 def read_tasks(args):
@@ -136,40 +134,51 @@ def read_tasks(args):
 
 
 def part_of(args, task, size, seed):
-    """Path of the directory that make_part writes, or --data_dir for all records."""
+    """Path of the directory that make_parts writes, or --data_dir for all records."""
     return args.data_dir if size == ALL else os.path.join(args.output_dir, "data", f"{task.name.lower()}-{size}-{seed}")
 
 
-def make_part(args, task, size, seed):
-    """Writes a directory with the task's dev.json, and ``size`` of its train records: a random draw, not one by class,
-    as someone would label the first records of a shuffled heap. Of one seed, a larger part contains the smaller ones.
+def make_parts(args, task):
+    """For each size and seed of --plan and --seeds, writes a directory with the task's dev.json and so many train
+    records: a random draw, not one by class, as someone would label the first records of a shuffled heap. Of one seed,
+    a larger part contains the smaller ones.
 
-    Raises: UserError if there are not so many records, or if what is there is of other data.
+    Raises: UserError if there are not so many records, or if a part that is there is of other data.
     """
-    directory = part_of(args, task, size, seed)
     source = {name: data.md5_of(data.split_path(task.name, name, args.data_dir)) for name in ("train", "dev")}
     source["max_train_samples"] = args.max_train_samples
-    if os.path.isdir(directory):
+    missing = []
+    for size, seed in itertools.product(args.plan, args.seeds):
+        directory = part_of(args, task, size, seed)
+        if size == ALL:
+            continue
+        if not os.path.isdir(directory):
+            missing.append((size, seed, directory))
+            continue
         path = os.path.join(directory, SOURCE)
         if not os.path.isfile(path) or files.read_json_object(path) != source:
             raise UserError(f"{directory}: drawn from other data; remove it, or name another --output_dir")
+    if not missing:
         return
     train = data.read_split(task, "train", args.data_dir, args.max_train_samples)
-    if size > len(train.examples) or (size == len(train.examples) and ALL in args.plan):
-        raise UserError(f"--plan {size}: {task.name} has {len(train.examples)} train records, which is {ALL}")
-    order = np.random.default_rng(seed).permutation(len(train.examples))
-    chosen = {train.examples[number].line for number in order[:size]}
-    rows = [row for number, row in files.read_rows(train.path) if number in chosen]
-    os.makedirs(os.path.dirname(directory), exist_ok=True)
+    for size, _, _ in missing:
+        if size > len(train.examples) or (size == len(train.examples) and ALL in args.plan):
+            raise UserError(f"--plan {size}: {task.name} has {len(train.examples)} train records, which is {ALL}")
+    rows = list(files.read_rows(train.path))
+    os.makedirs(os.path.join(args.output_dir, "data"), exist_ok=True)
     marker = os.path.join(os.path.dirname(os.path.dirname(train.path)), data.GENERATED)
     if os.path.isfile(marker):  # parts of generated records are marked as such, too
-        shutil.copy(marker, os.path.dirname(directory))
-    with files.whole_directory(directory) as scratch:
-        files.write_json_lines(os.path.join(scratch, "train.json"), rows)
-        shutil.copy(data.split_path(task.name, "dev", args.data_dir), scratch)
-        files.write_json(os.path.join(scratch, SOURCE), source)
-        # A class that the draw has missed is still one of the task.
-        files.write_json(os.path.join(scratch, "labels.json"), list(task.labels))
+        shutil.copy(marker, os.path.join(args.output_dir, "data"))
+    for size, seed, directory in missing:
+        order = np.random.default_rng(seed).permutation(len(train.examples))
+        chosen = {train.examples[number].line for number in order[:size]}
+        with files.whole_directory(directory) as scratch:
+            part = [row for number, row in rows if number in chosen]
+            files.write_json_lines(os.path.join(scratch, "train.json"), part)
+            shutil.copy(data.split_path(task.name, "dev", args.data_dir), scratch)
+            files.write_json(os.path.join(scratch, SOURCE), source)
+            # A class that the draw has missed is still one of the task.
+            files.write_json(os.path.join(scratch, "labels.json"), list(task.labels))
 
 
 # Runs
