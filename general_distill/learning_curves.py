@@ -14,10 +14,13 @@ def labels_needed(curve, accuracy):
     Args: curve: [(labels, accuracy)] in rising order of labels.
     Returns: a number; the first point's if that is as accurate already; None if no point is.
     """
-    for (few, low), (many, high) in zip([(curve[0][0], -1.0), *curve], curve):
-        if high >= accuracy:
-            share = 1.0 if high == low or few == many else (accuracy - low) / (high - low)
-            return float(few * (many / few) ** share)
+    few, low = curve[0]
+    if accuracy <= low:
+        return float(few)
+    for many, high in curve[1:]:
+        if accuracy <= high:
+            return few * (many / few) ** ((accuracy - low) / (high - low))
+        few, low = many, high
     return None
 
 
@@ -33,14 +36,20 @@ def compared(rows, compare):
     Returns: {twin: [{labels, accuracy of the twin, gain, needed: labels with which the first is as accurate, or None}]}
     """
     curve = curve_of(rows[compare[0]])
-    return {
-        twin: [
-            {"labels": labels, "accuracy": accuracy, "gain": dict(curve)[labels] - accuracy,
-             "needed": labels_needed(curve, accuracy)}
-            for labels, accuracy in curve_of(rows[twin]) if labels in dict(curve)
+    accuracy_with = dict(curve)
+    found = {}
+    for twin in compare[1:]:
+        both = [(labels, accuracy) for labels, accuracy in curve_of(rows[twin]) if labels in accuracy_with]
+        found[twin] = [
+            {
+                "labels": labels,
+                "accuracy": accuracy,
+                "gain": accuracy_with[labels] - accuracy,
+                "needed": labels_needed(curve, accuracy),
+            }
+            for labels, accuracy in both
         ]
-        for twin in compare[1:]
-    }  # fmt: skip
+    return found
 
 
 def tables_of(rows, compare):
