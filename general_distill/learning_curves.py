@@ -98,14 +98,16 @@ def draw(path, tasks):
     """Plots accuracy against the number of labels: means, and the range of the seeds. Args: tasks: of the JSON file."""
     pyplot = plots.import_pyplot()
     figure, axes = pyplot.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 4.2), squeeze=False, layout="constrained")
+    starts = dict.fromkeys(start for found in tasks.values() for start in found["rows"])
+    colors = {start: f"C{number}" for number, start in enumerate(starts)}  # the same for all tasks
     for axis, (task, found) in zip(axes[0], tasks.items()):
-        for number, (start, rows) in enumerate(found["rows"].items()):
+        for start, rows in found["rows"].items():
             rows = sorted(rows, key=lambda row: row["labels"])
             labels = [row["labels"] for row in rows]
             accuracies = [100 * np.array(row["accuracies"]) for row in rows]
-            axis.plot(labels, [a.mean() for a in accuracies], color=f"C{number}", marker="o", label=start)
+            axis.plot(labels, [a.mean() for a in accuracies], color=colors[start], marker="o", label=start)
             lowest, highest = [a.min() for a in accuracies], [a.max() for a in accuracies]
-            axis.fill_between(labels, lowest, highest, color=f"C{number}", alpha=0.2)
+            axis.fill_between(labels, lowest, highest, color=colors[start], alpha=0.2)
         majority = 100 * found["majority_class"]
         axis.axhline(majority, color="gray", linestyle="--", label="majority class")
         axis.set(title=f"{task} dev accuracy, %", xlabel="labelled train records", xscale="log")
